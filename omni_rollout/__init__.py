@@ -1,0 +1,38 @@
+"""RL rollout adapter for diffusion policies: the rollout engine and the trainer agree bit for bit."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omni_rollout.capsule import load_capsule, save_capsule
+    from omni_rollout.rollout.engine import RolloutEngine
+    from omni_rollout.types import Prompt, RolloutRequest, SamplingSpec, Trajectory
+
+__version__ = "0.1.0"
+
+_HOMES = {  # public name -> module; imported on first use, so that `import omni_rollout` costs no torch
+    "RolloutEngine": "omni_rollout.rollout.engine",
+    "save_capsule": "omni_rollout.capsule",
+    "load_capsule": "omni_rollout.capsule",
+    "Prompt": "omni_rollout.types",
+    "RolloutRequest": "omni_rollout.types",
+    "SamplingSpec": "omni_rollout.types",
+    "Trajectory": "omni_rollout.types",
+}
+__all__ = [
+    "Prompt",
+    "RolloutEngine",
+    "RolloutRequest",
+    "SamplingSpec",
+    "Trajectory",
+    "load_capsule",
+    "save_capsule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'omni_rollout' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,226 @@
+"""Capsules: a Trajectory as one safetensors file that any trainer, on any machine, can replay.
+
+The tensors carry the names of the record's fields, the image is the uint8 tensor `image`, and the header holds everything
+else, each value a JSON string. Names are public API: a change of meaning is a new `FORMAT_VERSION`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn, get_args
+
+import safetensors
+import safetensors.torch
+import torch
+from PIL import Image
+
+from omni_rollout.types import LogProbForm, Prompt, SamplingSpec, SDEType, Trajectory
+
+FORMAT_VERSION = 1
+TENSORS = (
+    "latents",
+    "log_probs",
+    "step_indices",
+    "sigmas",
+    "timesteps",
+    "prompt_embeds",
+    "prompt_embeds_mask",
+    "image",
+)
+NEGATIVE_TENSORS = ("negative_prompt_embeds", "negative_prompt_embeds_mask")  # present exactly when guidance was on
+SPEC_KEYS: dict[str, tuple[type, ...]] = {  # of SamplingSpec; its step_indices are the tensor of that name
+    "height": (int,),
+    "width": (int,),
+    "num_inference_steps": (int,),
+    "true_cfg_scale": (float, int),
+    "negative_prompt": (str, NoneType),
+    "noise_level": (float, int),
+    "sde_type": (str,),
+    "log_prob_form": (str,),
+    "prompt_width": (int,),
+    "negative_prompt_width": (int,),
+}
+KEYS: dict[str, tuple[type, ...]] = {
+    "format_version": (int,),
+    **SPEC_KEYS,
+    "prompt": (str,),
+    "prompt_metadata": (dict,),
+    "seed": (int,),
+    "group_id": (str,),
+    "member": (int,),
+    "policy_version": (int,),
+    "fingerprint": (dict,),
+}
+CHOICES = {"format_version": (FORMAT_VERSION,), "sde_type": get_args(SDEType), "log_prob_form": get_args(LogProbForm)}
+
+
+class CapsuleError(ValueError):
+    """A capsule that cannot be written or read; names the file and the field."""
+
+
+def save_capsule(trajectory: Trajectory, path: str | Path) -> None:
+    """Writes one trajectory; the file appears whole or not at all.
+
+    Raises:
+        CapsuleError: a field that breaks the record's contract, or one that JSON would not give back as it is.
+    """
+    path = Path(path)
+    tensors = {name: getattr(trajectory, name) for name in TENSORS if name != "image"}
+    tensors["image"] = torch.from_numpy(trajectory.image.copy())
+    for name in NEGATIVE_TENSORS:
+        if getattr(trajectory, name) is not None:
+            tensors[name] = getattr(trajectory, name)
+    spec = asdict(trajectory.spec)
+    if tuple(spec.pop("step_indices")) != tuple(trajectory.step_indices.tolist()):
+        _refuse(path, "step_indices", f"{trajectory.step_indices.tolist()}, but the spec says {trajectory.spec.step_indices}")
+    values = {
+        "format_version": FORMAT_VERSION,
+        **spec,
+        "prompt": trajectory.prompt.text,
+        "prompt_metadata": dict(trajectory.prompt.metadata),
+        "fingerprint": dict(trajectory.fingerprint),
+        **{name: getattr(trajectory, name) for name in ("seed", "group_id", "member", "policy_version")},
+    }
+    header = {key: _to_json(path, key, value) for key, value in values.items()}
+    _check_values(path, values)
+    _check_tensors(path, tensors, trajectory.spec)
+    # A clone owns its memory: safetensors refuses views that share it, such as rows of one batch.
+    owned = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    _write(path, safetensors.torch.save(owned, metadata=header))
+
+
+def load_capsule(path: str | Path) -> Trajectory:
+    """Reads one trajectory, equal to the saved one bit for bit.
+
+    Raises:
+        CapsuleError: no such file, or anything in it that breaks the record's contract.
+    """
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CapsuleError(f"{path}: not a readable safetensors file ({error}); was it copied whole?") from error
+    values = {key: _from_json(path, key, header) for key in KEYS}
+    _check_values(path, values)
+    indices = tensors.get("step_indices", torch.empty(0)).flatten().tolist()
+    spec = SamplingSpec(**{key: values[key] for key in SPEC_KEYS}, step_indices=tuple(indices))
+    _check_tensors(path, tensors, spec)
+    image = tensors.pop("image").numpy()
+    return Trajectory(
+        **{name: tensors.get(name) for name in (*TENSORS, *NEGATIVE_TENSORS) if name != "image"},  # type: ignore[arg-type]
+        image=image,
+        prompt=Prompt(text=values["prompt"], metadata=values["prompt_metadata"]),
+        spec=spec,
+        fingerprint=values["fingerprint"],
+        **{name: values[name] for name in ("seed", "group_id", "member", "policy_version")},
+    )
+
+
+def save_png(trajectory: Trajectory, path: str | Path) -> None:
+    """Writes the image as PNG; the file appears whole or not at all."""
+    buffer = io.BytesIO()
+    Image.fromarray(trajectory.image).save(buffer, format="PNG")
+    _write(Path(path), buffer.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _refuse(path: Path, field: str, what: str) -> NoReturn:
+    raise CapsuleError(f"{path}: {field}: {what}")
+
+
+def _to_json(path: Path, key: str, value: Any) -> str:
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CapsuleError(f"{path}: {key}: {value!r} cannot be written as JSON ({error})") from error
+    if json.loads(text) != value:
+        _refuse(path, key, f"{value!r} would come back from JSON as {json.loads(text)!r}; use lists and string keys")
+    return text
+
+
+def _from_json(path: Path, key: str, header: Mapping[str, str]) -> Any:
+    if key not in header:
+        _refuse(path, key, f"missing from the header, which has {', '.join(sorted(header)) or 'no metadata'}")
+    try:
+        return json.loads(header[key], parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CapsuleError(f"{path}: {key}: {header[key][:60]!r} is not JSON ({error})") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _check_values(path: Path, values: Mapping[str, Any]) -> None:
+    for key, types in KEYS.items():
+        value = values[key]
+        if not isinstance(value, types) or isinstance(value, bool):
+            names = " or ".join(type_.__name__ for type_ in types)
+            _refuse(path, key, f"{value!r} is {type(value).__name__}, expected {names}")
+        if key in CHOICES and value not in CHOICES[key]:
+            _refuse(path, key, f"{value!r}, expected {' or '.join(map(repr, CHOICES[key]))}")
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], spec: SamplingSpec) -> None:
+    expected = (*TENSORS, *NEGATIVE_TENSORS) if spec.guided else TENSORS
+    for name in expected:
+        if name not in tensors:
+            _refuse(path, name, "missing" + (", though guidance was on" if name in NEGATIVE_TENSORS else ""))
+    for name in tensors.keys() - set(expected):
+        _refuse(path, name, "unexpected" + (", since guidance was off" if name in NEGATIVE_TENSORS else ""))
+    steps, stochastic = spec.num_inference_steps, tensors["log_probs"].numel()
+    if steps < 1:
+        _refuse(path, "num_inference_steps", f"{steps}, expected at least 1")
+    _check_layout(path, tensors, "latents", torch.float32, (stochastic + 1, None, None))
+    _check_layout(path, tensors, "log_probs", torch.float32, (stochastic,))
+    _check_layout(path, tensors, "step_indices", torch.int64, (stochastic,))
+    _check_layout(path, tensors, "sigmas", torch.float32, (steps + 1,))
+    _check_layout(path, tensors, "timesteps", torch.float32, (steps,))
+    _check_layout(path, tensors, "image", torch.uint8, (spec.height, spec.width, 3))
+    for name in ("latents", "log_probs", "sigmas", "timesteps"):
+        if not tensors[name].isfinite().all():
+            _refuse(path, name, "holds numbers that are not finite")
+    indices, sigmas = tensors["step_indices"].tolist(), tensors["sigmas"]
+    if not all(0 <= index < steps for index in indices) or indices != sorted(set(indices)):
+        _refuse(path, "step_indices", f"{indices}, expected rising positions below num_inference_steps={steps}")
+    if sigmas[-1] != 0 or not (sigmas[:-1] > sigmas[1:]).all():
+        _refuse(path, "sigmas", f"{sigmas.tolist()}, expected numbers that fall to 0")
+    _check_branch(path, tensors, "prompt_embeds", spec.prompt_width)
+    if spec.guided:
+        _check_branch(path, tensors, "negative_prompt_embeds", spec.negative_prompt_width)
+
+
+def _check_branch(path: Path, tensors: Mapping[str, torch.Tensor], name: str, width: int) -> None:
+    _check_layout(path, tensors, name, None, (width, None))
+    _check_layout(path, tensors, f"{name}_mask", torch.bool, (width,))
+    mask = tensors[f"{name}_mask"]
+    if not mask.any() or not torch.equal(mask, torch.arange(width) < mask.sum()):
+        _refuse(path, f"{name}_mask", "not right padded: expected true for at least one token, then false to the end")
+
+
+def _check_layout(
+    path: Path, tensors: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype | None, shape: tuple[int | None, ...]
+) -> None:
+    """`dtype` None: any float type; a None in `shape`: any size."""
+    tensor = tensors[name]
+    if not tensor.is_floating_point() if dtype is None else tensor.dtype != dtype:
+        _refuse(path, name, f"{tensor.dtype}, expected {dtype or 'a float type'}")
+    if tensor.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, tensor.shape, strict=True)):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        _refuse(path, name, f"shape {list(tensor.shape)}, expected [{wanted}]")

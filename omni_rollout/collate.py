@@ -1,0 +1,95 @@
+"""Prompts -> requests: fixed widths, and every seed and SDE window decided per group before dispatch."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from enum import Enum
+from typing import Any
+
+from omni_rollout.config import CollateConfig, SamplingConfig
+from omni_rollout.models import family_module
+from omni_rollout.prompts import group_id
+from omni_rollout.types import Prompt, RequestError, RolloutRequest, SamplingSpec
+
+SPEC_KEYS = ("height", "width", "num_inference_steps", "true_cfg_scale", "negative_prompt", "noise_level", "sde_type", "log_prob_form")
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from anything that can be printed; equal parts give equal seeds on every machine."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Collator:
+    """Makes the requests of a step. A prompt that cannot be served is refused here, before the engine sees it."""
+
+    def __init__(self, family: str, tokenizer: Any, sampling: SamplingConfig, collate: CollateConfig) -> None:
+        self._family = family_module(family, "spec")
+        self._tokenizer = tokenizer
+        self._sampling = sampling
+        self._collate = collate
+        self.check(self.spec())
+
+    def spec(self, overrides: Mapping[str, Any] | None = None, window: tuple[int, ...] | None = None) -> SamplingSpec:
+        """The run's sampling spec, with some parameters overridden."""
+        values = {key: _plain(value) for key, value in asdict(self._sampling).items() if key in SPEC_KEYS}
+        widths = {"prompt_width": self._collate.prompt_width, "negative_prompt_width": self._collate.negative_prompt_width}
+        return self._family.resolve({**values, **widths, "step_indices": window, **(overrides or {})})
+
+    def check(self, spec: SamplingSpec, prompt: Prompt | None = None) -> None:
+        """Raises RequestError when a text does not fit its width."""
+        texts = [("negative prompt", spec.negative_prompt, spec.negative_prompt_width)]
+        if prompt is not None:
+            texts.append(("prompt", prompt.text, spec.prompt_width))
+        for what, text, width in texts:
+            if text is None:
+                continue
+            tokens = self._family.text_tokens(self._tokenizer, text)
+            if tokens > width:
+                raise RequestError(
+                    f"{what} {text[:60]!r} has {tokens} text tokens, the fixed width is {width}: "
+                    f"shorten it, or set collate.{what.replace(' ', '_')}_width={tokens}"
+                )
+
+    def groups(self, prompts: Sequence[Prompt], step: int, group_size: int) -> list[RolloutRequest]:
+        """`group_size` requests per prompt; members share the prompt and the SDE window, not the seed."""
+        requests = []
+        for position, prompt in enumerate(prompts):
+            group = f"{step:05d}-{position:03d}-{group_id(prompt)}"
+            spec = self.spec(window=self.window(group))
+            self.check(spec, prompt)
+            requests += [self.request(prompt, spec, group, member) for member in range(group_size)]
+        return requests
+
+    def request(self, prompt: Prompt, spec: SamplingSpec, group: str, member: int, seed: int | None = None) -> RolloutRequest:
+        return RolloutRequest(
+            request_id=f"{group}-{member:02d}",
+            prompt=prompt,
+            spec=spec,
+            seed=derive_seed(self._sampling.seed, group, member) if seed is None else seed,
+            group_id=group,
+            member=member,
+        )
+
+    def window(self, group: str) -> tuple[int, ...] | None:
+        """The stochastic steps of one group: `sde_window_size` in a row, placed at random within the range."""
+        steps = self.spec().num_inference_steps
+        whole = self._sampling.sde_window_range is None
+        first, end = (0, steps - 1) if whole else self._sampling.sde_window_range
+        if not 0 <= first < end <= steps - 1:
+            raise RequestError(
+                f"sde_window_range=[{first}, {end}]: expected 0 <= first < end <= {steps - 1} "
+                f"for {steps} steps (the last step is deterministic)"
+            )
+        size = end - first if self._sampling.sde_window_size is None else self._sampling.sde_window_size
+        if not 1 <= size <= end - first:
+            raise RequestError(f"sde_window_size={size}: expected 1 to {end - first}, the size of sde_window_range")
+        start = random.Random(derive_seed(self._sampling.seed, group, "window")).randint(first, end - size)
+        return tuple(range(start, start + size))
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value

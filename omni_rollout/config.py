@@ -1,0 +1,152 @@
+"""Every knob, once, with its one default. Imports no torch: `--help` and a typo must cost nothing.
+
+`experiment=NAME` files under `configs/experiment` state only what differs from these defaults.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Backend(Enum):
+    embedded = "embedded"  # engine, trainer and loop in one process
+
+
+class DType(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class SDETypeName(Enum):
+    sde = "sde"
+    cps = "cps"
+    dance_sde = "dance_sde"
+    ode = "ode"
+
+
+class LogProbFormName(Enum):
+    gaussian = "gaussian"
+    unnormalised = "unnormalised"
+
+
+class TrainerEngine(Enum):
+    torch = "torch"
+    deepspeed = "deepspeed"
+
+
+class OldLogProbs(Enum):
+    rollout = "rollout"  # exact profile: they are the trainer's own, bit for bit, so one forward pass is saved
+    recompute = "recompute"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"  # to a tenth of the learning rate at the last step
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING  # a checkpoint in diffusers layout
+    family: str = "qwen_image"
+    dtype: DType = DType.float32  # what the transformer computes in, on both sides; master weights are fp32
+
+
+@dataclass
+class CollateConfig:
+    prompt_width: int = 256  # text tokens the transformer sees for every prompt, padding included
+    negative_prompt_width: int | None = None  # None: as wide as prompt_width
+
+
+@dataclass
+class SamplingConfig:
+    height: int | None = None  # pixels, a multiple of 16; None: the family's default
+    width: int | None = None
+    num_inference_steps: int | None = None  # None: the family's default; zero is an error, not a default
+    true_cfg_scale: float | None = None  # None: the family's default; 1.0 and below turn guidance off
+    negative_prompt: str | None = None  # None with guidance on: " ", Qwen-Image's own habit
+    seed: int = 0  # of the run: every request's seed is derived from it, the step, the group and the member
+    noise_level: float = 0.7
+    sde_type: SDETypeName = SDETypeName.sde
+    log_prob_form: LogProbFormName = LogProbFormName.gaussian
+    sde_window_size: int | None = None  # stochastic steps in a row; None: all of the range
+    sde_window_range: list[int] | None = None  # [first, end) in which each group's window is drawn; None: all but the last step
+
+
+@dataclass
+class RolloutConfig:
+    group_size: int = 8  # images per prompt, among which advantages are taken
+    prompts_per_step: int = 4
+    max_num_seqs: int = 8  # requests denoised together
+
+
+@dataclass
+class AlgorithmConfig:
+    name: str = "flow_grpo"
+    advantage_std: str = "global"  # global: over the step's rewards; group: within the group
+    advantage_clip: float = 5.0
+    kl_coef: float = 0.0  # weight of the exact Gaussian KL to the policy the run started from
+
+
+@dataclass
+class RewardConfig:
+    weights: dict[str, float] = field(default_factory=lambda: {"ocr": 1.0})  # name -> weight; the reward is their weighted sum
+    threads: int = 1
+
+
+@dataclass
+class TrainerConfig:
+    engine: TrainerEngine = TrainerEngine.torch
+    zero_stage: int = 1  # with engine=deepspeed: 0, 1 or 2; the embedded trainer is a world of one
+    steps: int = 30
+    learning_rate: float = 1e-4
+    warmup_steps: int = 5
+    schedule: Schedule = Schedule.linear
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    clip_range: float = 1e-3
+    updates_per_step: int = 1  # mini-batches, each with an optimizer step, that one rollout is cut into
+    micro_batch_size: int = 16  # (trajectory, step) pairs per backward pass
+    gradient_checkpointing: bool = False
+    lora_rank: int = 0  # 0: full weights
+    lora_alpha: int | None = None  # None: twice the rank
+    ema_decay: float = 0.0  # 0: no average is kept
+    old_log_probs: OldLogProbs = OldLogProbs.rollout
+    save_every: int = 0  # steps between checkpoints; 0: only at the end
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = 0  # steps; 0: before and after training only
+    images: int = 0  # per evaluation; 0: none. ODE, fixed seeds, without guidance unless sampling turns it on
+    prompts: str | None = None  # file; None: the training prompts
+    seed: int = 10_000
+
+
+@dataclass
+class WandbConfig:
+    project: str = "omni_rollout"
+    mode: str | None = None  # online|offline|disabled; None: online with a key at hand, else offline
+    images: int = 8  # per step
+
+
+@dataclass
+class TrainConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    collate: CollateConfig = field(default_factory=CollateConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    backend: Backend = Backend.embedded
+    prompts: str = MISSING  # .txt (one a line), .jsonl or .parquet with `prompt` and metadata
+    threads: int | None = None  # of torch; None: torch's own choice
+    run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
+    experiment: Any = None  # set by `experiment=NAME`; the name is kept in the run's config.yaml

@@ -1,0 +1,7 @@
+"""The base of errors that are written for people: shown as one line, without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the user gave cannot work. The message says what was given, what was expected and what to do."""

@@ -1,0 +1,123 @@
+"""Operators that round in the same places in the rollout engine and in the trainer.
+
+The trainer's diffusers modules get other classes, never other parameter names: each `Exact*` class below replaces the
+class of an existing module in place. The master weights stay fp32; a module casts them to the compute dtype as it
+runs, so the weights that a step differentiates are, bit for bit, the weights that `effective_weights` hands to the
+engine. What each operator cures, and by how much, is in docs/parity.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.normalization import RMSNorm
+from torch import nn
+
+MIN_GEMM_ROWS = 16  # CPU fp32 GEMMs of fewer than 12 rows use kernels whose sums depend on the number of rows
+
+
+def exact_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight.T + bias, each row with the same bits whatever other rows there are.
+
+    Few rows are padded up to a constant number, and the input is made contiguous: a strided one is multiplied and
+    added in two roundings instead of one.
+    """
+    rows = x.numel() // x.shape[-1]
+    if rows >= MIN_GEMM_ROWS:
+        return F.linear(x.contiguous(), weight, bias)
+    flat = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, MIN_GEMM_ROWS - rows))
+    return F.linear(flat, weight, bias)[:rows].reshape(*x.shape[:-1], weight.shape[0])
+
+
+@runtime_checkable
+class HasEffectiveWeight(Protocol):
+    """A layer whose forward multiplies by something derived from its parameters, not by a parameter itself."""
+
+    compute_dtype: torch.dtype
+
+    def effective_weight(self) -> torch.Tensor: ...
+
+    def effective_bias(self) -> torch.Tensor | None: ...
+
+
+class ExactLinear(nn.Linear):
+    compute_dtype: torch.dtype
+
+    def effective_weight(self) -> torch.Tensor:
+        return self.weight.to(self.compute_dtype)
+
+    def effective_bias(self) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias.to(self.compute_dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return exact_linear(input, self.effective_weight(), self.effective_bias())
+
+
+class ExactRMSNorm(RMSNorm):
+    """Rounds once, after the weight, as torch's RMSNorm in the engine; diffusers' own rounds before it as well."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, tuple(self.dim), self.weight.to(hidden_states.dtype), self.eps)
+
+
+class ExactLayerNorm(nn.LayerNorm):
+    """Normalises in fp32, as the engine does."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(input.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(input.dtype)
+
+
+def exact_rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """Rotates neighbouring pairs with the table rounded to x's dtype, as the engine does.
+
+    Args:
+        x: [B, S, H, D].
+        freqs: [S, D/2] complex64.
+    """
+    cos, sin = (part.to(x.dtype)[None, :, None, :] for part in (freqs.real, freqs.imag))
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def install_linears(module: nn.Module, dtype: torch.dtype) -> None:
+    """Gives every plain linear layer below `module` exact rows and a compute dtype of its own."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = ExactLinear
+            cast(ExactLinear, layer).compute_dtype = dtype
+
+
+def install_rms_norms(module: nn.Module) -> None:
+    for layer in module.modules():
+        if type(layer) is RMSNorm:
+            layer.__class__ = ExactRMSNorm
+
+
+def install_layer_norms(layers: Iterator[nn.Module]) -> None:
+    for layer in layers:
+        if type(layer) is nn.LayerNorm:
+            layer.__class__ = ExactLayerNorm
+
+
+def effective_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in the checkpoint, what the forward computes with in `dtype`), for every parameter; detached."""
+
+    def walk(layer: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        if isinstance(layer, HasEffectiveWeight):  # what lies below it, such as LoRA factors, is in its weight already
+            yield f"{prefix}weight", layer.effective_weight()
+            bias = layer.effective_bias()
+            if bias is not None:
+                yield f"{prefix}bias", bias
+            return
+        for name, parameter in layer.named_parameters(recurse=False):
+            yield f"{prefix}{name}", parameter.to(dtype)
+        for name, child in layer.named_children():
+            yield from walk(child, f"{prefix}{name}.")
+
+    with torch.no_grad():
+        yield from ((name, tensor.detach()) for name, tensor in walk(module, ""))
+
+

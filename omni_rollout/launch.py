@@ -1,0 +1,192 @@
+"""Overrides -> TrainConfig: Hydra composes `configs/` over the schema; whatever is wrong is said in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, cast, get_args, get_origin, get_type_hints
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from omni_rollout.config import RewardConfig, TrainConfig
+from omni_rollout.errors import UserError
+from omni_rollout.paths import config_dir, recipe_dir
+
+
+def compose(overrides: Sequence[str], *, name: str = "train") -> TrainConfig:
+    """The configuration of one run, every key resolved.
+
+    Args:
+        overrides: Hydra's grammar: `key=value`, `group=choice`, `experiment=NAME`.
+        name: file of `configs/` to start from.
+
+    Raises:
+        UserError: a key, value or choice that does not exist or does not fit, naming the nearest one that does; or a
+            mandatory key without a value.
+    """
+    _register()
+    parsed = [_parse(override) for override in overrides]
+    for override in parsed:
+        _check_override(override)
+    replaced = [override for override in parsed if _is_free(override.key_or_group)]  # Hydra would add them to the group's
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            plain = [_for_hydra(override) for override in parsed if override not in replaced]
+            composed = hydra_compose(name, overrides=plain, return_hydra_config=True)
+        experiment = composed.hydra.runtime.choices.get("experiment")
+        with open_dict(composed):
+            del composed["hydra"]
+        composed.experiment = experiment
+        for override in replaced:
+            OmegaConf.update(composed, override.key_or_group, override.value(), merge=False)
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise UserError("; ".join(f"{key} has no value: give {_HOW_TO_GIVE.get(key, f'{key}=VALUE')}" for key in missing))
+        return cast(TrainConfig, OmegaConf.to_object(composed))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, parsed) from error
+
+
+_HOW_TO_GIVE = {
+    "model.path": "model.path=FOLDER (a checkpoint in diffusers layout), model=nano, or an experiment",
+    "prompts": "prompts=FILE (.txt, .jsonl or .parquet)",
+}
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The configuration as the run folder keeps it; every default is written out."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _register() -> None:
+    # The schema has no rewards of its own: a reward group would otherwise add to them instead of choosing.
+    ConfigStore.instance().store(name="schema", node=TrainConfig(reward=RewardConfig(weights={})))
+    OmegaConf.register_new_resolver("recipe", lambda recipe: str(recipe_dir(recipe)), replace=True)
+
+
+def _parse(override: str) -> Override:
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(
+            f"{override}: expected key=value; a value with an equals sign, comma or bracket needs quotes inside the shell's: "
+            f"'key=\"a, b\"'"
+        ) from error
+    if parsed.is_sweep_override():
+        raise UserError(f"{override}: several values start no sweep here; give one, or a list as [a,b], or quote the comma")
+    return parsed
+
+
+def _for_hydra(override: Override) -> str:
+    """A free key (a reward's weight) may be new, which Hydra wants to see marked."""
+    inside = _is_free(override.key_or_group.rpartition(".")[0])
+    return f"++{override.input_line}" if inside and override.type == OverrideType.CHANGE else str(override.input_line)
+
+
+def _check_override(override: Override) -> None:
+    """Catches what Hydra would report without naming the key or the nearest choice."""
+    key, value = override.key_or_group, override.value()
+    if key.startswith("hydra.") or override.is_delete():
+        return
+    choices = _choices(key)
+    if choices and not isinstance(value, dict):
+        if value is not None and value not in choices:
+            raise UserError(f"{key}={value}: no such choice; {_nearest(str(value), choices, prefix=f'{key}=')}")
+        return
+    kind = _kind(key)
+    if kind is None:
+        raise _unknown_key(key)
+    if is_dataclass(kind) and not isinstance(value, dict):
+        inside = ", ".join(candidate for candidate in _schema_keys() if candidate.startswith(f"{key}."))
+        raise UserError(f"{key}={value}: {key} is a section; set one of {inside}")
+
+
+def _explain(error: Exception, overrides: Iterable[Override]) -> UserError:
+    """Hydra's error in terms of keys; the cause carries the key, the message only the file."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return UserError(f"{error.missing_cfg_file}: no such file in {config_dir()}; {_nearest(choice, _choices(group))}")
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    first_line = str(cause or error).splitlines()[0]
+    if cause is None or not cause.full_key:
+        return UserError(first_line)
+    key = cause.full_key.partition("[")[0]  # of a list's item: the list
+    kind = _kind(key)
+    if kind is None:
+        return _unknown_key(key)
+    given = next((str(o.input_line) for o in overrides if o.key_or_group == key), key)
+    if isinstance(cause, InterpolationResolutionError):
+        reason = first_line.rpartition("while resolving interpolation: ")[2]
+        return UserError(f"{given}: {reason}")
+    return UserError(f"{given}: {_expectation(kind, given)}")
+
+
+def _expectation(kind: Any, given: str) -> str:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return _nearest(given.partition("=")[2], [member.name for member in kind])
+    return f"expected {kind.__name__ if isinstance(kind, type) else str(kind).replace('typing.', '').lower()}"
+
+
+def _unknown_key(key: str) -> UserError:
+    known = _schema_keys()
+    leaf = key.rpartition(".")[2]
+    same_leaf = [candidate for candidate in known if candidate.rpartition(".")[2] == leaf]
+    near = same_leaf or difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(OmegaConf.structured(TrainConfig))}"
+    return UserError(f"{key}: no such key; {hint}")
+
+
+def _nearest(given: str, choices: Sequence[str], *, prefix: str = "") -> str:
+    near = difflib.get_close_matches(given, choices, n=1)
+    did_you_mean = f"did you mean {prefix}{near[0]}? " if near else ""
+    return f"{did_you_mean}expected one of {', '.join(choices) or 'none'}"
+
+
+def _choices(group: str) -> list[str]:
+    folder = config_dir() / group
+    return sorted(path.stem for path in folder.glob("*.yaml")) if group and folder.is_dir() else []
+
+
+def _kind(key: str) -> Any:
+    """The type that the schema gives a key (a dataclass for a section); None: there is no such key."""
+    kind: Any = TrainConfig
+    for part in key.split("."):
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        elif is_dataclass(kind):
+            kind = _fields(kind).get(part)
+        else:
+            return None
+    return kind
+
+
+def _fields(section: Any) -> dict[str, Any]:
+    return {name: _without_none(hint) for name, hint in get_type_hints(section).items()}
+
+
+def _without_none(hint: Any) -> Any:
+    return next(kind for kind in get_args(hint) if kind is not NoneType) if isinstance(hint, UnionType) else hint
+
+
+def _is_free(key: str) -> bool:
+    """Whether a key holds names of the user's choosing, such as the rewards' weights."""
+    return bool(key) and get_origin(_kind(key)) is dict
+
+
+def _schema_keys(section: Any = TrainConfig, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, kind in _fields(section).items():
+        keys += _schema_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [f"{prefix}{name}"]
+    return keys

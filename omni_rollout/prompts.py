@@ -1,0 +1,137 @@
+"""Prompt files in, `Prompt` records and reproducible batches of them out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omni_rollout.types import Prompt
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def load_prompts(path: str | Path) -> list[Prompt]:
+    """Reads a prompt file: .txt (one a line), .jsonl or .parquet (a `prompt` column; every other column is metadata).
+
+    A nested `metadata` object is merged into the metadata; blank lines and null parquet cells are left out.
+
+    Raises:
+        ValueError: what is wrong, with the file and the line (or parquet row), counted from 1.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: suffix {path.suffix!r} is unknown; expected one of {', '.join(SUFFIXES)}")
+    if path.suffix == ".txt":
+        prompts = [Prompt(text=line.strip()) for _, line in _lines(path)]
+    elif path.suffix == ".jsonl":
+        prompts = [_prompt(_parse(line, where), where) for where, line in _lines(path)]
+    else:
+        prompts = [_prompt(row, where) for where, row in _parquet_rows(path)]
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompts; expected at least one")
+    return prompts
+
+
+def group_id(prompt: Prompt) -> str:
+    """16 hex digits that name a prompt by its text and metadata, the same in every process."""
+    canonical = json.dumps([prompt.text, dict(prompt.metadata)], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+class PromptStream:
+    """Endless shuffled batches. A batch depends on the step and the seed alone, so a resumed run needs no state.
+
+    An epoch is as many whole batches as the prompts fill, in an order drawn from (seed, epoch); prompts that would fill
+    only part of a batch sit that epoch out. With fewer prompts than a batch, a batch repeats all of them, as evenly as it can.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], prompts_per_step: int, seed: int) -> None:
+        if not prompts:
+            raise ValueError("no prompts given: expected at least one")
+        if prompts_per_step < 1:
+            raise ValueError(f"prompts_per_step={prompts_per_step}: expected at least 1")
+        self.prompts = tuple(prompts)
+        self.prompts_per_step = prompts_per_step
+        self.seed = seed
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The `prompts_per_step` prompts of one step, counted from 0."""
+        if step < 0:
+            raise ValueError(f"step={step}: expected 0 or more")
+        epoch, position = divmod(step, max(1, len(self.prompts) // self.prompts_per_step))
+        order = list(range(len(self.prompts)))
+        # A string seed is hashed with SHA-512: neighbouring seeds and epochs are unrelated, on every machine.
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        first = position * self.prompts_per_step
+        return [self.prompts[order[index % len(order)]] for index in range(first, first + self.prompts_per_step)]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        where = f"{path}, line {number}"
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: byte {raw[error.start]:#04x} is not UTF-8; save the file as UTF-8 text") from error
+        if line.strip():
+            yield where, line
+
+
+def _parse(line: str, where: str) -> Any:
+    try:
+        return json.loads(line, parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error}); found {line.strip()[:60]!r}, expected one object a line") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with path.open("rb") as file:
+            rows = pyarrow.parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a parquet file that pyarrow can read ({error})") from error
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        present = {name: value for name, value in row.items() if value is not None}
+        for name, value in present.items():
+            _require_json(value, f"{where}: column {name!r}")
+        yield where, present
+
+
+def _require_json(value: Any, where: str) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} cannot be written as JSON ({error}); expected text, numbers, lists or structs") from error
+
+
+def _prompt(row: Any, where: str) -> Prompt:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: found {type(row).__name__}, expected an object with a `prompt`")
+    if "prompt" not in row:
+        raise ValueError(f"{where}: no `prompt`; found {', '.join(map(repr, row)) or 'nothing'}")
+    text = row["prompt"]
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: `prompt` is {type(text).__name__} {text!r}, expected a string")
+    if not text.strip():
+        raise ValueError(f"{where}: `prompt` is empty")
+    metadata = {key: value for key, value in row.items() if key not in ("prompt", "metadata")}
+    nested = row.get("metadata") or {}
+    if not isinstance(nested, Mapping):
+        raise ValueError(f"{where}: `metadata` is {type(nested).__name__}, expected an object")
+    twice = metadata.keys() & nested.keys()
+    if twice:
+        raise ValueError(f"{where}: {', '.join(sorted(twice))} is given both at the top and inside `metadata`; keep one")
+    return Prompt(text=text, metadata={**metadata, **nested})

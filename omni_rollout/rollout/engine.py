@@ -1,0 +1,221 @@
+"""`RolloutEngine`: vllm-omni's diffusion engine as a plain object in this process.
+
+    requests ─► generate ─► _sample (one coroutine each) ─► engine.step_streaming ─► _trajectory ─► yielded as they finish
+                                                    update_weights ─► _drain ─► load_policy ─► digests compared
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version as package_version
+from typing import Any
+
+import torch
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+from omni_rollout.digest import combined_digest, tensor_digest
+from omni_rollout.models import family_module
+from omni_rollout.types import RolloutRequest, Trajectory
+
+PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")
+OnError = Callable[[RolloutRequest, Exception], None]
+
+
+class WeightSyncError(RuntimeError):
+    """The engine does not hold the weights it was given."""
+
+
+class RolloutEngine:
+    """Samples trajectories with continuous batching. One at a time per process; close it before making another.
+
+    Args:
+        path: a checkpoint in diffusers layout.
+        family: a folder under `omni_rollout.models`.
+        dtype: what the transformer computes in; text encoder and VAE keep the checkpoint's.
+        max_num_seqs: requests denoised together at most.
+    """
+
+    def __init__(self, path: str, *, family: str = "qwen_image", dtype: str = "float32", max_num_seqs: int = 8) -> None:
+        pipeline = family_module(family, "spec").ROLLOUT_PIPELINE
+        threads = torch.get_num_threads()
+        config = OmniDiffusionConfig(
+            model=path,
+            dtype=dtype,
+            enforce_eager=True,
+            distributed_executor_backend="uni",
+            step_execution=True,
+            max_num_seqs=max_num_seqs,
+            cache_backend="none",
+            enable_prompt_embed_cache=True,
+            custom_pipeline_args={"pipeline_class": pipeline},
+            worker_extension_cls="omni_rollout.rollout.worker.RolloutWorkerExtension",
+        )
+        config.enrich_config()
+        self._engine = DiffusionEngine.make_engine(config)
+        self._engine.post_process_func = None  # the stock one turns the image into PIL and drops the rest
+        torch.set_num_threads(threads)  # the engine's start may change it for the whole process
+        self._loop = asyncio.new_event_loop()
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self.dtype = dtype
+        self.policy_version = 0
+        self._adopt(self._rpc("policy_digests"))
+
+    def generate(self, requests: Iterable[RolloutRequest], on_error: OnError | None = None) -> Iterator[Trajectory]:
+        """Submits all requests at once and yields trajectories as they finish.
+
+        A request that fails does not touch the others. `on_error` is told of it; without one, an ExceptionGroup of
+        all failures is raised after the last trajectory.
+        """
+        self._check_open()
+        finished: asyncio.Queue[tuple[RolloutRequest, Trajectory | Exception]] = asyncio.Queue()
+        waiting = 0
+        for request in requests:
+            task = self._loop.create_task(self._sample(request, finished))
+            self._in_flight.add(task)
+            task.add_done_callback(self._in_flight.discard)
+            waiting += 1
+        failures: list[Exception] = []
+        for _ in range(waiting):
+            request, result = self._loop.run_until_complete(finished.get())
+            if isinstance(result, Trajectory):
+                yield result
+            elif on_error is not None:
+                on_error(request, result)
+            else:
+                failures.append(result)
+        if failures:
+            raise ExceptionGroup(f"{len(failures)} of {waiting} rollout requests failed", failures)
+
+    def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replaces the policy, after every trajectory in flight has finished under the old one.
+
+        Args:
+            named: all tensors of the transformer, by checkpoint name, in the engine's dtype.
+
+        Raises:
+            WeightSyncError: a tensor missing, unknown, or different in the engine afterwards; it is named.
+        """
+        self._check_open()
+        self._drain()
+        tensors = dict(named)
+        sent = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        held = self._rpc("load_policy", list(tensors.items()), version)
+        for name in sorted(sent.keys() | held.keys()):
+            if sent.get(name) != held.get(name):
+                where = "not sent" if name not in sent else "not in the engine" if name not in held else "different there"
+                raise WeightSyncError(
+                    f"weight {name}: {where} after update to version {version}; the engine must be loaded again from a "
+                    "checkpoint before its trajectories can be trained on"
+                )
+        self.policy_version = version
+        self._adopt(held)
+
+    def close(self) -> None:
+        """Frees the engine; another may be made afterwards. Destroys the process's torch.distributed group with it."""
+        if self._closed:
+            return
+        self._drain()
+        self._closed = True
+        self._engine.close()
+        self._loop.close()
+        del self._engine
+        gc.collect()
+
+    def __enter__(self) -> RolloutEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _adopt(self, digests: dict[str, str]) -> None:
+        versions = {name: package_version(name) for name in PACKAGES}
+        self._fingerprint = {
+            "dtype": self.dtype,
+            "attention": "TORCH_SDPA",
+            "parity": "exact",
+            "versions": versions,
+            "weights": combined_digest(digests),
+        }
+
+    @property
+    def weights_digest(self) -> str:
+        return self._fingerprint["weights"]
+
+    def _rpc(self, method: str, *args: Any) -> Any:
+        return self._engine.collective_rpc(method, args=args, unique_reply_rank=0)
+
+    def _drain(self) -> None:
+        if self._in_flight:
+            self._loop.run_until_complete(asyncio.gather(*self._in_flight))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this RolloutEngine is closed; make a new one")
+
+    async def _sample(
+        self, request: RolloutRequest, finished: asyncio.Queue[tuple[RolloutRequest, Trajectory | Exception]]
+    ) -> None:
+        try:
+            output = None
+            async for outputs in self._engine.step_streaming(_engine_request(request)):
+                output = outputs[0]
+            assert output is not None
+            result: Trajectory | Exception = self._trajectory(request, output)
+        except Exception as error:  # reported to the caller, by `generate`
+            result = error
+        await finished.put((request, result))
+
+    def _trajectory(self, request: RolloutRequest, output: Any) -> Trajectory:
+        record = output.multimodal_output["metadata"]["rollout"]
+
+        def own(name: str) -> torch.Tensor:  # inference tensors cannot be saved for a backward pass; their clones can
+            return record[name].clone().cpu()
+
+        guided = request.spec.guided
+        return Trajectory(
+            latents=own("latents"),
+            log_probs=own("log_probs"),
+            step_indices=torch.tensor(request.spec.step_indices, dtype=torch.int64),
+            sigmas=own("sigmas"),
+            timesteps=own("timesteps"),
+            prompt_embeds=own("prompt_embeds"),
+            prompt_embeds_mask=own("prompt_embeds_mask"),
+            negative_prompt_embeds=own("negative_prompt_embeds") if guided else None,
+            negative_prompt_embeds_mask=own("negative_prompt_embeds_mask") if guided else None,
+            image=output.images[0].cpu().numpy(),
+            prompt=request.prompt,
+            spec=request.spec,
+            seed=request.seed,
+            group_id=request.group_id,
+            member=request.member,
+            policy_version=record["policy_version"],
+            fingerprint={
+                **self._fingerprint,
+                "prompt_width": request.spec.prompt_width,
+                "negative_prompt_width": request.spec.negative_prompt_width if guided else None,
+                "guided": guided,
+                "batch_sizes": record["batch_sizes"],
+            },
+        )
+
+
+def _engine_request(request: RolloutRequest) -> OmniDiffusionRequest:
+    # Guidance and noise travel in extra_args: the engine's own fields would split batches and turn 0.0 into 4.0.
+    return OmniDiffusionRequest(
+        prompt={"prompt": request.prompt.text},
+        request_id=request.request_id,
+        sampling_params=OmniDiffusionSamplingParams(
+            height=request.spec.height,
+            width=request.spec.width,
+            num_inference_steps=request.spec.num_inference_steps,
+            seed=request.seed,
+            generator_device="cpu",
+            extra_args={"spec": request.spec.to_json()},
+        ),
+    )

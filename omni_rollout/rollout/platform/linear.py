@@ -1,0 +1,48 @@
+"""Linear layers that keep their weights, so that new ones can be loaded.
+
+vLLM's CPU layers pack each weight for oneDNN after loading and leave an empty parameter behind: a second
+`load_weights`, which is what RL does after every step, then fails. vLLM's hook for out-of-tree layers replaces them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers import linear
+
+from omni_rollout.exact_ops import exact_linear
+
+
+class KeptWeightLinearMethod(linear.UnquantizedLinearMethod):
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Nothing to pack."""
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return exact_linear(x, layer.weight, bias)
+
+
+class _KeptWeight:
+    """Mixed in before a vLLM linear class: an unquantised layer gets the method above."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.quant_method) is linear.UnquantizedLinearMethod:
+            self.quant_method = KeptWeightLinearMethod()
+
+
+LINEAR_CLASSES = (
+    linear.ReplicatedLinear,
+    linear.ColumnParallelLinear,
+    linear.RowParallelLinear,
+    linear.QKVParallelLinear,
+    linear.MergedColumnParallelLinear,
+)
+
+
+def register_linears() -> None:
+    """Registers a weight-keeping variant of every linear class; the registry is the process's, so once is enough."""
+    for base in LINEAR_CLASSES:
+        if base.__name__ not in op_registry_oot:
+            base.register_oot(type(f"KeptWeight{base.__name__}", (_KeptWeight, base), {}), name=base.__name__)
