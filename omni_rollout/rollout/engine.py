@@ -92,11 +92,14 @@ class RolloutEngine:
         if failures:
             raise ExceptionGroup(f"{len(failures)} of {waiting} rollout requests failed", failures)
 
-    def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         """Replaces the policy, after every trajectory in flight has finished under the old one.
 
         Args:
             named: all tensors of the transformer, by checkpoint name, in the engine's dtype.
+
+        Returns:
+            One digest of all of them.
 
         Raises:
             WeightSyncError: a tensor missing, unknown, or different in the engine afterwards; it is named.
@@ -115,6 +118,7 @@ class RolloutEngine:
                 )
         self.policy_version = version
         self._adopt(held)
+        return combined_digest(sent)
 
     def close(self) -> None:
         """Frees the engine; another may be made afterwards. Destroys the process's torch.distributed group with it."""

@@ -1,0 +1,155 @@
+"""One policy update from one rollout: the step that every back end shares.
+
+    trajectories, advantages ─► mini-batches ─► micro_batches ─► score ─► loss ─► backward ... step
+                                     └─ the first, before its step: engine log-probs against the trainer's own
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from omni_rollout.config import AlgorithmConfig, TrainerConfig
+from omni_rollout.models import family_module
+from omni_rollout.policy.engines import TrainerEngine
+from omni_rollout.policy.recompute import Pair, micro_batches, score
+from omni_rollout.sde import gaussian_kl
+from omni_rollout.types import Trajectory
+
+
+@dataclass(kw_only=True)
+class Scores:
+    """What was scored, pair by pair, in the order it was; all on the CPU, detached."""
+
+    step_indices: list[int] = field(default_factory=list)
+    rollout_log_probs: list[torch.Tensor] = field(default_factory=list)  # each [B] fp32
+    old_log_probs: list[torch.Tensor] = field(default_factory=list)
+    log_probs: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, trajectories: Sequence[Trajectory], pairs: Sequence[Pair], old: torch.Tensor, new: torch.Tensor) -> None:
+        self.step_indices += [int(trajectories[pair.row].step_indices[pair.index]) for pair in pairs]
+        self.rollout_log_probs.append(torch.stack([trajectories[pair.row].log_probs[pair.index] for pair in pairs]))
+        self.old_log_probs.append(old.detach().cpu())
+        self.log_probs.append(new.detach().cpu())
+
+
+@dataclass(kw_only=True)
+class Update:
+    """What one update did."""
+
+    first: Scores  # of the first mini-batch, scored before any weight changed
+    all: Scores
+    losses: list[float]
+    ref_kls: list[float]  # mean exact Gaussian KL to the reference policy, per micro-batch; empty without one
+    grad_norms: list[float]  # before clipping, per mini-batch; not finite: that mini-batch changed nothing
+
+
+class PolicyUpdate:
+    """Binds what stays the same over a run; call it once per rollout.
+
+    Args:
+        reference: the policy the run started from, when the loss has a KL term.
+    """
+
+    def __init__(
+        self,
+        engine: TrainerEngine,
+        algorithm: ModuleType,
+        trainer: TrainerConfig,
+        weights: AlgorithmConfig,
+        *,
+        family: str,
+        dtype: torch.dtype,
+        reference: nn.Module | None = None,
+    ) -> None:
+        self._engine, self._algorithm, self._trainer, self._weights = engine, algorithm, trainer, weights
+        self._family, self._dtype, self._reference = family, dtype, reference
+
+    def __call__(
+        self,
+        trajectories: Sequence[Trajectory],
+        advantages: torch.Tensor,
+        old_log_probs: Sequence[torch.Tensor],
+        *,
+        learning_rate: float,
+        seed: int,
+    ) -> Update:
+        """Takes `updates_per_step` optimizer steps.
+
+        Args:
+            advantages: [B], one per trajectory.
+            old_log_probs: B of [T] fp32: what the ratio is taken to.
+        """
+        keys = family_module(self._family, "policy").batch_keys(trajectories)
+        rows = list(range(len(trajectories)))
+        random.Random(seed).shuffle(rows)
+        result = Update(first=Scores(), all=Scores(), losses=[], ref_kls=[], grad_norms=[])
+        size = -(-len(rows) // self._trainer.updates_per_step)
+        for start in range(0, len(rows), size):
+            chosen = rows[start : start + size]
+            share = 1.0 / sum(len(trajectories[row].step_indices) for row in chosen)
+            # No advantage and no KL term: no gradient. Such rows still count in the mean.
+            used = [row for row in chosen if advantages[row] != 0 or self._reference is not None]
+            batches = list(micro_batches(trajectories, keys, used, self._trainer.micro_batch_size))
+            for number, pairs in enumerate(batches):
+                self._accumulate(trajectories, pairs, advantages, old_log_probs, share, number == len(batches) - 1, result)
+            if start == 0:
+                self._keep_first(trajectories, keys, chosen, old_log_probs, result)
+            if batches:
+                result.grad_norms.append(self._engine.step(learning_rate))
+        return result
+
+    def _accumulate(
+        self,
+        trajectories: Sequence[Trajectory],
+        pairs: Sequence[Pair],
+        advantages: torch.Tensor,
+        old_log_probs: Sequence[torch.Tensor],
+        share: float,
+        last: bool,
+        result: Update,
+    ) -> None:
+        step = score(self._engine.module, trajectories, pairs, self._family, self._dtype)
+        device = step.log_prob.device
+        old = torch.stack([old_log_probs[pair.row][pair.index] for pair in pairs]).to(device)
+        advantage = torch.stack([advantages[pair.row] for pair in pairs]).to(device)
+        loss = self._algorithm.loss(step.log_prob, old, advantage, self._trainer.clip_range).loss
+        if self._reference is not None:
+            with torch.no_grad():
+                reference = score(self._reference, trajectories, pairs, self._family, self._dtype)
+            kl = gaussian_kl(step.mean, reference.mean, step.step_std).mean()
+            result.ref_kls.append(float(kl.detach()))
+            loss = loss + self._weights.kl_coef * kl
+        self._engine.backward(loss * (len(pairs) * share), last=last)
+        result.losses.append(float(loss.detach()))
+        result.all.add(trajectories, pairs, old, step.log_prob)
+
+    def _keep_first(
+        self,
+        trajectories: Sequence[Trajectory],
+        keys: Sequence[object],
+        chosen: Sequence[int],
+        old_log_probs: Sequence[torch.Tensor],
+        result: Update,
+    ) -> None:
+        """The pairs scored so far, all before the first optimizer step; when none had an advantage, one micro-batch."""
+        first = result.all
+        result.first = Scores(
+            step_indices=list(first.step_indices),
+            rollout_log_probs=list(first.rollout_log_probs),
+            old_log_probs=list(first.old_log_probs),
+            log_probs=list(first.log_probs),
+        )
+        if first.log_probs:
+            return
+        pairs = next(micro_batches(trajectories, keys, chosen, self._trainer.micro_batch_size))
+        with torch.no_grad():
+            step = score(self._engine.module, trajectories, pairs, self._family, self._dtype)
+        old = torch.stack([old_log_probs[pair.row][pair.index] for pair in pairs])
+        for scores in (result.first, result.all):
+            scores.add(trajectories, pairs, old, step.log_prob)

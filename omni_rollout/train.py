@@ -1,0 +1,212 @@
+"""The loop, readable top to bottom.
+
+    for step in steps:
+        PromptStream.batch ─► Collator.groups ─► RolloutEngine.generate ─► WeightedSum ─► advantages
+                                                        ▲                                     │
+                              update_weights (digests) ─┘◄── PolicyUpdate ◄── old log-probs ◄─┘
+        Monitor.log
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from omni_rollout import algorithms, monitor
+from omni_rollout.collate import Collator, derive_seed
+from omni_rollout.config import OldLogProbs, TrainConfig
+from omni_rollout.exact_ops import effective_weights
+from omni_rollout.models import family_module
+from omni_rollout.policy.checkpoint import save_policy
+from omni_rollout.policy.ema import ExponentialAverage
+from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
+from omni_rollout.policy.lora import attach_lora
+from omni_rollout.policy.recompute import check_fingerprint, recompute
+from omni_rollout.policy.update import PolicyUpdate
+from omni_rollout.prompts import PromptStream, load_prompts
+from omni_rollout.rewards import WeightedSum
+from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.seeds import SeedLedger
+from omni_rollout.types import Prompt, Trajectory
+
+
+def train(config: TrainConfig) -> None:
+    """Runs `config.trainer.steps` steps in this process; everything it makes lies in `config.run_dir`."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with monitor.Monitor(Path(config.run_dir), config) as sight:
+        with Trainer(config, sight) as trainer:
+            before = trainer.evaluate("before")
+            for step in range(config.trainer.steps):
+                trainer.step(step)
+            after = trainer.evaluate("after")
+            checkpoint = trainer.save(config.trainer.steps)
+        sight.summary(before, after, checkpoint)
+
+
+class Trainer:
+    """Engine, policy and optimizer of one run, and what a step does with them."""
+
+    def __init__(self, config: TrainConfig, sight: monitor.Monitor) -> None:
+        self.config, self.sight = config, sight
+        self.prompts = load_prompts(config.prompts)
+        self.evaluation_prompts = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else self.prompts
+        self.rewards = WeightedSum(config.reward.weights, config.reward.threads)
+        self.rewards.check([*self.prompts, *self.evaluation_prompts])
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
+        self.collator = Collator(config.model.family, tokenizer, config.sampling, config.collate)
+        for prompt in [*self.prompts, *self.evaluation_prompts]:  # all of them now, not one of them in an hour
+            self.collator.check(self.collator.spec(), prompt)
+        self.stream = PromptStream(self.prompts, config.rollout.prompts_per_step, config.sampling.seed)
+        self.algorithm = algorithms.get_algorithm(config.algorithm.name)
+        self.dtype = getattr(torch, config.model.dtype.value)
+        self.seeds = SeedLedger()
+        self.version = 0
+        self.engine = RolloutEngine(
+            config.model.path,
+            family=config.model.family,
+            dtype=config.model.dtype.value,
+            max_num_seqs=config.rollout.max_num_seqs,
+        )
+        try:
+            self._make_policy()
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def _make_policy(self) -> None:
+        config = self.config.trainer
+        torch.manual_seed(self.config.sampling.seed)
+        self.policy = family_module(self.config.model.family, "policy").load_policy(self.config.model.path, self.dtype)
+        if torch.cuda.is_available():
+            self.policy.to("cuda")
+        reference = copy.deepcopy(self.policy).requires_grad_(False) if self.config.algorithm.kl_coef else None
+        if config.gradient_checkpointing:
+            self.policy.enable_gradient_checkpointing()
+        if config.lora_rank:
+            seed = self.config.sampling.seed
+            self.parameters = attach_lora(self.policy, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
+        else:
+            self.parameters = list(self.policy.parameters())
+        optimizer = make_trainer_engine(config, self.policy, self.parameters)
+        self.update = PolicyUpdate(
+            optimizer,
+            self.algorithm,
+            config,
+            self.config.algorithm,
+            family=self.config.model.family,
+            dtype=self.dtype,
+            reference=reference,
+        )
+        self.ema = ExponentialAverage(self.parameters, config.ema_decay) if config.ema_decay else None
+        self._sync()  # also proves, before the first rollout, that both sides read the same checkpoint
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    def step(self, step: int) -> None:
+        config, timings = self.config, {}
+        with timed(timings, "step"):
+            with timed(timings, "rollout"):
+                requests = self.collator.groups(self.stream.batch(step), step, config.rollout.group_size)
+                self.seeds.record(requests)
+                trajectories = sorted(self.engine.generate(requests), key=lambda trajectory: trajectory.request_id)
+            for trajectory in trajectories:
+                check_fingerprint(trajectory, self.expected)
+            with timed(timings, "reward"):
+                images = [trajectory.image for trajectory in trajectories]
+                rewards = self.rewards(images, [trajectory.prompt for trajectory in trajectories])
+            advantages = self.algorithm.advantages(
+                torch.tensor(rewards.total, dtype=torch.float32),
+                [trajectory.group_id for trajectory in trajectories],
+                std=config.algorithm.advantage_std,
+                clip=config.algorithm.advantage_clip,
+            )
+            with timed(timings, "old_log_probs"):
+                old = self._old_log_probs(trajectories)
+            with timed(timings, "update"):
+                rate = learning_rate_at(config.trainer, step)
+                seed = derive_seed(config.sampling.seed, step, "mini-batches")
+                update = self.update(trajectories, advantages, old, learning_rate=rate, seed=seed)
+                if self.ema is not None:
+                    self.ema.update()
+            with timed(timings, "weight_sync"):
+                self.version = step + 1
+                self._sync()
+        metrics = {
+            **monitor.update_metrics(update, config.trainer.clip_range, trajectories[0].latents[0].numel()),
+            **monitor.reward_metrics(rewards.total, [trajectory.group_id for trajectory in trajectories], rewards.breakdown),
+            **monitor.timing_metrics(timings, images=len(trajectories)),
+            "actor/lr": rate,
+            "parity/weights_equal": 1.0,  # a difference has stopped the run in _sync
+            "parity/seed_collisions": float(self.seeds.collisions),
+        }
+        captions = [f"{reward:.2f} {trajectory.prompt.text}" for trajectory, reward in zip(trajectories, rewards.total, strict=True)]
+        self.sight.log(step, metrics, list(zip(captions, images, strict=True)))
+        if config.trainer.save_every and (step + 1) % config.trainer.save_every == 0:
+            self.save(step + 1)
+        if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.trainer.steps:
+            self.sight.log_evaluation(step + 1, self.evaluate(f"step_{step + 1:05d}"))
+
+    def _old_log_probs(self, trajectories: list[Trajectory]) -> list[torch.Tensor]:
+        if self.config.trainer.old_log_probs is OldLogProbs.rollout:
+            return [trajectory.log_probs for trajectory in trajectories]
+        return recompute(
+            self.policy,
+            trajectories,
+            family=self.config.model.family,
+            dtype=self.dtype,
+            micro_batch_size=self.config.trainer.micro_batch_size,
+        )
+
+    def _sync(self) -> None:
+        digest = self.engine.update_weights(effective_weights(self.policy, self.dtype), self.version)
+        self.expected = {"dtype": self.config.model.dtype.value, "parity": "exact", "weights": digest}
+
+    def evaluate(self, name: str) -> dict[str, float]:
+        """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""
+        if not self.config.evaluation.images:
+            return {}
+        metrics = self._evaluate(name)
+        if self.ema is not None and self.version:
+            with self.ema.swapped():
+                self._sync()
+                metrics |= {f"{key}_ema": value for key, value in self._evaluate(f"{name}_ema").items()}
+            self._sync()
+        return metrics
+
+    def _evaluate(self, name: str) -> dict[str, float]:
+        settings = self.config.evaluation
+        spec = self.collator.spec({"sde_type": "ode"})
+        chosen = [self.evaluation_prompts[index % len(self.evaluation_prompts)] for index in range(settings.images)]
+        requests = [
+            self.collator.request(prompt, spec, f"evaluation-{name}-{index:05d}", 0, seed=derive_seed(settings.seed, index))
+            for index, prompt in enumerate(chosen)
+        ]
+        trajectories = sorted(self.engine.generate(requests), key=lambda trajectory: trajectory.request_id)
+        images: list[np.ndarray] = [trajectory.image for trajectory in trajectories]
+        prompts: list[Prompt] = [trajectory.prompt for trajectory in trajectories]
+        self.sight.save_images(name, [(prompt.text, image) for prompt, image in zip(prompts, images, strict=True)])
+        return {f"evaluation/{key}": value for key, value in self.rewards.evaluate(images, prompts).items()}
+
+    def save(self, step: int) -> Path:
+        folder = self.sight.run_dir / "checkpoints" / f"step_{step:05d}"
+        lora = self.config.trainer.lora_rank > 0
+        return save_policy(folder, self.policy, lora=lora, step=step, ema=self.ema)
+
+
+@contextmanager
+def timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[stage] = time.perf_counter() - start
