@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from omni_rollout.errors import UserError
 from omni_rollout.types import LogProbForm, Prompt, SamplingSpec, SDEType, Trajectory
 
 FORMAT_VERSION = 1
@@ -60,7 +61,7 @@ KEYS: dict[str, tuple[type, ...]] = {
 CHOICES = {"format_version": (FORMAT_VERSION,), "sde_type": get_args(SDEType), "log_prob_form": get_args(LogProbForm)}
 
 
-class CapsuleError(ValueError):
+class CapsuleError(UserError):
     """A capsule that cannot be written or read; names the file and the field."""
 
 

@@ -118,7 +118,7 @@ def _explain(error: Exception, overrides: Iterable[Override]) -> UserError:
         return UserError(f"{error.missing_cfg_file}: no such file in {config_dir()}; {_nearest(choice, _choices(group))}")
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     first_line = str(cause or error).splitlines()[0]
     if cause is None or not cause.full_key:
         return UserError(first_line)
@@ -126,10 +126,12 @@ def _explain(error: Exception, overrides: Iterable[Override]) -> UserError:
     kind = _kind(key)
     if kind is None:
         return _unknown_key(key)
-    given = next((str(o.input_line) for o in overrides if o.key_or_group == key), key)
+    given = next((str(override.input_line) for override in overrides if override.key_or_group == key), None)
     if isinstance(cause, InterpolationResolutionError):
         reason = first_line.rpartition("while resolving interpolation: ")[2]
-        return UserError(f"{given}: {reason}")
+        return UserError(f"{given or key}: {reason}")
+    if given is None:  # set in a file, or within a dictionary
+        return UserError(f"{key}: {_expectation(kind, '')}; {first_line}")
     return UserError(f"{given}: {_expectation(kind, given)}")
 
 

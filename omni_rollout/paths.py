@@ -23,7 +23,7 @@ def recipe_dir(name: str) -> Path:
     recipes = _shipped("recipes")
     known = sorted(path.name for path in recipes.iterdir() if path.is_dir())
     if name not in known:
-        raise UserError(f"recipe {name!r} does not exist; {recipes} has {', '.join(known)}")
+        raise UserError(f"recipe {name} does not exist; {recipes} has {', '.join(known)}")
     return recipes / name
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omni_rollout.errors import UserError
 from omni_rollout.types import Prompt
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -20,12 +21,13 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     A nested `metadata` object is merged into the metadata; blank lines and null parquet cells are left out.
 
     Raises:
-        ValueError: what is wrong, with the file and the line (or parquet row), counted from 1.
-        FileNotFoundError: no such file.
+        UserError: what is wrong, with the file and the line (or parquet row), counted from 1.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: suffix {path.suffix!r} is unknown; expected one of {', '.join(SUFFIXES)}")
+        raise UserError(f"{path}: suffix {path.suffix!r} is unknown; expected one of {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     if path.suffix == ".txt":
         prompts = [Prompt(text=line.strip()) for _, line in _lines(path)]
     elif path.suffix == ".jsonl":
@@ -33,7 +35,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     else:
         prompts = [_prompt(row, where) for where, row in _parquet_rows(path)]
     if not prompts:
-        raise ValueError(f"{path}: holds no prompts; expected at least one")
+        raise UserError(f"{path}: holds no prompts; expected at least one")
     return prompts
 
 
@@ -52,9 +54,9 @@ class PromptStream:
 
     def __init__(self, prompts: Sequence[Prompt], prompts_per_step: int, seed: int) -> None:
         if not prompts:
-            raise ValueError("no prompts given: expected at least one")
+            raise UserError("no prompts given: expected at least one")
         if prompts_per_step < 1:
-            raise ValueError(f"prompts_per_step={prompts_per_step}: expected at least 1")
+            raise UserError(f"prompts_per_step={prompts_per_step}: expected at least 1")
         self.prompts = tuple(prompts)
         self.prompts_per_step = prompts_per_step
         self.seed = seed
@@ -62,7 +64,7 @@ class PromptStream:
     def batch(self, step: int) -> list[Prompt]:
         """The `prompts_per_step` prompts of one step, counted from 0."""
         if step < 0:
-            raise ValueError(f"step={step}: expected 0 or more")
+            raise UserError(f"step={step}: expected 0 or more")
         epoch, position = divmod(step, max(1, len(self.prompts) // self.prompts_per_step))
         order = list(range(len(self.prompts)))
         # A string seed is hashed with SHA-512: neighbouring seeds and epochs are unrelated, on every machine.
@@ -77,7 +79,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: byte {raw[error.start]:#04x} is not UTF-8; save the file as UTF-8 text") from error
+            raise UserError(f"{where}: byte {raw[error.start]:#04x} is not UTF-8; save the file as UTF-8 text") from error
         if line.strip():
             yield where, line
 
@@ -86,7 +88,7 @@ def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line, parse_constant=_refuse_constant)
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error}); found {line.strip()[:60]!r}, expected one object a line") from error
+        raise UserError(f"{where}: not JSON ({error}); found {line.strip()[:60]!r}, expected one object a line") from error
 
 
 def _refuse_constant(name: str) -> None:
@@ -101,7 +103,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with path.open("rb") as file:
             rows = pyarrow.parquet.read_table(file).to_pylist()
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a parquet file that pyarrow can read ({error})") from error
+        raise UserError(f"{path}: not a parquet file that pyarrow can read ({error})") from error
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
         present = {name: value for name, value in row.items() if value is not None}
@@ -114,24 +116,24 @@ def _require_json(value: Any, where: str) -> None:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} cannot be written as JSON ({error}); expected text, numbers, lists or structs") from error
+        raise UserError(f"{where} cannot be written as JSON ({error}); expected text, numbers, lists or structs") from error
 
 
 def _prompt(row: Any, where: str) -> Prompt:
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: found {type(row).__name__}, expected an object with a `prompt`")
+        raise UserError(f"{where}: found {type(row).__name__}, expected an object with a `prompt`")
     if "prompt" not in row:
-        raise ValueError(f"{where}: no `prompt`; found {', '.join(map(repr, row)) or 'nothing'}")
+        raise UserError(f"{where}: no `prompt`; found {', '.join(map(repr, row)) or 'nothing'}")
     text = row["prompt"]
     if not isinstance(text, str):
-        raise ValueError(f"{where}: `prompt` is {type(text).__name__} {text!r}, expected a string")
+        raise UserError(f"{where}: `prompt` is {type(text).__name__} {text!r}, expected a string")
     if not text.strip():
-        raise ValueError(f"{where}: `prompt` is empty")
+        raise UserError(f"{where}: `prompt` is empty")
     metadata = {key: value for key, value in row.items() if key not in ("prompt", "metadata")}
     nested = row.get("metadata") or {}
     if not isinstance(nested, Mapping):
-        raise ValueError(f"{where}: `metadata` is {type(nested).__name__}, expected an object")
+        raise UserError(f"{where}: `metadata` is {type(nested).__name__}, expected an object")
     twice = metadata.keys() & nested.keys()
     if twice:
-        raise ValueError(f"{where}: {', '.join(sorted(twice))} is given both at the top and inside `metadata`; keep one")
+        raise UserError(f"{where}: {', '.join(sorted(twice))} is given both at the top and inside `metadata`; keep one")
     return Prompt(text=text, metadata={**metadata, **nested})

@@ -72,8 +72,8 @@ def step_coefficients(sigma: float, sigma_next: float, noise_level: float, sde_t
     cx, cv, step_std = COEFFICIENTS[sde_type](sigma, sigma_next, noise_level)
     if sde_type != "ode" and not 0 < step_std < math.inf:
         raise ValueError(
-            f"{sde_type} step from sigma={sigma} to {sigma_next} at noise_level={noise_level} has step_std={step_std}, so no density; "
-            "use ode for this step (an SDE window that ends earlier), or a finite noise_level above 0"
+            f"{sde_type} step from sigma={sigma} to {sigma_next} at noise_level={noise_level} has step_std={step_std}, "
+            "so no density; use ode for this step (an SDE window that ends earlier), or a finite noise_level above 0"
         )
     return cx, cv, step_std
 

@@ -10,12 +10,13 @@
 from __future__ import annotations
 
 import copy
+import math
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -24,38 +25,48 @@ from omni_rollout.collate import Collator, derive_seed
 from omni_rollout.config import OldLogProbs, TrainConfig
 from omni_rollout.exact_ops import effective_weights
 from omni_rollout.models import family_module
+from omni_rollout.monitor import CaptionedImage
 from omni_rollout.policy.checkpoint import save_policy
 from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
 from omni_rollout.policy.lora import attach_lora
 from omni_rollout.policy.recompute import check_fingerprint, recompute
-from omni_rollout.policy.update import PolicyUpdate
+from omni_rollout.policy.update import PolicyUpdate, Update
 from omni_rollout.prompts import PromptStream, load_prompts
 from omni_rollout.rewards import WeightedSum
+from omni_rollout.rewards.ocr import OCRReward
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.seeds import SeedLedger
-from omni_rollout.types import Prompt, Trajectory
+from omni_rollout.types import Trajectory
 
 
 def train(config: TrainConfig) -> None:
     """Runs `config.trainer.steps` steps in this process; everything it makes lies in `config.run_dir`."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with monitor.Monitor(Path(config.run_dir), config) as sight:
-        with Trainer(config, sight) as trainer:
-            before = trainer.evaluate("before")
-            for step in range(config.trainer.steps):
-                trainer.step(step)
-            after = trainer.evaluate("after")
-            checkpoint = trainer.save(config.trainer.steps)
-        sight.summary(before, after, checkpoint)
+    steps = config.trainer.steps
+    checkpoint = None
+    with monitor.Monitor(Path(config.run_dir), config, steps) as sight:
+        with Trainer(config) as trainer:
+            if config.evaluation.images:
+                sight.log(0, *trainer.evaluate("before"))
+            for step in range(1, steps + 1):
+                metrics, images = trainer.step(step)
+                if trainer.evaluation_due(step):
+                    evaluated, images = trainer.evaluate(f"step_{step:05d}")
+                    metrics |= evaluated
+                sight.log(step, metrics, images)
+                if step == steps or (config.trainer.save_every and step % config.trainer.save_every == 0):
+                    checkpoint = sight.run_dir / "checkpoints" / f"step_{step:05d}"
+                    save_policy(checkpoint, trainer.policy, step=step, ema=trainer.ema)
+        sight.summary(checkpoint)
 
 
 class Trainer:
     """Engine, policy and optimizer of one run, and what a step does with them."""
 
-    def __init__(self, config: TrainConfig, sight: monitor.Monitor) -> None:
-        self.config, self.sight = config, sight
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
         self.prompts = load_prompts(config.prompts)
         self.evaluation_prompts = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else self.prompts
         self.rewards = WeightedSum(config.reward.weights, config.reward.threads)
@@ -114,8 +125,9 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         self.engine.close()
 
-    def step(self, step: int) -> None:
-        config, timings = self.config, {}
+    def step(self, step: int) -> tuple[dict[str, float], list[CaptionedImage]]:
+        """Step 1, 2, ...: one rollout, one update, one weight sync. Returns its metrics and its images with captions."""
+        config, timings = self.config, dict[str, float]()
         with timed(timings, "step"):
             with timed(timings, "rollout"):
                 requests = self.collator.groups(self.stream.batch(step), step, config.rollout.group_size)
@@ -135,28 +147,29 @@ class Trainer:
             with timed(timings, "old_log_probs"):
                 old = self._old_log_probs(trajectories)
             with timed(timings, "update"):
-                rate = learning_rate_at(config.trainer, step)
+                rate = learning_rate_at(config.trainer, step - 1)
                 seed = derive_seed(config.sampling.seed, step, "mini-batches")
                 update = self.update(trajectories, advantages, old, learning_rate=rate, seed=seed)
                 if self.ema is not None:
                     self.ema.update()
             with timed(timings, "weight_sync"):
-                self.version = step + 1
+                self.version = step
                 self._sync()
         metrics = {
-            **monitor.update_metrics(update, config.trainer.clip_range, trajectories[0].latents[0].numel()),
+            **update_metrics(update, elements=trajectories[0].latents[0].numel(), clip_range=config.trainer.clip_range),
             **monitor.reward_metrics(rewards.total, [trajectory.group_id for trajectory in trajectories], rewards.breakdown),
-            **monitor.timing_metrics(timings, images=len(trajectories)),
+            **{f"timing_s/{stage}": seconds for stage, seconds in timings.items()},
+            "perf/throughput": len(trajectories) / timings["step"],  # images per second
             "actor/lr": rate,
             "parity/weights_equal": 1.0,  # a difference has stopped the run in _sync
             "parity/seed_collisions": float(self.seeds.collisions),
         }
         captions = [f"{reward:.2f} {trajectory.prompt.text}" for trajectory, reward in zip(trajectories, rewards.total, strict=True)]
-        self.sight.log(step, metrics, list(zip(captions, images, strict=True)))
-        if config.trainer.save_every and (step + 1) % config.trainer.save_every == 0:
-            self.save(step + 1)
-        if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.trainer.steps:
-            self.sight.log_evaluation(step + 1, self.evaluate(f"step_{step + 1:05d}"))
+        return metrics, list(zip(captions, images, strict=True))
+
+    def evaluation_due(self, step: int) -> bool:
+        settings, steps = self.config.evaluation, self.config.trainer.steps
+        return settings.images > 0 and (step == steps or (settings.every > 0 and step % settings.every == 0))
 
     def _old_log_probs(self, trajectories: list[Trajectory]) -> list[torch.Tensor]:
         if self.config.trainer.old_log_probs is OldLogProbs.rollout:
@@ -173,36 +186,61 @@ class Trainer:
         digest = self.engine.update_weights(effective_weights(self.policy, self.dtype), self.version)
         self.expected = {"dtype": self.config.model.dtype.value, "parity": "exact", "weights": digest}
 
-    def evaluate(self, name: str) -> dict[str, float]:
+    def evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
         """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""
-        if not self.config.evaluation.images:
-            return {}
-        metrics = self._evaluate(name)
+        metrics, images = self._evaluate(name)
         if self.ema is not None and self.version:
             with self.ema.swapped():
                 self._sync()
-                metrics |= {f"{key}_ema": value for key, value in self._evaluate(f"{name}_ema").items()}
+                averaged, _ = self._evaluate(f"{name}-ema")
             self._sync()
-        return metrics
+            metrics |= {f"{key}_ema": value for key, value in averaged.items()}
+        return metrics, images
 
-    def _evaluate(self, name: str) -> dict[str, float]:
+    def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
         settings = self.config.evaluation
         spec = self.collator.spec({"sde_type": "ode"})
-        chosen = [self.evaluation_prompts[index % len(self.evaluation_prompts)] for index in range(settings.images)]
         requests = [
-            self.collator.request(prompt, spec, f"evaluation-{name}-{index:05d}", 0, seed=derive_seed(settings.seed, index))
-            for index, prompt in enumerate(chosen)
+            self.collator.request(
+                self.evaluation_prompts[index % len(self.evaluation_prompts)],
+                spec,
+                f"evaluation-{name}-{index:05d}",
+                0,
+                seed=derive_seed(settings.seed, index),
+            )
+            for index in range(settings.images)
         ]
         trajectories = sorted(self.engine.generate(requests), key=lambda trajectory: trajectory.request_id)
-        images: list[np.ndarray] = [trajectory.image for trajectory in trajectories]
-        prompts: list[Prompt] = [trajectory.prompt for trajectory in trajectories]
-        self.sight.save_images(name, [(prompt.text, image) for prompt, image in zip(prompts, images, strict=True)])
-        return {f"evaluation/{key}": value for key, value in self.rewards.evaluate(images, prompts).items()}
+        images = [trajectory.image for trajectory in trajectories]
+        prompts = [trajectory.prompt for trajectory in trajectories]
+        rewards = self.rewards(images, prompts)
+        metrics = {"evaluation/reward": statistics.fmean(rewards.total)}
+        for reward in self.rewards.rewards.values():
+            if isinstance(reward, OCRReward):
+                metrics["evaluation/exact_match"] = statistics.fmean(reward.exact_match(images, prompts))
+        return metrics, [(prompt.text, image) for prompt, image in zip(prompts, images, strict=True)]
 
-    def save(self, step: int) -> Path:
-        folder = self.sight.run_dir / "checkpoints" / f"step_{step:05d}"
-        lora = self.config.trainer.lora_rank > 0
-        return save_policy(folder, self.policy, lora=lora, step=step, ema=self.ema)
+
+def update_metrics(update: Update, *, elements: int, clip_range: float) -> dict[str, float]:
+    """Metrics of one update: parity before its first optimizer step, ratios over all of it."""
+    first = update.first
+    return {
+        **monitor.parity_metrics(
+            torch.cat(first.rollout_log_probs),
+            torch.cat(first.log_probs),
+            torch.tensor(first.step_indices),
+            elements,
+            clip_range,
+        ),
+        **monitor.ratio_metrics(torch.cat(update.all.log_probs), torch.cat(update.all.old_log_probs), clip_range),
+        "actor/pg_clipfrac_mb0": monitor.ratio_metrics(
+            torch.cat(first.log_probs), torch.cat(first.old_log_probs), clip_range
+        )["actor/pg_clipfrac"],
+        "actor/pg_loss": statistics.fmean(update.losses) if update.losses else 0.0,
+        "actor/grad_norm": max(update.grad_norms, default=0.0),
+        "actor/skipped_updates": float(sum(not math.isfinite(norm) for norm in update.grad_norms)),
+        **({"actor/ref_kl": statistics.fmean(update.ref_kls)} if update.ref_kls else {}),
+    }
 
 
 @contextmanager

@@ -15,12 +15,20 @@ _WANDB_MODES = ("online", "offline", "disabled")
 
 
 def validate(config: TrainConfig) -> None:
-    """Finds what would fail later, all of it at once.
+    """Finds what would make training fail later, all of it at once.
 
     Raises:
         UserError: one line for each problem: what was given, what is expected, what to do.
     """
-    problems = [*_numbers(config), *_sampling(config.sampling), *_trainer(config), *_files(config)]
+    _raise([*_numbers(config), *_sampling(config.sampling), *_files(config), *_learning(config), *_trainer(config)])
+
+
+def validate_rollout(config: TrainConfig) -> None:
+    """`validate` for sampling alone, where `ode` and groups of one make sense."""
+    _raise([*_numbers(config), *_sampling(config.sampling), *_files(config)])
+
+
+def _raise(problems: list[str]) -> None:
     if problems:
         raise UserError("\n".join(problems))
 
@@ -61,8 +69,6 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
     for key, value in above_zero.items():
         if not value > 0:
             yield f"{key}={value}: expected more than 0"
-    if config.algorithm.name == "flow_grpo" and config.rollout.group_size == 1:
-        yield "rollout.group_size=1: flow_grpo compares the images of one prompt; give 2 or more"
 
 
 def _sampling(sampling: SamplingConfig) -> Iterator[str]:
@@ -71,11 +77,9 @@ def _sampling(sampling: SamplingConfig) -> Iterator[str]:
             yield f"sampling.{key}={pixels}: expected a multiple of 16, at least 16"
     if sampling.true_cfg_scale is not None and not sampling.true_cfg_scale >= 0:
         yield f"sampling.true_cfg_scale={sampling.true_cfg_scale}: expected 0 or more; 1.0 and below turn guidance off"
-    if sampling.sde_type is SDETypeName.ode:
-        yield "sampling.sde_type=ode: draws no noise, so there is nothing to learn from; give sde, cps or dance_sde"
-    elif sampling.noise_level == 0:
-        yield "sampling.noise_level=0: a step without noise has no density; give a level above 0"
-    elif sampling.sde_type is SDETypeName.cps and sampling.noise_level > 1:
+    if sampling.sde_type is not SDETypeName.ode and sampling.noise_level == 0:
+        yield "sampling.noise_level=0: a step without noise has no density; give a level above 0, or sampling.sde_type=ode"
+    if sampling.sde_type is SDETypeName.cps and sampling.noise_level > 1:
         yield f"sampling.noise_level={sampling.noise_level}: cps expects 0 to 1 (it is a share of a quarter turn)"
     yield from _window(sampling)
 
@@ -87,9 +91,24 @@ def _window(sampling: SamplingConfig) -> Iterator[str]:
         return
     if window is not None and steps is not None and window[1] > steps:
         yield f"sampling.sde_window_range={window}: ends after sampling.num_inference_steps={steps}"
+    if window is not None and window[1] == steps and sampling.sde_type is SDETypeName.cps:
+        yield f"sampling.sde_window_range={window}: cps draws no noise in the last step; end at {window[1] - 1} or before"
     first, end = window if window is not None else (0, None if steps is None else steps - 1)
     if size is not None and end is not None and size > end - first:
         yield f"sampling.sde_window_size={size}: the range has {end - first} steps; give a smaller window or a wider range"
+
+
+def _learning(config: TrainConfig) -> Iterator[str]:
+    if config.sampling.sde_type is SDETypeName.ode:
+        yield "sampling.sde_type=ode: draws no noise, so there is nothing to learn from; give sde, cps or dance_sde"
+    if config.algorithm.name == "flow_grpo" and config.rollout.group_size == 1:
+        yield "rollout.group_size=1: flow_grpo compares the images of one prompt; give 2 or more"
+    if config.algorithm.advantage_std not in ("global", "group"):
+        yield f"algorithm.advantage_std={config.algorithm.advantage_std}: expected global or group"
+    if not any(config.reward.weights.values()):
+        yield f"reward.weights={config.reward.weights}: every weight is 0; give one, such as reward=ocr"
+    if config.wandb.mode is not None and config.wandb.mode not in _WANDB_MODES:
+        yield f"wandb.mode={config.wandb.mode}: expected one of {', '.join(_WANDB_MODES)}, or null"
 
 
 def _trainer(config: TrainConfig) -> Iterator[str]:
@@ -107,12 +126,6 @@ def _trainer(config: TrainConfig) -> Iterator[str]:
     images = config.rollout.group_size * config.rollout.prompts_per_step
     if trainer.updates_per_step > images > 0:
         yield f"trainer.updates_per_step={trainer.updates_per_step}: a step has only {images} images to cut"
-    if config.algorithm.advantage_std not in ("global", "group"):
-        yield f"algorithm.advantage_std={config.algorithm.advantage_std}: expected global or group"
-    if not config.reward.weights or not any(config.reward.weights.values()):
-        yield f"reward.weights={config.reward.weights}: every weight is 0; give one, such as reward=ocr"
-    if config.wandb.mode is not None and config.wandb.mode not in _WANDB_MODES:
-        yield f"wandb.mode={config.wandb.mode}: expected one of {', '.join(_WANDB_MODES)}, or null"
 
 
 def _files(config: TrainConfig) -> Iterator[str]:

@@ -1,0 +1,38 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# `cpu` or `cuda`: which build of the engine is installed.
+EXTRA ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+BIN := .venv/bin
+INSTALLED := .venv/installed-$(EXTRA)
+
+# Idle OpenMP threads sleep instead of spinning: the engine and the trainer take turns on the same cores.
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint bench doctor clean
+
+demo: $(INSTALLED)
+	$(BIN)/omni-rollout train experiment=nano_ocr
+
+test: export HF_HUB_OFFLINE = 1
+test: $(INSTALLED)
+	$(BIN)/pytest -q --durations=10 -m "not gpu and not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(INSTALLED)
+	$(BIN)/python -m bench
+
+doctor: $(INSTALLED)
+	$(BIN)/omni-rollout doctor
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -e ".[$(EXTRA),ocr,dev]"
+	$(BIN)/omni-rollout doctor --fix
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,184 @@
+"""`omni-rollout ...`: parses the command line and hands over. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from omni_rollout import __version__
+from omni_rollout.errors import UserError
+
+_TRACEBACK = "OMNI_ROLLOUT_TRACEBACK"
+_ROLLOUT_KEYS = """
+keys (all of them, with their defaults: omni_rollout/config.py):
+  model=nano | model.path=FOLDER          checkpoint in diffusers layout
+  model.dtype=float32|bfloat16            what the transformer computes in
+  sampling.height, .width                 pixels, multiples of 16
+  sampling.num_inference_steps, .true_cfg_scale, .negative_prompt, .seed
+  sampling.sde_type=sde|cps|dance_sde|ode, .noise_level, .sde_window_size, .sde_window_range
+  rollout.group_size                      images per prompt
+  rollout.max_num_seqs                    images denoised together
+"""
+_TRAIN_KEYS = f"""{_ROLLOUT_KEYS.rstrip()}
+  rollout.prompts_per_step
+  reward=ocr|jpeg_compressibility         or reward.weights={{NAME: WEIGHT}}
+  trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|deepspeed
+  evaluation.images, .every, .prompts     fixed seeds, before and after training
+  wandb.mode=online|offline|disabled      without a key: offline
+  run_dir=FOLDER                          config.yaml, metrics.jsonl, images/, checkpoints/
+
+examples:
+  omni-rollout train experiment=nano_ocr
+  omni-rollout train experiment=nano_ocr trainer.steps=10 trainer.lora_rank=16 run_dir=runs/lora
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 1 (it failed), 2 (what was given cannot work), 130 (interrupted)."""
+    try:
+        parsed = _parser().parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = parsed.run
+        return run(parsed)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        if not _is_for_people(error) or os.environ.get(_TRACEBACK) == "1":
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+
+
+def _is_for_people(error: ValueError) -> bool:
+    """An error class of this package (UserError, RequestError, CapsuleError), not a library's: told without importing them."""
+    return type(error).__module__.partition(".")[0] == "omni_rollout"
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    from omni_rollout.launch import compose
+    from omni_rollout.validate import validate
+
+    config = compose(parsed.overrides)
+    validate(config)
+    from omni_rollout.train import train
+
+    return train(config) or 0
+
+
+def _rollout(parsed: argparse.Namespace) -> int:
+    from omni_rollout.launch import compose
+    from omni_rollout.validate import validate_rollout
+
+    out = [word.removeprefix("out=") for word in parsed.overrides if word.startswith("out=")]
+    if len(out) != 1 or not out[0]:
+        raise UserError("out has no value: give out=FOLDER, once" if not out else f"out is given as {out}: expected one folder")
+    config = compose([word for word in parsed.overrides if not word.startswith("out=")])
+    validate_rollout(config)
+    from omni_rollout.rollout.command import rollout_to_folder
+
+    rollout_to_folder(config, Path(config.prompts), Path(out[0]))
+    return 0
+
+
+def _nano_build(parsed: argparse.Namespace) -> int:
+    from omni_rollout.nano.build import build
+
+    build(parsed.out, seed=parsed.seed, threads=parsed.threads)
+    return 0
+
+
+def _nano_random(parsed: argparse.Namespace) -> int:
+    from omni_rollout.nano.random_weights import build_random
+
+    build_random(
+        parsed.out,
+        layers=parsed.layers,
+        heads=parsed.heads,
+        head_dim=parsed.head_dim,
+        joint_dim=parsed.joint_dim,
+        seed=parsed.seed,
+    )
+    return 0
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from omni_rollout.doctor import doctor
+
+    return doctor(fix=parsed.fix)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="omni-rollout",
+        description="RL post-training of diffusion models with a rollout and a trainer that agree bit for bit.",
+        epilog=f"A wrong key or value is told in one line; {_TRACEBACK}=1 shows where it was found.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add(commands, "train", _train, "train a policy against rewards", _TRAIN_KEYS).add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides; start from an experiment: experiment=nano_ocr"
+    )
+    rollout = _add(
+        commands,
+        "rollout",
+        _rollout,
+        "sample images and keep their trajectories: a capsule (*.safetensors) and a PNG for each",
+        f"{_ROLLOUT_KEYS}\nexample:\n  omni-rollout rollout model=nano prompts=prompts.txt out=rollouts rollout.group_size=4\n",
+    )
+    rollout.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="prompts=FILE, out=FOLDER and Hydra overrides")
+    _add_nano(commands)
+    doctor = _add(commands, "doctor", _doctor, "say what is installed, what is broken and what to do", "")
+    doctor.add_argument(
+        "--fix", action="store_true", help="uninstall torchvision, torchaudio and torchcodec if they do not load"
+    )
+    return parser
+
+
+def _add_nano(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    nano = commands.add_parser("nano", help="make the nano model, Qwen-Image in miniature").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    build = _add(
+        nano,
+        "build",
+        _nano_build,
+        "train it from nothing (minutes)",
+        "example:\n  omni-rollout nano build --out recipes/nano\n",
+    )
+    build.add_argument("--threads", type=int, default=1, help="of torch; the weights depend on it (default: %(default)s)")
+    random = _add(
+        nano,
+        "random",
+        _nano_random,
+        "the same architecture in any size, with random weights",
+        "example:\n  omni-rollout nano random --out /tmp/model --layers 2 --heads 4\n",
+    )
+    random.add_argument("--layers", type=int, default=2, help="transformer blocks (default: %(default)s)")
+    random.add_argument("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
+    random.add_argument("--head-dim", type=int, default=32, help="width of a head (default: %(default)s)")
+    random.add_argument("--joint-dim", type=int, default=64, help="width of the prompt embeddings (default: %(default)s)")
+    for command in (build, random):
+        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+        command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    epilog: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+if __name__ == "__main__":
+    sys.exit(main())

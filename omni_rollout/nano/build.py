@@ -1,0 +1,190 @@
+"""`omni-rollout nano build`: train the nano Qwen-Image from nothing and write it as a checkpoint in diffusers layout.
+
+    rendered signs -> VAE -> cached latents -> transformer, a state kept at every evaluation -> the state to ship
+
+What `build(out)` leaves behind:
+
+    out/stages/vae/                     the VAE and its record
+    out/stages/transformer/step_*/      the averaged weights at every evaluation, and the stage's record
+    out/checkpoint/                     the shipped model, for QwenImagePipeline.from_pretrained
+    out/data/{train,heldout}.jsonl      prompts for RL and for its evaluation
+    out/NUMBERS.json                    everything measured on the way
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+
+from omni_rollout.nano import evaluate, render
+from omni_rollout.nano.components import make_scheduler, make_text_encoder, make_transformer
+from omni_rollout.nano.stages import run_stage
+from omni_rollout.nano.tokenizer import make_tokenizer
+from omni_rollout.nano.transformer import TransformerSettings, make_dataset, train_transformer
+from omni_rollout.nano.vae import VaeSettings, evaluate_vae, train_vae
+
+logger = logging.getLogger(__name__)
+
+WINDOW = (0.40, 0.60)
+"""Exact match on held-out numbers, without guidance, of the state to ship: good enough to learn by reward, far from done."""
+STOP_ABOVE = 0.80
+"""Training ends at the first state above this; the states between serve those who want an easier or harder start."""
+SELECTION_SEED, REPORT_SEED = 123, 999
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildSettings:
+    vae: VaeSettings = dataclasses.field(default_factory=VaeSettings)
+    transformer: TransformerSettings = dataclasses.field(default_factory=TransformerSettings)
+    report_images: int = 240
+    """Images for each measurement on held-out numbers in the final report; half as many for other texts."""
+
+
+def build(out: Path, *, seed: int = 0, threads: int = 1, settings: BuildSettings | None = None) -> Path:
+    """Run or reuse every stage; the same arguments and package versions give the same weights.
+
+    Args:
+        out: working folder, see the module's docstring. A finished stage in it is reused if its recorded request is equal.
+        seed: seeds weights, data and noise of all stages.
+        threads: torch threads. Two are slower than one when anything else runs on a two-core machine.
+
+    Returns:
+        The shipped checkpoint, `out`/checkpoint.
+    """
+    settings = settings or BuildSettings()
+    torch.set_num_threads(threads)
+    vae_asked = {
+        "data": render.digest(),
+        "seed": seed,
+        "threads": threads,
+        "vae": dataclasses.asdict(settings.vae),
+    }
+    vae_folder = out / "stages" / "vae"
+    vae_record = run_stage(vae_folder, vae_asked, lambda folder: _vae_stage(folder, settings.vae, seed))
+
+    transformer_asked = {**vae_asked, "transformer": dataclasses.asdict(settings.transformer)}
+    transformer_folder = out / "stages" / "transformer"
+    pipeline = assemble(vae_folder, settings.transformer, seed)
+    transformer_record = run_stage(
+        transformer_folder,
+        transformer_asked,
+        lambda folder: _transformer_stage(folder, pipeline, settings.transformer, seed),
+    )
+
+    step = choose_state(transformer_record["measured"]["evaluations"])
+    pipeline.transformer = QwenImageTransformer2DModel.from_pretrained(transformer_folder / state_name(step))
+    checkpoint = out / "checkpoint"
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint)
+    pipeline.save_pretrained(checkpoint)
+    write_prompts(out / "data")
+    numbers = {
+        "vae": vae_record,
+        "transformer": transformer_record,
+        "shipped_step": step,
+        "shipped": report(pipeline, settings.report_images),
+    }
+    (out / "NUMBERS.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    return checkpoint
+
+
+def assemble(vae_folder: Path, settings: TransformerSettings, seed: int) -> QwenImagePipeline:
+    """The pipeline around a trained VAE, with an untrained transformer."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    pipeline = QwenImagePipeline(
+        scheduler=make_scheduler(),
+        vae=AutoencoderKLQwenImage.from_pretrained(vae_folder),
+        text_encoder=make_text_encoder(tokenizer, hidden_size=settings.joint_dim, seed=seed),
+        tokenizer=tokenizer,
+        transformer=make_transformer(
+            layers=settings.layers, heads=settings.heads, head_dim=settings.head_dim, joint_dim=settings.joint_dim
+        ),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def state_name(step: int) -> str:
+    return f"step_{step:05d}"
+
+
+def choose_state(evaluations: list[dict[str, Any]]) -> int:
+    """The first step inside `WINDOW`; if there is none, the step closest to the window's middle."""
+    low, high = WINDOW
+    inside = [entry["step"] for entry in evaluations if low <= entry["exact_match"] <= high]
+    if inside:
+        return inside[0]
+    closest = min(evaluations, key=lambda entry: abs(entry["exact_match"] - (low + high) / 2))
+    logger.warning(
+        "no state reads %.0f to %.0f %%; the closest reads %.1f %%", 100 * low, 100 * high, 100 * closest["exact_match"]
+    )
+    return closest["step"]
+
+
+def write_prompts(folder: Path) -> None:
+    """Numbers in every colour: train.jsonl has the trained two-digit numbers, heldout.jsonl those never trained on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, numbers in (("train", render.TRAIN_NUMBERS), ("heldout", render.HELD_OUT)):
+        rows = [
+            {"prompt": render.prompt_for(number, color), "text": number, "color": color}
+            for number in numbers
+            for color in render.COLORS
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def report(pipeline: QwenImagePipeline, images: int) -> dict[str, Any]:
+    """Measure one state, with other noise than the choice of the state used."""
+    held_out = evaluate.cases(render.HELD_OUT, images)
+    groups = {"train_numbers": render.TRAIN_NUMBERS, "one_digit": render.DIGITS, "words": render.WORDS}
+    result = {
+        "held_out": evaluate.accuracy(pipeline, held_out, seed=REPORT_SEED),
+        "held_out_guidance_4": evaluate.accuracy(pipeline, held_out, true_cfg_scale=4.0, seed=REPORT_SEED),
+    }
+    for name, texts in groups.items():
+        result[name] = evaluate.accuracy(pipeline, evaluate.cases(texts, images // 2), seed=REPORT_SEED)
+    return result
+
+
+def _vae_stage(folder: Path, settings: VaeSettings, seed: int) -> dict[str, Any]:
+    vae = train_vae(settings, seed)
+    vae.save_pretrained(folder)
+    return evaluate_vae(vae, settings.evaluation_images)
+
+
+def _transformer_stage(folder: Path, pipeline: QwenImagePipeline, settings: TransformerSettings, seed: int) -> dict[str, Any]:
+    transformer = pipeline.transformer
+    asked = evaluate.cases(render.HELD_OUT, settings.evaluation_images)
+    evaluations: list[dict[str, Any]] = []
+
+    def keep(step: int, averaged: QwenImageTransformer2DModel) -> bool:
+        averaged.save_pretrained(folder / state_name(step))
+        pipeline.transformer = averaged
+        result = {"step": step, **evaluate.accuracy(pipeline, asked, seed=SELECTION_SEED)}
+        logger.info("state %d: %s", step, result)
+        evaluations.append(result)
+        return result["exact_match"] > STOP_ABOVE
+
+    train_transformer(transformer, make_dataset(pipeline, settings.images, seed), settings, seed, keep)
+    return {"evaluations": evaluations}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    build(arguments.out, seed=arguments.seed, threads=arguments.threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Trainer engines: one small interface, one file per engine, the same numbers from each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from omni_rollout import config as configs
+
+
+class TrainerEngine(Protocol):
+    """Holds the optimizer. One update is any number of `backward`, the last one marked, and one `step`."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What to call forward on: the policy, wrapped if the engine needs to see the call."""
+        ...
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Adds the gradients of `loss` [] to those of this update; `last` marks the update's last call.
+
+        Losses are summed: a mini-batch cut into micro-batches weighs each by its share.
+        """
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """Clips by max_grad_norm, updates, clears the gradients, and returns the norm before clipping.
+
+        With a norm that is not finite nothing is updated; it is returned all the same, for the caller to count.
+
+        Raises:
+            RuntimeError: no `backward(..., last=True)` since the last step.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The optimizer's state: `step` [] int64, `<parameter>.exp_avg|exp_avg_sq`; every engine reads every other's."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Raises UserError, naming the first key that does not fit, before anything is changed."""
+        ...
+
+
+def make_trainer_engine(config: configs.TrainerConfig, policy: nn.Module, parameters: list[nn.Parameter]) -> TrainerEngine:
+    """The engine that `config.engine` names, over the trainable `parameters` of `policy`."""
+    if config.engine is configs.TrainerEngine.deepspeed:
+        from omni_rollout.policy.engines.deepspeed_engine import DeepSpeedEngine  # its import takes seconds
+
+        return DeepSpeedEngine(config, policy, parameters)
+    from omni_rollout.policy.engines.torch_engine import TorchEngine
+
+    return TorchEngine(config, policy, parameters)
+
+
+def learning_rate_at(config: configs.TrainerConfig, step: int) -> float:
+    """Of the run's step 0, 1, ..., steps-1.
+
+    Rises in equal parts over `warmup_steps`, reaching the full rate at the last of them; then stays (constant), or falls
+    in a straight line to a tenth at the run's last step (linear).
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule is configs.Schedule.constant:
+        return config.learning_rate
+    peak, last = max(config.warmup_steps - 1, 0), config.steps - 1
+    share = min((step - peak) / (last - peak), 1.0) if last > peak else 0.0
+    return config.learning_rate * (1.0 - 0.9 * share)

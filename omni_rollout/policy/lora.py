@@ -1,0 +1,152 @@
+"""LoRA whose forward computes with the merged weight, so that what a step differentiates is what the engine runs.
+
+PEFT places, names and saves the factors. Its own forward, x W^T + s (x A^T) B^T, rounds in other places than the engine,
+which holds one merged weight; so each wrapper gets another class, in place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import QwenImagePipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from peft import LoraConfig
+from peft.tuners import lora
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+
+from omni_rollout.errors import UserError
+from omni_rollout.exact_ops import ExactLinear, exact_linear
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ADAPTER = "default"
+PREFIX = "transformer."  # of every name in the file; diffusers' pipelines tell their parts' adapters apart by it
+
+
+class MergedLoraLinear(lora.Linear):
+    """x (W + s B A)^T + b, with the sum in fp32 and rounded once to the compute dtype."""
+
+    compute_dtype: torch.dtype
+
+    def effective_weight(self) -> torch.Tensor:
+        factor_a, factor_b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        merged = self.get_base_layer().weight.float() + self.scaling[ADAPTER] * (factor_b.float() @ factor_a.float())
+        return merged.to(self.compute_dtype)
+
+    def effective_bias(self) -> torch.Tensor | None:
+        bias = self.get_base_layer().bias
+        return None if bias is None else bias.to(self.compute_dtype)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return exact_linear(x, self.effective_weight(), self.effective_bias())
+
+
+def attach_lora(transformer: nn.Module, *, rank: int, alpha: int | None = None, seed: int = 0) -> list[nn.Parameter]:
+    """Freezes the transformer, adds fp32 factors to its attention layers, and returns them, the trainable ones.
+
+    A is Gaussian with deviation 1/rank, drawn from `seed` alone; B is zero, so the policy starts where the base is.
+
+    Args:
+        transformer: a diffusers model whose linears are `ExactLinear` already.
+        alpha: the product B A is scaled by alpha / rank; None: twice the rank.
+
+    Raises:
+        UserError: a rank below 1, an adapter that is there already.
+        ValueError: a target that is no `ExactLinear`, or no target at all.
+    """
+    if rank < 1:
+        raise UserError(f"trainer.lora_rank={rank}: expected at least 1; 0 trains full weights and attaches no adapter")
+    if has_lora(transformer):
+        raise UserError("this transformer has a LoRA adapter already; attach one to a freshly loaded transformer")
+    targets = {
+        name: layer for name, layer in transformer.named_modules() if f".{name}".endswith(tuple(f".{t}" for t in TARGETS))
+    }
+    for name, layer in targets.items():
+        if not isinstance(layer, ExactLinear):
+            raise ValueError(f"{name} is a {type(layer).__name__}: expected ExactLinear; install the exact operators first")
+    if not targets:
+        raise ValueError(f"{type(transformer).__name__} has none of the layers {', '.join(TARGETS)}")
+    transformer.requires_grad_(False)
+    scale = 2 * rank if alpha is None else alpha
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(TARGETS), init_lora_weights="gaussian")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        transformer.add_adapter(config, adapter_name=ADAPTER)
+    return [factor for layer in _wrappers(transformer) for factor in _merge_in_forward(layer)]
+
+
+def has_lora(transformer: nn.Module) -> bool:
+    return bool(_wrappers(transformer))
+
+
+def save_lora(transformer: nn.Module, folder: Path) -> None:
+    """Writes what `QwenImagePipeline.load_lora_weights(folder)` reads, rank and alpha included."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: expected a folder to save LoRA weights in")
+    QwenImagePipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
+        transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),
+    )
+
+
+def load_lora(transformer: nn.Module, folder: Path) -> list[nn.Parameter]:
+    """Reads what `save_lora` wrote, attaching an adapter where there is none, and returns the trainable factors.
+
+    Raises:
+        UserError: no such file, another rank or alpha than the adapter's, or other layers than it has.
+    """
+    path = folder / LORA_WEIGHT_NAME_SAFE
+    tensors, rank, alpha = _read(path)
+    if not has_lora(transformer):
+        attach_lora(transformer, rank=rank, alpha=alpha)
+    config = transformer.peft_config[ADAPTER]
+    if (rank, alpha) != (config.r, config.lora_alpha):
+        raise UserError(
+            f"{path} has rank {rank} and alpha {alpha}, this run has rank {config.r} and alpha {config.lora_alpha}; "
+            "set trainer.lora_rank and trainer.lora_alpha to those of the file"
+        )
+    own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    check_fit(path, tensors, own)
+    set_peft_model_state_dict(transformer, tensors, adapter_name=ADAPTER)
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def check_fit(path: Path, tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+    """Raises UserError, naming a tensor, where those of a file and those of this model differ in names or shapes."""
+    for name in sorted(own.keys() | tensors.keys()):
+        if name not in tensors:
+            raise UserError(f"{path} holds another model: it has no {name}, this one has")
+        if name not in own:
+            raise UserError(f"{path} holds another model: it has {name}, this one has not")
+        if tensors[name].shape != own[name].shape:
+            raise UserError(f"{path} holds another model: {name} is {list(tensors[name].shape)}, here {list(own[name].shape)}")
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], int, int]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: expected the folder of a LoRA checkpoint")
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if f"{PREFIX}r" not in metadata:
+        raise UserError(f"{path} does not say its rank and alpha: expected a file that save_lora wrote")
+    return tensors, metadata[f"{PREFIX}r"], metadata[f"{PREFIX}lora_alpha"]
+
+
+def _wrappers(transformer: nn.Module) -> list[lora.Linear]:
+    return [layer for layer in transformer.modules() if isinstance(layer, lora.Linear)]
+
+
+def _merge_in_forward(layer: lora.Linear) -> list[nn.Parameter]:
+    layer.__class__ = MergedLoraLinear
+    layer.compute_dtype = layer.get_base_layer().compute_dtype
+    factors = [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+    for factor in factors:
+        factor.data = factor.data.float()
+    return factors

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from omni_rollout.config import Backend, DType, OldLogProbs, TrainConfig
+from omni_rollout.errors import UserError
+from omni_rollout.launch import compose, to_yaml
+from omni_rollout.paths import config_dir, recipe_dir
+from omni_rollout.validate import validate, validate_rollout
+
+EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
+MINIMAL = ("model=nano", "prompts=prompts.txt")
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> TrainConfig:
+    """A configuration that `validate` accepts."""
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    return compose([f"model.path={tmp_path}", f"prompts={tmp_path}/prompts.txt"])
+
+
+def test_defaults_are_those_of_the_dataclasses() -> None:
+    config = compose(MINIMAL)
+    plain = TrainConfig(prompts="prompts.txt", run_dir=config.run_dir)
+    plain.model.path = str(recipe_dir("nano") / "checkpoint")
+    assert config == plain
+    assert isinstance(config.model.dtype, DType)
+
+
+def test_overrides_reach_their_keys_with_their_types() -> None:
+    config = compose(
+        [*MINIMAL, "trainer.steps=3", "trainer.learning_rate=1e-5", "sampling.sde_window_range=[0,4]", "threads=null"]
+    )
+    assert (config.trainer.steps, config.trainer.learning_rate, config.threads) == (3, 1e-5, None)
+    assert config.sampling.sde_window_range == [0, 4]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_compose_keep_their_name_and_open_with_their_command(name: str) -> None:
+    config = compose([f"experiment={name}", "prompts=prompts.txt"])
+    assert config.experiment == name
+    header = (config_dir() / "experiment" / f"{name}.yaml").read_text().splitlines()[:2]
+    assert header[0] == "# @package _global_" and header[1].startswith(f"# omni-rollout train experiment={name}")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_state_only_what_differs(name: str) -> None:
+    defaults = OmegaConf.structured(TrainConfig)
+    stated = OmegaConf.load(config_dir() / "experiment" / f"{name}.yaml")
+    base = compose(["experiment=nano_ocr"]) if name == "nano_ocr_lora" else None
+    below = OmegaConf.structured(base) if base else defaults
+    for section, values in stated.items():
+        if section == "defaults" or not OmegaConf.is_dict(values):
+            continue
+        for key, value in values.items():
+            assert value != below[section][key], f"{name}: {section}.{key} restates the default"
+
+
+def test_the_flagship_reads_the_nano_recipe_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = compose(["experiment=nano_ocr"])
+    assert config.model.path == str(recipe_dir("nano") / "checkpoint")
+    assert config.prompts == str(recipe_dir("nano") / "data" / "train.jsonl")
+
+
+def test_run_dir_has_the_time_in_it() -> None:
+    assert re.fullmatch(r"runs/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", compose(MINIMAL).run_dir)
+
+
+def test_a_reward_group_replaces_the_default_reward() -> None:
+    assert compose([*MINIMAL, "reward=jpeg_compressibility"]).reward.weights == {"jpeg_compressibility": 1.0}
+    assert compose([*MINIMAL, "reward.weights={jpeg_compressibility: 0.5}"]).reward.weights == {"jpeg_compressibility": 0.5}
+    assert compose([*MINIMAL, "reward.weights.jpeg_compressibility=0.5"]).reward.weights == {
+        "ocr": 1.0,
+        "jpeg_compressibility": 0.5,
+    }
+
+
+@pytest.mark.parametrize("path", sorted((config_dir() / "reward").glob("*.yaml")), ids=lambda path: path.stem)
+def test_reward_groups_name_rewards_that_exist(path: Path) -> None:
+    import omni_rollout.rewards
+
+    for name in OmegaConf.load(path)["weights"]:
+        assert (Path(omni_rollout.rewards.__file__ or "").parent / f"{name}.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.learning_rat=1", "trainer.learning_rat: no such key; did you mean trainer.learning_rate?"),
+        ("learning_rate=1", "learning_rate: no such key; did you mean trainer.learning_rate?"),
+        ("trainer.steps.a=1", "trainer.steps.a: no such key; did you mean trainer.steps?"),
+        ("+foo=1", "foo: no such key; there are model, collate"),
+        ("experimnt=nano_ocr", "experimnt: no such key; did you mean experiment?"),
+        ("trainer.steps=abc", "trainer.steps=abc: expected int"),
+        ("trainer.steps=1.5", "trainer.steps=1.5: expected int"),
+        ("trainer.learning_rate=null", "trainer.learning_rate=null: expected float"),
+        ("sampling.sde_window_range=[0,a]", "sampling.sde_window_range=[0,a]: expected list[int]"),
+        ("sampling.sde_window_range=3", "sampling.sde_window_range=3: expected list[int]"),
+        ("reward.weights.ocr=abc", "reward.weights.ocr=abc: expected float"),
+        ("reward.weights={ocr: abc}", "reward.weights.ocr: expected float; Value 'abc'"),
+        ("model.dtype=float33", "model.dtype=float33: did you mean float32? expected one of float32, bfloat16"),
+        ("backend=ray", "backend=ray: expected one of embedded"),
+        ("trainer=5", "trainer=5: trainer is a section; set one of trainer.engine"),
+        ("trainer={stps: 3}", "trainer.stps: no such key; did you mean trainer.steps?"),
+        ("experiment=nano_orc", "experiment=nano_orc: no such choice; did you mean experiment=nano_ocr?"),
+        ("model=nan", "model=nan: no such choice; did you mean model=nano?"),
+        ("trainer.steps", "trainer.steps: expected key=value"),
+        ("trainer.steps=1,2", "trainer.steps=1,2: several values start no sweep here"),
+        ("evaluation.prompts=${recipe:nan}", "recipe nan does not exist"),
+    ],
+)
+def test_a_wrong_override_is_told_with_its_nearest_right_one(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        compose([*MINIMAL, override])
+
+
+def test_all_missing_values_are_named_with_how_to_give_them() -> None:
+    with pytest.raises(
+        UserError, match=r"model\.path has no value: give .*model=nano.*; prompts has no value: give prompts=FILE"
+    ):
+        compose([])
+
+
+def test_a_typo_in_a_file_is_told_like_one_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for source in config_dir().rglob("*.yaml"):
+        target = tmp_path / source.relative_to(config_dir())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(source.read_text())
+    monkeypatch.setattr("omni_rollout.launch.config_dir", lambda: tmp_path)
+    experiment = tmp_path / "experiment" / "nano_ocr.yaml"
+    experiment.write_text(experiment.read_text().replace("learning_rate:", "learning_rat:"))
+    with pytest.raises(UserError, match=r"trainer\.learning_rat: no such key; did you mean trainer\.learning_rate\?"):
+        compose(["experiment=nano_ocr"])
+    experiment.write_text("# @package _global_\ndefaults: [override /model: nao]\n")
+    with pytest.raises(UserError, match=r"model/nao: no such file.*did you mean nano\?"):
+        compose(["experiment=nano_ocr"])
+
+
+@given(
+    steps=st.integers(0, 10**6),
+    learning_rate=st.floats(1e-12, 1e3),
+    text=st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=20),
+    weights=st.dictionaries(st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True), st.floats(-10, 10), min_size=1),
+)
+@settings(deadline=None, max_examples=25)
+def test_a_run_reads_its_own_config_yaml_back(steps: int, learning_rate: float, text: str, weights: dict[str, float]) -> None:
+    config = TrainConfig(prompts=text, backend=Backend.embedded, run_dir="runs/x")
+    config.model.path, config.sampling.negative_prompt = "m", text
+    config.trainer.steps, config.trainer.learning_rate, config.reward.weights = steps, learning_rate, weights
+    config.trainer.old_log_probs = OldLogProbs.recompute
+    text_schema = OmegaConf.structured(TrainConfig)
+    text_schema.reward.weights = {}
+    if "${" in text:  # would be an interpolation
+        return
+    assert OmegaConf.to_object(OmegaConf.merge(text_schema, OmegaConf.create(to_yaml(config)))) == config
+
+
+def _set(key: str, value: object) -> Callable[[TrainConfig], None]:
+    def change(config: TrainConfig) -> None:
+        node = config
+        *parents, leaf = key.split(".")
+        for part in parents:
+            node = getattr(node, part)
+        assert hasattr(node, leaf)
+        setattr(node, leaf, value)
+
+    return change
+
+
+def test_a_sound_configuration_passes(sound: TrainConfig) -> None:
+    validate(sound)
+    validate_rollout(sound)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rollout.group_size", 0, "expected at least 1"),
+        ("rollout.group_size", 1, "flow_grpo compares"),
+        ("rollout.max_num_seqs", 0, "expected at least 1"),
+        ("trainer.micro_batch_size", 0, "expected at least 1"),
+        ("trainer.updates_per_step", 1000, "has only 32 images"),
+        ("trainer.clip_range", 0.0, "expected more than 0"),
+        ("trainer.learning_rate", float("nan"), "expected more than 0"),
+        ("trainer.zero_stage", 3, None),
+        ("trainer.lora_alpha", 8, "give trainer.lora_rank too"),
+        ("trainer.betas", [0.9], "expected two numbers"),
+        ("trainer.ema_decay", 1.0, "below 1"),
+        ("collate.prompt_width", 0, "expected at least 1"),
+        ("sampling.height", 65, "multiple of 16"),
+        ("sampling.num_inference_steps", 1, "expected at least 2"),
+        ("sampling.true_cfg_scale", -1.0, "expected 0 or more"),
+        ("sampling.noise_level", 0.0, "a level above 0"),
+        ("sampling.sde_window_range", [4, 4], "first < end"),
+        ("sampling.sde_window_range", [0], "first < end"),
+        ("algorithm.advantage_std", "batch", "expected global or group"),
+        ("reward.weights", {}, "every weight is 0"),
+        ("wandb.mode", "on", "expected one of online"),
+        ("model.path", "/nowhere", "no such folder"),
+        ("model.path", "nowhere", "or a hub id"),
+        ("model.path", "Qwen/Qwen-Image", None),
+        ("prompts", "/nowhere.txt", "no such file"),
+        ("evaluation.prompts", "/nowhere.txt", "no such file"),
+    ],
+)
+def test_validate(sound: TrainConfig, key: str, value: object, message: str | None) -> None:
+    _set(key, value)(sound)
+    if message is None:
+        validate(sound)
+    else:
+        with pytest.raises(UserError, match=f"(?s)^{re.escape(key)}=.*{re.escape(message)}"):
+            validate(sound)
+
+
+def test_windows_are_checked_against_the_steps(sound: TrainConfig) -> None:
+    sampling = replace(sound.sampling, num_inference_steps=10)
+    for window, size, sde_type, message in (
+        ([0, 11], None, "sde", "ends after"),
+        ([0, 4], 5, "sde", "the range has 4 steps"),
+        (None, 10, "sde", "the range has 9 steps"),
+        ([0, 10], None, "cps", "end at 9"),
+    ):
+        kind = type(sampling.sde_type)[sde_type]
+        sound.sampling = replace(sampling, sde_window_range=window, sde_window_size=size, sde_type=kind)
+        with pytest.raises(UserError, match=message):
+            validate(sound)
+    for window, size in (([0, 10], 10), ([0, 4], 4), (None, 9), (None, None)):
+        sound.sampling = replace(sampling, sde_window_range=window, sde_window_size=size)
+        validate(sound)
+
+
+def test_zero_stages_matter_only_to_deepspeed(sound: TrainConfig) -> None:
+    sound.trainer.zero_stage = 3
+    sound.trainer.engine = type(sound.trainer.engine).deepspeed
+    with pytest.raises(UserError, match="zero_stage=3: expected 0, 1 or 2"):
+        validate(sound)
+
+
+def test_sampling_alone_may_be_deterministic_and_single(sound: TrainConfig) -> None:
+    sound.sampling.sde_type = type(sound.sampling.sde_type).ode
+    sound.rollout.group_size = 1
+    validate_rollout(sound)
+    with pytest.raises(UserError, match=r"(?s)sde_type=ode.*group_size=1"):
+        validate(sound)
+
+
+def test_a_folder_that_is_no_checkpoint_and_a_file_that_is_no_prompt_list(sound: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").unlink()
+    (tmp_path / "prompts.csv").write_text("")
+    sound.prompts = str(tmp_path / "prompts.csv")
+    with pytest.raises(UserError, match=r"(?s)has no model_index\.json.*ends in \.txt, \.jsonl, \.parquet"):
+        validate(sound)

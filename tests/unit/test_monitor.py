@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from omni_rollout.config import TrainConfig
+from omni_rollout.monitor import Monitor, parity_metrics, ratio_metrics, reward_metrics
+from omni_rollout.monitor.console import step_line
+from omni_rollout.monitor.images import image_grid
+from omni_rollout.monitor.wandb_sink import has_key
+
+STEPS = torch.tensor([[0, 1], [1, 2]])
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    """wandb is off; a key of the machine that runs the tests is out of sight."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", "/nowhere")
+    config = TrainConfig(prompts="p.txt", run_dir="unused")
+    config.model.path, config.wandb.mode = "model", "disabled"
+    return config
+
+
+def test_equal_log_probs_are_exactly_zero_everywhere() -> None:
+    log_probs = torch.randn(2, 2)
+    metrics = parity_metrics(log_probs, log_probs.clone(), STEPS, elements=1024, clip_range=1e-4)
+    assert metrics.pop("parity/bitwise_equal_fraction") == 1.0
+    assert set(metrics.values()) == {0.0}
+
+
+def test_parity_by_hand() -> None:
+    rollout = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    trainer = torch.tensor([[0.75, 2.0], [3.5, 4.0]])  # differences 1/4, 0, -1/2, 0
+    metrics = parity_metrics(rollout, trainer, STEPS, elements=8, clip_range=0.25)
+    k3 = (math.exp(-0.25) - 1 + 0.25 + math.exp(0.5) - 1 - 0.5) / 4
+    assert metrics.pop("rollout_corr/k3_kl") == pytest.approx(k3, rel=1e-12)
+    assert metrics == {
+        "parity/ppo_kl_mb0": -0.0625,
+        "parity/kl_nats": -0.5,
+        "parity/over_clip": 2.0,
+        "parity/bitwise_equal_fraction": 0.5,
+        "rollout_corr/kl": -0.0625,
+        "rollout_corr/logprob_abs_diff_mean": 0.1875,
+        "rollout_corr/logprob_abs_diff_max": 0.5,
+        "rollout_corr/logprob_abs_diff/ts_0": 0.25,
+        "rollout_corr/logprob_abs_diff/ts_1": 0.25,  # of 0 and 1/2
+        "rollout_corr/logprob_abs_diff/ts_2": 0.0,
+    }
+
+
+def test_differences_that_cancel_in_the_kl_are_seen_by_the_others() -> None:
+    metrics = parity_metrics(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0]]), torch.tensor([[0, 1]]), 8, 1.0)
+    assert metrics["parity/ppo_kl_mb0"] == 0.0
+    assert metrics["parity/bitwise_equal_fraction"] == 0.0 and metrics["rollout_corr/k3_kl"] > 0.5
+    assert metrics["parity/over_clip"] == 1.0
+
+
+@given(st.lists(st.floats(-4, 4, width=32), min_size=4, max_size=4), st.integers(0, 3), st.integers(1, 3))
+@settings(deadline=None, max_examples=50)
+def test_one_bit_in_one_log_prob_is_seen(values: list[float], where: int, units: int) -> None:
+    rollout = torch.tensor(values).reshape(2, 2)
+    bits = rollout.clone().view(torch.int32).flatten()
+    bits[where] += units
+    trainer = bits.view(torch.float32).reshape(2, 2)
+    metrics = parity_metrics(rollout, trainer, STEPS, elements=1024, clip_range=1e-4)
+    assert metrics["parity/bitwise_equal_fraction"] == 0.75
+    assert metrics["rollout_corr/logprob_abs_diff_max"] > 0 and metrics["parity/ppo_kl_mb0"] != 0
+
+
+def test_a_zero_of_the_other_sign_has_other_bits_and_nan_is_not_hidden() -> None:
+    zero = torch.zeros(2, 2)
+    assert parity_metrics(zero, -zero, STEPS, 8, 1.0)["parity/bitwise_equal_fraction"] == 0.0
+    broken = parity_metrics(zero, zero + torch.tensor([[math.nan, 0], [0, 0]]), STEPS, 8, 1.0)
+    assert math.isnan(broken["parity/ppo_kl_mb0"]) and math.isnan(broken["parity/over_clip"])
+
+
+def test_parity_refuses_what_it_cannot_compare() -> None:
+    log_probs = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="shapes"):
+        parity_metrics(log_probs, torch.zeros(2, 3), STEPS, 8, 1.0)
+    with pytest.raises(ValueError, match="step_indices"):
+        parity_metrics(log_probs, log_probs, STEPS[:1], 8, 1.0)
+    with pytest.raises(ValueError, match=r"rollout_log_probs is torch\.bfloat16: expected float32"):
+        parity_metrics(log_probs.bfloat16(), log_probs, STEPS, 8, 1.0)
+
+
+def test_ratios_by_hand() -> None:
+    old = torch.zeros(4)
+    new = torch.tensor([0.5, 1.25, 0.75, 1.0]).log()
+    metrics = ratio_metrics(new, old, clip_range=0.2)
+    assert metrics["actor/ratio_mean"] == pytest.approx(0.875, rel=1e-6)
+    assert metrics["actor/ratio_std"] == pytest.approx(np.std([0.5, 1.25, 0.75, 1.0]), rel=1e-6)
+    assert metrics["actor/ppo_kl"] == pytest.approx(-new.double().mean().item(), rel=1e-12)
+    assert (metrics["actor/pg_clipfrac_higher"], metrics["actor/pg_clipfrac_lower"]) == (0.25, 0.5)
+    assert metrics["actor/pg_clipfrac"] == 0.75
+
+
+def test_an_unmoved_policy_has_ratio_exactly_one() -> None:
+    log_probs = torch.randn(3, 5, requires_grad=True)
+    metrics = ratio_metrics(log_probs, log_probs.detach(), clip_range=1e-5)
+    assert metrics["actor/ratio_mean"] == 1.0
+    assert all(value == 0 for key, value in metrics.items() if key != "actor/ratio_mean")
+
+
+def test_rewards_by_hand() -> None:
+    metrics = reward_metrics([0.0, 1.0, 0.3, 0.3, 0.3], ["a", "a", "b", "b", "b"], {"ocr": [0, 0, 0, 0, 1]})
+    assert metrics["critic/rewards/mean"] == pytest.approx(0.38)
+    assert metrics["critic/rewards/std_mean"] == pytest.approx(0.25)  # of 1/2 and 0
+    assert metrics["critic/rewards/zero_std_ratio"] == 0.5
+    assert metrics["critic/rewards/ocr/mean"] == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="2 rewards and 1 group ids"):
+        reward_metrics([0.0, 1.0], ["a"], {})
+
+
+def test_the_line_says_exact_zero_only_for_exact_zero() -> None:
+    assert step_line(
+        {"critic/rewards/mean": 0.52, "parity/ppo_kl_mb0": 0.0, "actor/pg_clipfrac": 0.0, "timing_s/step": 4.0}
+    ) == ("reward 0.520  kl 0.0  clip 0.00")
+    assert "kl 0.0 (max 1.2e-07)" in step_line({"parity/ppo_kl_mb0": 0.0, "rollout_corr/logprob_abs_diff_max": 1.2e-7})
+    assert "kl 1.0e-09" in step_line({"parity/ppo_kl_mb0": 1e-9})
+    assert step_line({"timing_s/rollout": 2.934, "timing_s/sync": 0.0213}) == "rollout 2.93s sync 0.0213s"
+
+
+def test_the_sheet_shows_every_image_pixel_for_pixel() -> None:
+    rng = np.random.default_rng(0)
+    images = [(f"caption {index}", rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for index in range(5)]
+    sheet = np.asarray(image_grid(images))
+    scale = 160 // 8
+    height, width = sheet.shape[0] // 2, sheet.shape[1] // 3
+    for index, (_, image) in enumerate(images):
+        row, column = divmod(index, 3)
+        cell = sheet[row * height + 4 :, column * width + 4 :][: 8 * scale, : 8 * scale]
+        assert np.array_equal(cell[::scale, ::scale], image)
+    with pytest.raises(ValueError, match="float64"):
+        image_grid([("a", np.zeros((8, 8, 3)))])
+
+
+def test_a_run_folder_is_complete_after_every_step(
+    tmp_path: Path, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = np.zeros((16, 16, 3), dtype=np.uint8)
+    with Monitor(tmp_path / "run", config, total_steps=2) as monitor:
+        for step in range(3):
+            monitor.log(step, {"critic/rewards/mean": 0.5, "actor/loss": math.nan}, [("a 7", image)] if step != 1 else [])
+            rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+            assert [row["step"] for row in rows] == list(range(step + 1))
+        monitor.summary(tmp_path / "run" / "checkpoints" / "step_2")
+    assert rows[-1] == {"step": 2, "critic/rewards/mean": 0.5, "actor/loss": None}
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "images", "metrics.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run" / "images").iterdir()) == ["step_0000.png", "step_0002.png"]
+    assert Image.open(tmp_path / "run" / "images" / "step_0000.png").size[0] >= 16
+    assert "path: model" in (tmp_path / "run" / "config.yaml").read_text()
+    printed = capsys.readouterr().out
+    assert "step 1/2  reward 0.500\n" in printed
+    for name in ("images/step_0000.png", "images/step_0002.png", "metrics.jsonl", "checkpoints/step_2"):
+        assert str(tmp_path / "run" / name) in printed
+
+
+def test_wandb_goes_offline_by_itself_and_stays_in_the_run_folder(
+    tmp_path: Path, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.wandb.mode = None
+    assert not has_key()
+    with Monitor(tmp_path, config, total_steps=1) as monitor:
+        monitor.log(1, {"critic/rewards/mean": 0.5}, [("a 7", np.zeros((16, 16, 3), dtype=np.uint8))] * 9)
+        monitor.summary()
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 1 and list(runs[0].glob("*.wandb"))
+    assert f"wandb sync {runs[0]}" in capsys.readouterr().out
+    assert len(list((runs[0] / "files" / "media" / "images").iterdir())) >= 1
+
+
+def test_wandb_that_cannot_start_is_told_once_and_the_run_goes_on(
+    tmp_path: Path, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.wandb.mode, config.wandb.project = "offline", "a/b"  # wandb refuses a slash
+    with Monitor(tmp_path, config, total_steps=1) as monitor:
+        monitor.log(1, {"critic/rewards/mean": 0.5})
+        monitor.log(2, {"critic/rewards/mean": 0.5})
+    assert capsys.readouterr().err.count("wandb did not start") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_key_is_found_where_wandb_finds_it(tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password not-a-real-key\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://elsewhere.example")
+    assert not has_key()
+    monkeypatch.setenv("WANDB_API_KEY", "not-a-real-key")
+    assert has_key()
