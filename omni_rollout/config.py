@@ -21,6 +21,12 @@ class DType(Enum):
     bfloat16 = "bfloat16"
 
 
+class Parity(Enum):
+    exact = "exact"  # engine and trainer round in the same places: KL exactly 0
+    fast = "fast"  # the engine's own kernels (packed GEMMs on a CPU, compiled on a GPU): what it costs shows in parity/*
+    reference = "reference"  # diffusers' class inside the engine: the published model's roundings, to debug against
+
+
 class SDETypeName(Enum):
     sde = "sde"
     cps = "cps"
@@ -146,6 +152,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     backend: Backend = Backend.embedded
+    parity: Parity = Parity.exact
     prompts: str = MISSING  # .txt (one a line), .jsonl or .parquet with `prompt` and metadata
     threads: int | None = None  # of torch; None: torch's own choice
     run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"

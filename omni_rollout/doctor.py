@@ -56,23 +56,23 @@ def _find(*, fix: bool) -> Iterator[Finding]:
 
 
 def check_versions(requirements: list[Requirement]) -> Iterator[Finding]:
-    """Installed versions against the exact ones asked for; what belongs to an extra may be absent."""
+    """Installed versions against the exact ones asked for, each once; what belongs to an extra may be absent."""
+    seen: set[str] = set()
     for requirement in requirements:
-        if not any(specifier.operator == "==" for specifier in requirement.specifier):
+        wanted = f"{requirement.name}{requirement.specifier}"
+        if wanted in seen or not any(specifier.operator == "==" for specifier in requirement.specifier):
             continue
         optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             if not optional:
-                yield Finding(
-                    requirement.name, False, f"not installed; pip install '{requirement.name}{requirement.specifier}'"
-                )
+                yield Finding(requirement.name, False, f"not installed; pip install '{wanted}'")
             continue
+        seen.add(wanted)
         if requirement.specifier.contains(version, prereleases=True):
             yield Finding(requirement.name, True, version)
         else:
-            wanted = f"{requirement.name}{requirement.specifier}"
             yield Finding(requirement.name, False, f"{version}, expected {requirement.specifier}; pip install '{wanted}'")
 
 

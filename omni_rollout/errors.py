@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """Something the user gave cannot work. The message says what was given, what was expected and what to do."""
+
+
+class PinnedKnobError(UserError):
+    """The exact profile cannot be had as things are set here."""

@@ -63,6 +63,15 @@ class ExactRMSNorm(RMSNorm):
         return F.rms_norm(hidden_states, tuple(self.dim), self.weight.to(hidden_states.dtype), self.eps)
 
 
+class ReferenceRMSNorm(RMSNorm):
+    """diffusers' own roundings, with the fp32 master weight cast first, as a checkpoint in that dtype would have it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        variance = hidden_states.float().pow(2).mean(-1, keepdim=True)
+        normalised = hidden_states * torch.rsqrt(variance + self.eps)
+        return normalised.to(hidden_states.dtype) * self.weight.to(hidden_states.dtype)
+
+
 class ExactLayerNorm(nn.LayerNorm):
     """Normalises in fp32, as the engine does."""
 
@@ -90,10 +99,10 @@ def install_linears(module: nn.Module, dtype: torch.dtype) -> None:
             cast(ExactLinear, layer).compute_dtype = dtype
 
 
-def install_rms_norms(module: nn.Module) -> None:
+def install_rms_norms(module: nn.Module, kind: type[RMSNorm] = ExactRMSNorm) -> None:
     for layer in module.modules():
         if type(layer) is RMSNorm:
-            layer.__class__ = ExactRMSNorm
+            layer.__class__ = kind
 
 
 def install_layer_norms(layers: Iterator[nn.Module]) -> None:

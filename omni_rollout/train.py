@@ -85,6 +85,7 @@ class Trainer:
             family=config.model.family,
             dtype=config.model.dtype.value,
             max_num_seqs=config.rollout.max_num_seqs,
+            parity=config.parity.value,
         )
         try:
             self._make_policy()
@@ -95,7 +96,9 @@ class Trainer:
     def _make_policy(self) -> None:
         config = self.config.trainer
         torch.manual_seed(self.config.sampling.seed)
-        self.policy = family_module(self.config.model.family, "policy").load_policy(self.config.model.path, self.dtype)
+        self.policy = family_module(self.config.model.family, "policy").load_policy(
+            self.config.model.path, self.dtype, self.config.parity.value
+        )
         if torch.cuda.is_available():
             self.policy.to("cuda")
         reference = copy.deepcopy(self.policy).requires_grad_(False) if self.config.algorithm.kl_coef else None
@@ -184,7 +187,7 @@ class Trainer:
 
     def _sync(self) -> None:
         digest = self.engine.update_weights(effective_weights(self.policy, self.dtype), self.version)
-        self.expected = {"dtype": self.config.model.dtype.value, "parity": "exact", "weights": digest}
+        self.expected = {"dtype": self.config.model.dtype.value, "parity": self.config.parity.value, "weights": digest}
 
     def evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
         """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers import QwenImagePipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -34,19 +34,18 @@ class MergedLoraLinear(lora.Linear):
     compute_dtype: torch.dtype
 
     def effective_weight(self) -> torch.Tensor:
-        factor_a, factor_b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        merged = self.get_base_layer().weight.float() + self.scaling[ADAPTER] * (factor_b.float() @ factor_a.float())
+        factor_a, factor_b = _factors(self)
+        merged = _base(self).weight.float() + self.scaling[ADAPTER] * (factor_b.float() @ factor_a.float())
         return merged.to(self.compute_dtype)
 
     def effective_bias(self) -> torch.Tensor | None:
-        bias = self.get_base_layer().bias
-        return None if bias is None else bias.to(self.compute_dtype)
+        return _base(self).effective_bias()
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return exact_linear(x, self.effective_weight(), self.effective_bias())
 
 
-def attach_lora(transformer: nn.Module, *, rank: int, alpha: int | None = None, seed: int = 0) -> list[nn.Parameter]:
+def attach_lora(transformer: Any, *, rank: int, alpha: int | None = None, seed: int = 0) -> list[nn.Parameter]:
     """Freezes the transformer, adds fp32 factors to its attention layers, and returns them, the trainable ones.
 
     A is Gaussian with deviation 1/rank, drawn from `seed` alone; B is zero, so the policy starts where the base is.
@@ -84,18 +83,19 @@ def has_lora(transformer: nn.Module) -> bool:
     return bool(_wrappers(transformer))
 
 
-def save_lora(transformer: nn.Module, folder: Path) -> None:
+def save_lora(transformer: Any, folder: Path) -> None:
     """Writes what `QwenImagePipeline.load_lora_weights(folder)` reads, rank and alpha included."""
     if folder.is_file():
         raise UserError(f"{folder} is a file: expected a folder to save LoRA weights in")
+    factors: dict[str, Any] = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
     QwenImagePipeline.save_lora_weights(
         folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
+        transformer_lora_layers=factors,
         transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),
     )
 
 
-def load_lora(transformer: nn.Module, folder: Path) -> list[nn.Parameter]:
+def load_lora(transformer: Any, folder: Path) -> list[nn.Parameter]:
     """Reads what `save_lora` wrote, attaching an adapter where there is none, and returns the trainable factors.
 
     Raises:
@@ -145,8 +145,17 @@ def _wrappers(transformer: nn.Module) -> list[lora.Linear]:
 
 def _merge_in_forward(layer: lora.Linear) -> list[nn.Parameter]:
     layer.__class__ = MergedLoraLinear
-    layer.compute_dtype = layer.get_base_layer().compute_dtype
-    factors = [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+    cast(MergedLoraLinear, layer).compute_dtype = _base(layer).compute_dtype
+    factors = _factors(layer)
     for factor in factors:
         factor.data = factor.data.float()
     return factors
+
+
+def _base(layer: lora.Linear) -> ExactLinear:
+    return cast(ExactLinear, layer.get_base_layer())
+
+
+def _factors(layer: lora.Linear) -> list[nn.Parameter]:
+    """A [rank, in] and B [out, rank]."""
+    return [cast(nn.Parameter, factors[ADAPTER].weight) for factors in (layer.lora_A, layer.lora_B)]

@@ -42,7 +42,11 @@ def rollout_to_folder(config: TrainConfig, prompts: Path, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     model = config.model
     with RolloutEngine(
-        model.path, family=model.family, dtype=model.dtype.value, max_num_seqs=config.rollout.max_num_seqs
+        model.path,
+        family=model.family,
+        dtype=model.dtype.value,
+        max_num_seqs=config.rollout.max_num_seqs,
+        parity=config.parity.value,
     ) as engine:
         for trajectory in engine.generate(requests, on_error=report):
             save_capsule(trajectory, out / f"{trajectory.request_id}.safetensors")

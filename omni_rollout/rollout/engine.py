@@ -19,10 +19,18 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 from omni_rollout.digest import combined_digest, tensor_digest
+from omni_rollout.errors import PinnedKnobError
 from omni_rollout.models import family_module
 from omni_rollout.types import RolloutRequest, Trajectory
 
 PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")
+PINNED: dict[str, tuple[Any, ...]] = {  # knob -> values under which the bits were compared
+    "attention": (["CpuSDPAImpl"], ["SDPAImpl"]),
+    "compiled": (False,),
+    "cache_backend": ("none",),
+    "quantization": (None,),
+    "parallel": ((1, 1, 1),),
+}
 OnError = Callable[[RolloutRequest, Exception], None]
 
 
@@ -38,21 +46,34 @@ class RolloutEngine:
         family: a folder under `omni_rollout.models`.
         dtype: what the transformer computes in; text encoder and VAE keep the checkpoint's.
         max_num_seqs: requests denoised together at most.
+        parity: `exact`, `fast` or `reference`; see `config.Parity`.
+
+    Raises:
+        PinnedKnobError: something of this machine or environment changed what the exact profile pins.
     """
 
-    def __init__(self, path: str, *, family: str = "qwen_image", dtype: str = "float32", max_num_seqs: int = 8) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        family: str = "qwen_image",
+        dtype: str = "float32",
+        max_num_seqs: int = 8,
+        parity: str = "exact",
+    ) -> None:
         pipeline = family_module(family, "spec").ROLLOUT_PIPELINE
         threads = torch.get_num_threads()
         config = OmniDiffusionConfig(
             model=path,
             dtype=dtype,
-            enforce_eager=True,
+            enforce_eager=parity != "fast",
             distributed_executor_backend="uni",
             step_execution=True,
             max_num_seqs=max_num_seqs,
             cache_backend="none",
             enable_prompt_embed_cache=True,
-            custom_pipeline_args={"pipeline_class": pipeline},
+            custom_pipeline_args={"pipeline_class": pipeline, "parity": parity},
+            diffusion_attention_config=None if parity == "fast" else {"default": {"backend": "TORCH_SDPA"}},
             worker_extension_cls="omni_rollout.rollout.worker.RolloutWorkerExtension",
         )
         config.enrich_config()
@@ -62,9 +83,21 @@ class RolloutEngine:
         self._loop = asyncio.new_event_loop()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._closed = False
-        self.dtype = dtype
+        self.dtype, self.parity = dtype, parity
         self.policy_version = 0
         self._adopt(self._rpc("policy_digests"))
+        if parity == "exact":
+            self._check_pinned()
+
+    def _check_pinned(self) -> None:
+        knobs = self._rpc("pinned_knobs")
+        for name, expected in PINNED.items():
+            if knobs[name] not in expected:
+                self.close()
+                raise PinnedKnobError(
+                    f"parity=exact pins the engine's {name} to {' or '.join(map(str, expected))}, here it is {knobs[name]}; "
+                    "look for environment variables that set it, or choose parity=fast and watch parity/ppo_kl_mb0"
+                )
 
     def generate(self, requests: Iterable[RolloutRequest], on_error: OnError | None = None) -> Iterator[Trajectory]:
         """Submits all requests at once and yields trajectories as they finish.
@@ -141,8 +174,8 @@ class RolloutEngine:
         versions = {name: package_version(name) for name in PACKAGES}
         self._fingerprint = {
             "dtype": self.dtype,
-            "attention": "TORCH_SDPA",
-            "parity": "exact",
+            "attention": "TORCH_SDPA" if self.parity != "fast" else "engine default",
+            "parity": self.parity,
             "versions": versions,
             "weights": combined_digest(digests),
         }

@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.worker.diffusion_worker import CustomPipelineWorkerExtension
 
 from omni_rollout.digest import tensor_digest
+from omni_rollout.rollout.platform.linear import pack_linears
 
 PREFIX = "transformer."
 FUSED = {  # fused projection -> the checkpoint's names, in the order of its rows
     ".to_qkv.": (".to_q.", ".to_k.", ".to_v."),
     ".add_kv_proj.": (".add_q_proj.", ".add_k_proj.", ".add_v_proj."),
 }
-RENAMED = {".to_out.": ".to_out.0."}
+RENAMED = {".to_out.weight": ".to_out.0.weight", ".to_out.bias": ".to_out.0.bias"}
 
 
 class RolloutWorkerExtension(CustomPipelineWorkerExtension):
+    def re_init_pipeline(self, custom_pipeline_args: dict[str, Any]) -> None:
+        super().re_init_pipeline(custom_pipeline_args)
+        self._pack = custom_pipeline_args["parity"] == "fast" and not torch.cuda.is_available()
+        self._repack()
+
+    def _repack(self) -> None:
+        if self._pack:
+            pack_linears(self.model_runner.pipeline.transformer)
+
+    def pinned_knobs(self) -> dict[str, Any]:
+        """What the exact profile pins, as it really is in this worker."""
+        config, pipeline = self.model_runner.od_config, self.model_runner.pipeline
+        parallel = config.parallel_config
+        return {
+            "attention": sorted({type(m.attention).__name__ for m in pipeline.modules() if isinstance(m, Attention)}),
+            "compiled": not config.enforce_eager,
+            "cache_backend": config.cache_backend or "none",
+            "quantization": config.quantization_config,
+            "parallel": (parallel.tensor_parallel_size, parallel.sequence_parallel_size, parallel.cfg_parallel_size),
+        }
+
     def load_policy(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> dict[str, str]:
         """Replaces the transformer's weights, then reads them back.
 
@@ -28,6 +52,7 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         with torch.no_grad():
             pipeline.load_weights([(PREFIX + name, tensor) for name, tensor in named])
         pipeline.policy_version = version
+        self._repack()
         return self.policy_digests()
 
     def policy_digests(self) -> dict[str, str]:

@@ -34,7 +34,10 @@ def test_an_import_is_tried_in_an_interpreter_of_its_own() -> None:
 
 def test_versions_are_held_to_the_exact_ones() -> None:
     wanted = ["pytest==0.0.1", "numpy", "no-such-dist==1.0", "no-such-dist==1.0; extra == 'cuda'", "torch==2.13.0"]
-    findings = {(finding.name, finding.ok): finding.text for finding in check_versions([Requirement(text) for text in wanted])}
+    wanted.append("torch==2.13.0; extra == 'cuda'")
+    listed = list(check_versions([Requirement(text) for text in wanted]))
+    findings = {(finding.name, finding.ok): finding.text for finding in listed}
+    assert len(findings) == len(listed)
     assert set(findings) == {("pytest", False), ("no-such-dist", False), ("torch", True)}
     assert findings["pytest", False].endswith("expected ==0.0.1; pip install 'pytest==0.0.1'")
     assert findings["torch", True].startswith("2.13.0")  # a local version such as +cpu is the same version

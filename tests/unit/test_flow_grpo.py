@@ -132,7 +132,9 @@ def test_loss_is_that_of_verl() -> None:
     from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
     from verl.workers.config import ActorConfig
 
-    config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=0.1)
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=0.1, clip_ratio_low=0.1, clip_ratio_high=0.1
+    )
     generator = torch.Generator().manual_seed(0)
     old, advantages = torch.randn(200, generator=generator), torch.randn(200, generator=generator)
     moved = old + 0.2 * torch.randn(200, generator=generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -168,14 +169,14 @@ def test_a_step_without_a_last_backward_is_an_error(engine: str, zero_stage: int
 
 @pytest.mark.parametrize("zero_stage", [-1, 3])
 def test_stages_that_cannot_help_are_refused(zero_stage: int) -> None:
-    with pytest.raises(ValueError, match="zero_stage=.*0, 1 or 2.*backend=verl"):
+    with pytest.raises(ValueError, match=r"zero_stage=.*0, 1 or 2.*backend=verl"):
         make("deepspeed", zero_stage)
 
 
 def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     make("deepspeed", 1)  # there is a process group now
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="2 ranks.*backend=verl"):
+    with pytest.raises(ValueError, match=r"2 ranks.*backend=verl"):
         make("deepspeed", 1)
 
 
@@ -208,7 +209,7 @@ def test_learning_rate_rises_then_falls_to_a_tenth() -> None:
     rates = [learning_rate_at(config, step) for step in range(21)]
     assert rates[:5] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])
     assert rates[20] == pytest.approx(1e-4)
-    falls = [one - other for one, other in zip(rates[4:], rates[5:], strict=False)]
+    falls = [one - other for one, other in pairwise(rates[4:])]
     assert falls == pytest.approx([9e-4 / 16] * 16)
     config.schedule = Schedule.constant
     assert [learning_rate_at(config, step) for step in range(5, 30)] == [1e-3] * 25

@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers import transformer_qwenimage
 
 from omni_rollout import exact_ops
+from omni_rollout.errors import PinnedKnobError
 from omni_rollout.models.qwen_image.velocity import Conditioning
 from omni_rollout.types import Trajectory
 
 
-def load_policy(path: str, dtype: torch.dtype) -> QwenImageTransformer2DModel:
-    """The checkpoint's transformer with fp32 master weights, computing in `dtype` with the engine's roundings.
+def load_policy(path: str, dtype: torch.dtype, parity: str = "exact") -> QwenImageTransformer2DModel:
+    """The checkpoint's transformer with fp32 master weights, computing in `dtype`.
 
-    Registers the engine's RoPE for this process's device in diffusers' table of RoPE functions.
+    Rounds where the engine's transformer does (`exact`, `fast`) or where diffusers' own does (`reference`), and registers
+    the RoPE that goes with it in diffusers' table of RoPE functions, for this whole process.
+
+    Raises:
+        PinnedKnobError: diffusers is set to another attention backend than torch's.
     """
+    check_attention()
     subfolder = {"subfolder": "transformer"} if not (Path(path) / "config.json").exists() else {}
     loaded: Any = QwenImageTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32, **subfolder)
     transformer: QwenImageTransformer2DModel = loaded
     exact_ops.install_linears(transformer, dtype)
-    exact_ops.install_rms_norms(transformer)
-    for block in transformer.transformer_blocks:
-        exact_ops.install_layer_norms(iter((block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2)))
     rope: Any = transformer_qwenimage.ROPE_PER_DEVICE
-    rope["cpu"] = exact_ops.exact_rope
-    if torch.cuda.is_available():
-        rope["cuda"] = exact_ops.exact_rope
+    if parity == "reference":
+        exact_ops.install_rms_norms(transformer, exact_ops.ReferenceRMSNorm)
+        rope["cpu"] = rope["cuda"] = partial(transformer_qwenimage.apply_rotary_emb_qwen, use_real=False)
+    else:
+        exact_ops.install_rms_norms(transformer)
+        for block in transformer.transformer_blocks:
+            exact_ops.install_layer_norms(iter((block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2)))
+        rope["cpu"] = rope["cuda"] = exact_ops.exact_rope
     return transformer.eval()
+
+
+def check_attention() -> None:
+    backend, _ = _AttentionBackendRegistry.get_active_backend()
+    if backend != AttentionBackendName.NATIVE:
+        raise PinnedKnobError(
+            f"diffusers' attention backend is {backend.value}, the engine's is torch's: unset DIFFUSERS_ATTN_BACKEND (native)"
+        )
 
 
 def network(transformer: torch.nn.Module, **inputs: Any) -> torch.Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +18,7 @@ from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.models.qwen_image import QwenImagePipeline
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 
+from omni_rollout.models.qwen_image.policy import load_policy, network
 from omni_rollout.models.qwen_image.spec import image_tokens, resolve
 from omni_rollout.models.qwen_image.velocity import Conditioning, pad_to_width, velocity
 from omni_rollout.schedule import Schedule, build_schedule
@@ -48,9 +48,16 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
         self._interrupt = False
         self.dtype = od_config.dtype
         self.policy_version = 0
-        for block in self.transformer.transformer_blocks:
-            for layer in (block.attn.to_out, block.attn.to_add_out):
-                layer.register_forward_pre_hook(_contiguous_input)
+        parity = od_config.custom_pipeline_args["parity"]
+        self.reference = parity == "reference"
+        if parity == "exact":
+            for block in self.transformer.transformer_blocks:
+                for layer in (block.attn.to_out, block.attn.to_add_out):
+                    layer.register_forward_pre_hook(_contiguous_input)
+        if self.reference:
+            in_channels = self.transformer.in_channels
+            self.transformer = load_policy(od_config.model, self.dtype, parity).to(self.dtype).requires_grad_(False)
+            self.transformer.in_channels = in_channels
 
     def prepare_encode(self, state: Any, **_: Any) -> Any:
         spec, schedule = self._resolve(state)
@@ -100,7 +107,7 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
             members = [states[position] for position in positions]
             conditions = [state.extra["denoising"].conditioning for state in members]
             result = velocity(
-                partial(self._network, text_width=len(conditions[0].prompt_embeds_mask)),
+                self._network,
                 torch.cat([state.latents for state in members]),
                 torch.stack([state.timesteps[state.step_index] for state in members]).to(self.device),
                 conditions,
@@ -111,7 +118,9 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
                 states[position].extra["denoising"].batch_sizes.append(len(members))
         return torch.cat(rows)
 
-    def _network(self, *, text_width: int, encoder_hidden_states: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def _network(self, *, encoder_hidden_states: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        if self.reference:
+            return network(self.transformer, encoder_hidden_states=encoder_hidden_states, **inputs)
         # RoPE's length is the width the transformer sees, never the number of valid tokens.
         widths = [encoder_hidden_states.shape[1]] * encoder_hidden_states.shape[0]
         return self.transformer(

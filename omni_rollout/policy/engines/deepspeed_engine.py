@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -62,20 +62,20 @@ class DeepSpeedEngine:
         self._ready = last
 
     def step(self, learning_rate: float) -> float:
-        from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
-
         require_ready(self._ready)
         self._ready = False
         if self._zero_stage == 0:
             fill_missing_gradients(self._named.values())
-        norm = total_norm(safe_get_full_grad(parameter) for parameter in self._named.values())
+        norm = total_norm(_gradient(parameter) for parameter in self._named.values())
         if not math.isfinite(norm) and self._zero_stage == 0:
             self._engine.zero_grad()
             return norm  # stages 1 and 2 see for themselves that it is not finite, and skip the update in step()
         scale = clip_scale(norm, self._max_grad_norm)
         if math.isfinite(norm) and scale < 1:
+            from deepspeed.utils import safe_set_full_grad
+
             for parameter in self._named.values():
-                safe_set_full_grad(parameter, safe_get_full_grad(parameter) * scale)
+                safe_set_full_grad(parameter, _gradient(parameter) * scale)
         set_learning_rate(self._optimizer, learning_rate)
         self._engine.step()
         return norm
@@ -108,7 +108,7 @@ class DeepSpeedEngine:
 
         if self._zero_stage == 0:
             return self._optimizer.state[parameter][key].detach().clone()
-        return safe_get_full_optimizer_state(parameter, key)
+        return cast(torch.Tensor, safe_get_full_optimizer_state(parameter, key))
 
     def _allocate_moments(self, step: int) -> None:
         """Makes AdamW's state as its first step would, and shows it to ZeRO, which learns of it only in a step."""
@@ -122,6 +122,13 @@ class DeepSpeedEngine:
                 state["step"] = torch.tensor(float(step))
         if self._zero_stage > 0:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """Of the whole update, wherever the stage keeps it: a copy or the thing itself."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return cast(torch.Tensor, safe_get_full_grad(parameter))
 
 
 def _deepspeed_config(zero_stage: int) -> dict[str, Any]:
@@ -144,9 +151,10 @@ def _import_deepspeed() -> Any:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if not torch.cuda.is_available() and get_accelerator().device_name() != "cpu":
+    chosen = cast(Any, get_accelerator()).device_name()
+    if not torch.cuda.is_available() and chosen != "cpu":
         raise RuntimeError(
-            f"deepspeed was imported earlier and chose the device {get_accelerator().device_name()!r}, but torch sees no GPU; "
+            f"deepspeed was imported earlier and chose the device {chosen!r}, but torch sees no GPU; "
             "set DS_ACCELERATOR=cpu in the environment"
         )
     # A shared-memory all-reduce, compiled for a minute at start-up; there is nobody to share with.
@@ -158,7 +166,8 @@ def _import_deepspeed() -> Any:
 def _join_world_of_one() -> None:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]: in torch's documentation
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     if dist.get_world_size() != 1:
         raise UserError(
             f"the process group has {dist.get_world_size()} ranks: this trainer is a world of one; "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from omni_rollout.exact_ops import exact_linear
 
@@ -21,6 +22,24 @@ class KeptWeightLinearMethod(linear.UnquantizedLinearMethod):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return exact_linear(x, layer.weight, bias)
+
+
+class PackedLinearMethod(KeptWeightLinearMethod):
+    """vLLM's packed GEMM beside the kept weight: faster, other roundings; to be packed again after every new weight."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return layer.cpu_linear(x, layer.weight, bias)
+
+
+def pack_linears(module: torch.nn.Module) -> None:
+    """Packs the weights that the layers below `module` hold now."""
+    for layer in module.modules():
+        if isinstance(getattr(layer, "quant_method", None), KeptWeightLinearMethod):
+            layer.quant_method = PackedLinearMethod()
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 class _KeptWeight:
