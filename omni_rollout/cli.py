@@ -66,7 +66,8 @@ def _train(parsed: argparse.Namespace) -> int:
     validate(config)
     from omni_rollout.train import train
 
-    return train(config) or 0
+    train(config)
+    return 0
 
 
 def _rollout(parsed: argparse.Namespace) -> int:
@@ -80,8 +81,8 @@ def _rollout(parsed: argparse.Namespace) -> int:
     validate_rollout(config)
     from omni_rollout.rollout.command import rollout_to_folder
 
-    rollout_to_folder(config, Path(config.prompts), Path(out[0]))
-    return 0
+    failed = rollout_to_folder(config, Path(config.prompts), Path(out[0]))
+    return 1 if failed else 0
 
 
 def _nano_build(parsed: argparse.Namespace) -> int:

@@ -77,8 +77,8 @@ class Collator:
     def window(self, group: str) -> tuple[int, ...] | None:
         """The stochastic steps of one group: `sde_window_size` in a row, placed at random within the range."""
         steps = self.spec().num_inference_steps
-        whole = self._sampling.sde_window_range is None
-        first, end = (0, steps - 1) if whole else self._sampling.sde_window_range
+        placed = self._sampling.sde_window_range
+        first, end = (0, steps - 1) if placed is None else placed
         if not 0 <= first < end <= steps - 1:
             raise RequestError(
                 f"sde_window_range=[{first}, {end}]: expected 0 <= first < end <= {steps - 1} "

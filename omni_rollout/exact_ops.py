@@ -8,7 +8,7 @@ engine. What each operator cures, and by how much, is in docs/parity.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -60,7 +60,7 @@ class ExactRMSNorm(RMSNorm):
     """Rounds once, after the weight, as torch's RMSNorm in the engine; diffusers' own rounds before it as well."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, tuple(self.dim), self.weight.to(hidden_states.dtype), self.eps)
+        return F.rms_norm(hidden_states, tuple(self.dim), _cast(self.weight, hidden_states.dtype), self.eps)
 
 
 class ReferenceRMSNorm(RMSNorm):
@@ -69,7 +69,12 @@ class ReferenceRMSNorm(RMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         variance = hidden_states.float().pow(2).mean(-1, keepdim=True)
         normalised = hidden_states * torch.rsqrt(variance + self.eps)
-        return normalised.to(hidden_states.dtype) * self.weight.to(hidden_states.dtype)
+        return normalised.to(hidden_states.dtype) * _cast(self.weight, hidden_states.dtype)
+
+
+def _cast(weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    assert weight is not None, "Qwen-Image's RMSNorms all have weights"
+    return weight.to(dtype)
 
 
 class ExactLayerNorm(nn.LayerNorm):
@@ -105,7 +110,7 @@ def install_rms_norms(module: nn.Module, kind: type[RMSNorm] = ExactRMSNorm) -> 
             layer.__class__ = kind
 
 
-def install_layer_norms(layers: Iterator[nn.Module]) -> None:
+def install_layer_norms(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
         if type(layer) is nn.LayerNorm:
             layer.__class__ = ExactLayerNorm

@@ -167,7 +167,7 @@ class Trainer:
             "parity/weights_equal": 1.0,  # a difference has stopped the run in _sync
             "parity/seed_collisions": float(self.seeds.collisions),
         }
-        captions = [f"{reward:.2f} {trajectory.prompt.text}" for trajectory, reward in zip(trajectories, rewards.total, strict=True)]
+        captions = [f"{reward:.2f} {t.prompt.text}" for t, reward in zip(trajectories, rewards.total, strict=True)]
         return metrics, list(zip(captions, images, strict=True))
 
     def evaluation_due(self, step: int) -> bool:

@@ -129,7 +129,7 @@ def _trainer(config: TrainConfig) -> Iterator[str]:
 
 
 def _files(config: TrainConfig) -> Iterator[str]:
-    model = Path(config.model.path).expanduser()
+    model = Path(config.model.path)
     if not model.is_dir() and (model.is_absolute() or not _HUB_ID.fullmatch(config.model.path)):
         yield f"model.path={config.model.path}: no such folder; give a checkpoint in diffusers layout, or a hub id (owner/name)"
     elif model.is_dir() and not (model / "model_index.json").is_file():
@@ -137,7 +137,7 @@ def _files(config: TrainConfig) -> Iterator[str]:
     for key, file in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         if file is None:
             continue
-        if not Path(file).expanduser().is_file():
+        if not Path(file).is_file():
             yield f"{key}={file}: no such file"
         elif Path(file).suffix not in _PROMPT_SUFFIXES:
             yield f"{key}={file}: expected a file that ends in {', '.join(_PROMPT_SUFFIXES)}"

@@ -40,7 +40,9 @@ def check_fingerprint(trajectory: Trajectory, expected: Mapping[str, Any]) -> No
             )
 
 
-def micro_batches(trajectories: Sequence[Trajectory], keys: Sequence[object], rows: Sequence[int], size: int) -> Iterator[list[Pair]]:
+def micro_batches(
+    trajectories: Sequence[Trajectory], keys: Sequence[object], rows: Sequence[int], size: int
+) -> Iterator[list[Pair]]:
     """All stochastic steps of the trajectories in `rows`, in batches of at most `size` that may share a forward pass."""
     grouped: dict[object, list[Pair]] = defaultdict(list)
     for row in rows:
@@ -54,7 +56,9 @@ def micro_batches(trajectories: Sequence[Trajectory], keys: Sequence[object], ro
             yield batch
 
 
-def score(network: nn.Module, trajectories: Sequence[Trajectory], pairs: Sequence[Pair], family: str, dtype: torch.dtype) -> SDEStep:
+def score(
+    network: nn.Module, trajectories: Sequence[Trajectory], pairs: Sequence[Pair], family: str, dtype: torch.dtype
+) -> SDEStep:
     """Scores the given steps in one forward pass of `network`, with gradients where they are enabled.
 
     Args:

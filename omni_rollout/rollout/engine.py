@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version as package_version
 from typing import Any
@@ -63,19 +65,20 @@ class RolloutEngine:
     ) -> None:
         pipeline = family_module(family, "spec").ROLLOUT_PIPELINE
         threads = torch.get_num_threads()
-        config = OmniDiffusionConfig(
-            model=path,
-            dtype=dtype,
-            enforce_eager=parity != "fast",
-            distributed_executor_backend="uni",
-            step_execution=True,
-            max_num_seqs=max_num_seqs,
-            cache_backend="none",
-            enable_prompt_embed_cache=True,
-            custom_pipeline_args={"pipeline_class": pipeline, "parity": parity},
-            diffusion_attention_config=None if parity == "fast" else {"default": {"backend": "TORCH_SDPA"}},
-            worker_extension_cls="omni_rollout.rollout.worker.RolloutWorkerExtension",
-        )
+        settings: dict[str, Any] = {
+            "model": path,
+            "dtype": dtype,
+            "enforce_eager": parity != "fast",
+            "distributed_executor_backend": "uni",
+            "step_execution": True,
+            "max_num_seqs": max_num_seqs,
+            "cache_backend": "none",
+            "enable_prompt_embed_cache": True,
+            "custom_pipeline_args": {"pipeline_class": pipeline, "parity": parity},
+            "diffusion_attention_config": None if parity == "fast" else {"default": {"backend": "TORCH_SDPA"}},
+            "worker_extension_cls": "omni_rollout.rollout.worker.RolloutWorkerExtension",
+        }
+        config = OmniDiffusionConfig(**settings)
         config.enrich_config()
         self._engine = DiffusionEngine.make_engine(config)
         self._engine.post_process_func = None  # the stock one turns the image into PIL and drops the rest
@@ -83,6 +86,7 @@ class RolloutEngine:
         self._loop = asyncio.new_event_loop()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._closed = False
+        _close_at_exit(self)
         self.dtype, self.parity = dtype, parity
         self.policy_version = 0
         self._adopt(self._rpc("policy_digests"))
@@ -240,6 +244,19 @@ class RolloutEngine:
                 "batch_sizes": record["batch_sizes"],
             },
         )
+
+
+def _close_at_exit(engine: RolloutEngine) -> None:
+    # The engine's thread is no daemon: a program that ends without `close` would wait for it for ever. An ordinary
+    # atexit handler runs after that wait; this hook, which concurrent.futures uses for the same purpose, before it.
+    reference = weakref.ref(engine)
+
+    def close() -> None:
+        left = reference()
+        if left is not None:
+            left.close()
+
+    threading._register_atexit(close)  # type: ignore[attr-defined]
 
 
 def _engine_request(request: RolloutRequest) -> OmniDiffusionRequest:

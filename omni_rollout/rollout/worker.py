@@ -21,6 +21,8 @@ RENAMED = {".to_out.weight": ".to_out.0.weight", ".to_out.bias": ".to_out.0.bias
 
 
 class RolloutWorkerExtension(CustomPipelineWorkerExtension):
+    model_runner: Any  # of the worker that the engine mixes this class into
+
     def re_init_pipeline(self, custom_pipeline_args: dict[str, Any]) -> None:
         super().re_init_pipeline(custom_pipeline_args)
         self._pack = custom_pipeline_args["parity"] == "fast" and not torch.cuda.is_available()

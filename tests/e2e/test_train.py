@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+
 from omni_rollout.launch import compose
 from omni_rollout.nano.random_weights import build_random
 from omni_rollout.train import train

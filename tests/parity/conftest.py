@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
 from omni_rollout.exact_ops import effective_weights
 from omni_rollout.models.qwen_image.policy import load_policy
 from omni_rollout.models.qwen_image.spec import resolve

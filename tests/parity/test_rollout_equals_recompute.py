@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+
 from omni_rollout.policy.lora import attach_lora
 from omni_rollout.types import Trajectory
 

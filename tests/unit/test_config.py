@@ -97,6 +97,7 @@ def test_reward_groups_name_rewards_that_exist(path: Path) -> None:
     ("override", "message"),
     [
         ("trainer.learning_rat=1", "trainer.learning_rat: no such key; did you mean trainer.learning_rate?"),
+        ("steps=3", "steps: no such key; did you mean trainer.steps?"),
         ("learning_rate=1", "learning_rate: no such key; did you mean trainer.learning_rate?"),
         ("trainer.steps.a=1", "trainer.steps.a: no such key; did you mean trainer.steps?"),
         ("+foo=1", "foo: no such key; there are model, collate"),
@@ -226,7 +227,7 @@ def test_windows_are_checked_against_the_steps(sound: TrainConfig) -> None:
     sampling = replace(sound.sampling, num_inference_steps=10)
     for window, size, sde_type, message in (
         ([0, 11], None, "sde", "ends after"),
-        ([0, 4], 5, "sde", "the range has 4 steps"),
+        ([2, 6], 5, "sde", "the range has 4 steps"),
         (None, 10, "sde", "the range has 9 steps"),
         ([0, 10], None, "cps", "end at 9"),
     ):

@@ -145,6 +145,13 @@ def test_the_sheet_shows_every_image_pixel_for_pixel() -> None:
         image_grid([("a", np.zeros((8, 8, 3)))])
 
 
+def test_a_long_caption_takes_three_lines_and_no_more() -> None:
+    sheet = np.asarray(image_grid([("word " * 60, np.full((160, 160, 3), 255, dtype=np.uint8))]))
+    lines = sheet[4 + 160 :].min(axis=(1, 2))[: 3 * 14].reshape(3, 14)
+    assert (lines.min(axis=1) < 128).all()
+    assert sheet.shape[0] == 160 + 2 * 4 + 3 * 14
+
+
 def test_a_run_folder_is_complete_after_every_step(
     tmp_path: Path, config: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

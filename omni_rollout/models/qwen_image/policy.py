@@ -17,6 +17,8 @@ from omni_rollout.errors import PinnedKnobError
 from omni_rollout.models.qwen_image.velocity import Conditioning
 from omni_rollout.types import Trajectory
 
+BLOCK_NORMS = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
+
 
 def load_policy(path: str, dtype: torch.dtype, parity: str = "exact") -> QwenImageTransformer2DModel:
     """The checkpoint's transformer with fp32 master weights, computing in `dtype`.
@@ -38,14 +40,15 @@ def load_policy(path: str, dtype: torch.dtype, parity: str = "exact") -> QwenIma
         rope["cpu"] = rope["cuda"] = partial(transformer_qwenimage.apply_rotary_emb_qwen, use_real=False)
     else:
         exact_ops.install_rms_norms(transformer)
-        for block in transformer.transformer_blocks:
-            exact_ops.install_layer_norms(iter((block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2)))
+        exact_ops.install_layer_norms(
+            layer for name, layer in transformer.named_modules() if name.rpartition(".")[2] in BLOCK_NORMS
+        )
         rope["cpu"] = rope["cuda"] = exact_ops.exact_rope
     return transformer.eval()
 
 
 def check_attention() -> None:
-    backend, _ = _AttentionBackendRegistry.get_active_backend()
+    backend: Any = _AttentionBackendRegistry.get_active_backend()[0]
     if backend != AttentionBackendName.NATIVE:
         raise PinnedKnobError(
             f"diffusers' attention backend is {backend.value}, the engine's is torch's: unset DIFFUSERS_ATTN_BACKEND (native)"

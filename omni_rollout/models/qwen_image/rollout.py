@@ -48,15 +48,17 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
         self._interrupt = False
         self.dtype = od_config.dtype
         self.policy_version = 0
-        parity = od_config.custom_pipeline_args["parity"]
+        arguments: Any = od_config.custom_pipeline_args
+        parity = arguments["parity"]
         self.reference = parity == "reference"
         if parity == "exact":
-            for block in self.transformer.transformer_blocks:
-                for layer in (block.attn.to_out, block.attn.to_add_out):
+            for name, layer in self.transformer.named_modules():
+                if name.endswith((".to_out", ".to_add_out")):
                     layer.register_forward_pre_hook(_contiguous_input)
         if self.reference:
             in_channels = self.transformer.in_channels
-            self.transformer = load_policy(od_config.model, self.dtype, parity).to(self.dtype).requires_grad_(False)
+            reference: Any = load_policy(str(od_config.model), self.dtype, parity)
+            self.transformer = reference.to(self.dtype).requires_grad_(False)
             self.transformer.in_channels = in_channels
 
     def prepare_encode(self, state: Any, **_: Any) -> Any:
@@ -92,7 +94,8 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
             spec = resolve({**size, "true_cfg_scale": 1.0, "sde_type": "ode", "prompt_width": WARM_UP_WIDTH})
             return spec, Schedule(sigmas=torch.tensor([1.0, 0.0]), timesteps=torch.tensor([1000.0]))
         spec = SamplingSpec.from_json(state.sampling.extra_args["spec"])
-        return spec, build_schedule(self.scheduler, spec.num_inference_steps, image_tokens(spec.height, spec.width))
+        scheduler: Any = self.scheduler
+        return spec, build_schedule(scheduler, spec.num_inference_steps, image_tokens(spec.height, spec.width))
 
     def _encode(self, text: str, width: int, what: str) -> tuple[torch.Tensor, torch.Tensor]:
         embeds, mask = self.encode_prompt(prompt=text, max_sequence_length=self.tokenizer_max_length)
@@ -152,6 +155,7 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
     def post_decode(self, state: Any, **_: Any) -> DiffusionOutput:
         run: Denoising = state.extra["denoising"]
         decoded = self._decode_latents(state.latents, run.spec.height, run.spec.width, output_type="pt").output
+        assert isinstance(decoded, torch.Tensor)
         image = ((decoded[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
         sigmas, condition = run.schedule.sigmas, run.conditioning
         record = {

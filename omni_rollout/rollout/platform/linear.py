@@ -20,7 +20,7 @@ class KeptWeightLinearMethod(linear.UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Nothing to pack."""
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return exact_linear(x, layer.weight, bias)
 
 
@@ -30,12 +30,13 @@ class PackedLinearMethod(KeptWeightLinearMethod):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.cpu_linear(x, layer.weight, bias)
 
 
 def pack_linears(module: torch.nn.Module) -> None:
     """Packs the weights that the layers below `module` hold now."""
+    layer: Any
     for layer in module.modules():
         if isinstance(getattr(layer, "quant_method", None), KeptWeightLinearMethod):
             layer.quant_method = PackedLinearMethod()
