@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 	$(BIN)/pyright
 
 bench: $(INSTALLED)
-	$(BIN)/python -m bench
+	$(BIN)/python benchmarks/parity_cost.py --model recipes/nano/checkpoint
 
 doctor: $(INSTALLED)
 	$(BIN)/omni-rollout doctor

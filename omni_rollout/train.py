@@ -34,7 +34,6 @@ from omni_rollout.policy.recompute import check_fingerprint, recompute
 from omni_rollout.policy.update import PolicyUpdate, Update
 from omni_rollout.prompts import PromptStream, load_prompts
 from omni_rollout.rewards import WeightedSum
-from omni_rollout.rewards.ocr import OCRReward
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.seeds import SeedLedger
 from omni_rollout.types import Trajectory
@@ -216,11 +215,7 @@ class Trainer:
         trajectories = sorted(self.engine.generate(requests), key=lambda trajectory: trajectory.request_id)
         images = [trajectory.image for trajectory in trajectories]
         prompts = [trajectory.prompt for trajectory in trajectories]
-        rewards = self.rewards(images, prompts)
-        metrics = {"evaluation/reward": statistics.fmean(rewards.total)}
-        for reward in self.rewards.rewards.values():
-            if isinstance(reward, OCRReward):
-                metrics["evaluation/exact_match"] = statistics.fmean(reward.exact_match(images, prompts))
+        metrics = {f"evaluation/{key}": value for key, value in self.rewards.evaluate(images, prompts).items()}
         return metrics, [(prompt.text, image) for prompt, image in zip(prompts, images, strict=True)]
 
 

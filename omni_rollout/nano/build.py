@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,8 @@ logger = logging.getLogger(__name__)
 
 WINDOW = (0.40, 0.60)
 """Exact match on held-out numbers, without guidance, of the state to ship: good enough to learn by reward, far from done."""
-STOP_ABOVE = 0.80
-"""Training ends at the first state above this; the states between serve those who want an easier or harder start."""
-SELECTION_SEED, REPORT_SEED = 123, 999
+EVALUATION_SEED, SECOND_LOOK_SEED, REPORT_SEED = 123, 999, 2026
+"""Noise of the three measurements a shipped state goes through, kept apart so that none repeats another's luck."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,7 @@ def build(out: Path, *, seed: int = 0, threads: int = 1, settings: BuildSettings
     """
     settings = settings or BuildSettings()
     torch.set_num_threads(threads)
-    vae_asked = {
-        "data": render.digest(),
-        "seed": seed,
-        "threads": threads,
-        "vae": dataclasses.asdict(settings.vae),
-    }
+    vae_asked = {"data": render.digest(), "seed": seed, "threads": threads, "vae": dataclasses.asdict(settings.vae)}
     vae_folder = out / "stages" / "vae"
     vae_record = run_stage(vae_folder, vae_asked, lambda folder: _vae_stage(folder, settings.vae, seed))
 
@@ -77,12 +72,17 @@ def build(out: Path, *, seed: int = 0, threads: int = 1, settings: BuildSettings
         lambda folder: _transformer_stage(folder, pipeline, settings.transformer, seed),
     )
 
-    step = choose_state(transformer_record["measured"]["evaluations"])
-    pipeline.transformer = QwenImageTransformer2DModel.from_pretrained(transformer_folder / state_name(step))
-    checkpoint = out / "checkpoint"
-    if checkpoint.exists():
-        shutil.rmtree(checkpoint)
-    pipeline.save_pretrained(checkpoint)
+    def load_state(step: int) -> None:
+        pipeline.transformer = QwenImageTransformer2DModel.from_pretrained(transformer_folder / state_name(step))
+
+    def read_again(step: int) -> float:
+        load_state(step)
+        return evaluate.accuracy(pipeline, held_out, seed=SECOND_LOOK_SEED)["exact_match"]
+
+    held_out = evaluate.cases(render.HELD_OUT, settings.report_images)
+    step = choose_state(transformer_record["measured"]["evaluations"], read_again)
+    load_state(step)
+    checkpoint = save_checkpoint(pipeline, out / "checkpoint")
     write_prompts(out / "data")
     numbers = {
         "vae": vae_record,
@@ -115,17 +115,32 @@ def state_name(step: int) -> str:
     return f"step_{step:05d}"
 
 
-def choose_state(evaluations: list[dict[str, Any]]) -> int:
-    """The first step inside `WINDOW`; if there is none, the step closest to the window's middle."""
+def choose_state(evaluations: list[dict[str, Any]], read_again: Callable[[int], float]) -> int:
+    """The first step that reads inside `WINDOW` twice: when it was evaluated, and by `read_again`.
+
+    One look at 120 images is off by 5 points either way, and the first of many looks to exceed a bound exceeds it by
+    luck; so the second look takes more images and other noise. If no step passes both, the step whose evaluation is
+    closest to the window's middle is chosen, with a warning.
+    """
     low, high = WINDOW
-    inside = [entry["step"] for entry in evaluations if low <= entry["exact_match"] <= high]
-    if inside:
-        return inside[0]
+    for entry in evaluations:
+        if low <= entry["exact_match"] <= high and low <= read_again(entry["step"]) <= high:
+            return entry["step"]
     closest = min(evaluations, key=lambda entry: abs(entry["exact_match"] - (low + high) / 2))
     logger.warning(
-        "no state reads %.0f to %.0f %%; the closest reads %.1f %%", 100 * low, 100 * high, 100 * closest["exact_match"]
+        "no state reads %.0f to %.0f %% twice; shipping step %d, the closest", 100 * low, 100 * high, closest["step"]
     )
     return closest["step"]
+
+
+def save_checkpoint(pipeline: QwenImagePipeline, folder: Path) -> Path:
+    """Write the pipeline to `folder`, replacing what is there, without the paths its parts were loaded from."""
+    for part in (pipeline.vae, pipeline.transformer):
+        part.register_to_config(_name_or_path="")
+    if folder.exists():
+        shutil.rmtree(folder)
+    pipeline.save_pretrained(folder)
+    return folder
 
 
 def write_prompts(folder: Path) -> None:
@@ -141,7 +156,7 @@ def write_prompts(folder: Path) -> None:
 
 
 def report(pipeline: QwenImagePipeline, images: int) -> dict[str, Any]:
-    """Measure one state, with other noise than the choice of the state used."""
+    """Measure one state."""
     held_out = evaluate.cases(render.HELD_OUT, images)
     groups = {"train_numbers": render.TRAIN_NUMBERS, "one_digit": render.DIGITS, "words": render.WORDS}
     result = {
@@ -167,10 +182,10 @@ def _transformer_stage(folder: Path, pipeline: QwenImagePipeline, settings: Tran
     def keep(step: int, averaged: QwenImageTransformer2DModel) -> bool:
         averaged.save_pretrained(folder / state_name(step))
         pipeline.transformer = averaged
-        result = {"step": step, **evaluate.accuracy(pipeline, asked, seed=SELECTION_SEED)}
+        result = {"step": step, **evaluate.accuracy(pipeline, asked, seed=EVALUATION_SEED)}
         logger.info("state %d: %s", step, result)
         evaluations.append(result)
-        return result["exact_match"] > STOP_ABOVE
+        return result["exact_match"] >= WINDOW[0]
 
     train_transformer(transformer, make_dataset(pipeline, settings.images, seed), settings, seed, keep)
     return {"evaluations": evaluations}

@@ -70,12 +70,11 @@ def attach_lora(transformer: Any, *, rank: int, alpha: int | None = None, seed: 
             raise ValueError(f"{name} is a {type(layer).__name__}: expected ExactLinear; install the exact operators first")
     if not targets:
         raise ValueError(f"{type(transformer).__name__} has none of the layers {', '.join(TARGETS)}")
-    transformer.requires_grad_(False)
     scale = 2 * rank if alpha is None else alpha
     config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(TARGETS), init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        transformer.add_adapter(config, adapter_name=ADAPTER)
+        transformer.add_adapter(config, adapter_name=ADAPTER)  # freezes all else
     return [factor for layer in _wrappers(transformer) for factor in _merge_in_forward(layer)]
 
 

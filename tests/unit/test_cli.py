@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from omni_rollout.cli import main
+from omni_rollout.errors import UserError
+from omni_rollout.types import RequestError
 
 HEAVY = ("torch", "numpy", "hydra", "omegaconf", "diffusers", "vllm", "vllm_omni", "rich", "wandb")
 
@@ -54,10 +58,21 @@ def test_the_traceback_is_there_when_asked_for(monkeypatch: pytest.MonkeyPatch) 
         main(["train", "trainer.stps=1"])
 
 
-def test_a_librarys_value_error_keeps_its_traceback(tmp_path: Path) -> None:
-    with pytest.raises(Exception) as raised:
-        main(["nano", "random", "--out", str(tmp_path / "model"), "--heads", "0"])
-    assert not isinstance(raised.value, SystemExit)
+def _failing(error: Exception) -> Callable[..., int]:
+    def doctor(*, fix: bool) -> int:
+        raise error
+
+    return doctor
+
+
+def test_only_this_packages_errors_lose_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (UserError("given"), RequestError("given")):
+        monkeypatch.setattr("omni_rollout.doctor.doctor", _failing(error))
+        assert main(["doctor"]) == 2
+    for error in (ValueError("a library's"), json.JSONDecodeError("a library's", "", 0), RuntimeError("a bug's")):
+        monkeypatch.setattr("omni_rollout.doctor.doctor", _failing(error))
+        with pytest.raises(type(error)):
+            main(["doctor"])
 
 
 @pytest.mark.parametrize("words", [["prompts=a.txt"], ["prompts=a.txt", "out="], ["out=a", "out=b"]])
@@ -67,8 +82,6 @@ def test_rollout_needs_one_out(words: list[str], capsys: pytest.CaptureFixture[s
 
 
 def test_nano_random_writes_a_checkpoint_of_the_size_asked_for(tmp_path: Path) -> None:
-    import json
-
     out = tmp_path / "model"
     command = ["nano", "random", "--out", str(out), "--layers", "1", "--heads", "2", "--head-dim", "16", "--joint-dim", "32"]
     assert main([*command, "--seed", "3"]) == 0
@@ -79,8 +92,8 @@ def test_nano_random_writes_a_checkpoint_of_the_size_asked_for(tmp_path: Path) -
 
 def test_interrupting_ends_with_130_and_one_line() -> None:
     code = (
-        "import omni_rollout.doctor as d, os, signal, sys\n"
-        "d.doctor = lambda **_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "import omni_rollout.doctor as d, os, signal, sys, time\n"
+        "d.doctor = lambda **_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
         "from omni_rollout.cli import main\n"
         "sys.exit(main(['doctor']))"
     )

@@ -52,7 +52,7 @@ def test_the_order_of_images_does_not_matter(rows: list[tuple[str, float]], std:
 @pytest.mark.parametrize("std", ["global", "group"])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_groups_of_one_and_of_equal_rewards_get_exact_zeros(std: str, size: int) -> None:
-    rewards = torch.tensor([0.1] * size + [0.0, 1.0])  # 0.1: three of them divided by three are not 0.1
+    rewards = torch.tensor([0.1] * size + [0.0, 1.0], dtype=torch.float64)  # three times 0.1, by three, is not 0.1
     result = flow_grpo.advantages(rewards, ["same"] * size + ["other"] * 2, std=std, clip=5)  # type: ignore[arg-type]
     assert torch.equal(result[:size], torch.zeros(size))
     assert float(result[-1]) > 0.9 and float(result[-1]) == -float(result[-2])

@@ -115,9 +115,12 @@ def test_ocr_finds_several_lines_in_a_large_image() -> None:
     assert reward([canvas, np.full((256, 256, 3), 240, np.uint8)], [asks_for("42 17")] * 2) == [1.0, 0.0]
 
 
-def test_a_wide_image_is_not_squeezed_into_the_narrow_shape() -> None:
+def test_a_wide_image_is_read_with_the_stock_shape() -> None:
     image = np.concatenate([sign("42"), sign("17"), sign("88")], axis=1)
+    _engine.cache_clear()
     assert OCRReward()([image], [asks_for("421788")]) == [1.0]
+    _engine(1, False)
+    assert _engine.cache_info()[:2] == (1, 1)  # hits, misses
 
 
 def test_only_the_reward_reads_with_the_narrow_shape() -> None:

@@ -1,0 +1,151 @@
+"""The settings under which the engine and the trainer are compared, and the requests that stand for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from itertools import product
+from typing import Any
+
+from omni_rollout.config import SamplingConfig
+from omni_rollout.errors import UserError
+from omni_rollout.models import family_module
+from omni_rollout.types import Prompt, RolloutRequest
+
+PROMPTS = ("a photo of a cat", 'a red sign that says "42"', "dog", 'a blue sign that says "7"')  # of four lengths
+NATURAL, STAGGERED = "natural", "staggered"
+SMALL = {"height": 64, "width": 64, "num_inference_steps": 6}  # where the config leaves them to the family's defaults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """Every combination is one cell.
+
+    `width`: text tokens of both branches, or `natural`: each text exactly as wide as it is, so nothing is padded.
+    `in_flight`: images submitted together, or `staggered`: images of different step counts, half as many again as the
+    engine has places, so that they enter and leave a batch at different steps.
+    """
+
+    dtype: tuple[str, ...] = ("float32", "bfloat16")
+    guidance: tuple[float, ...] = (1.0, 4.0)
+    width: tuple[str, ...] = (NATURAL, "64", "256")
+    in_flight: tuple[str, ...] = ("1", "3", "8", STAGGERED)
+    images: int = 8  # per cell; also the engine's places
+    causes: bool = True  # measure what each broken rule would cost
+    compile: bool = False  # among the causes; compiling takes minutes
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> Matrix:
+        """From `dtype=float32`, `guidance=1.0,4.0`, `width=natural,64`, `in_flight=1,staggered`, `images=8`, `causes=false`, `compile=true`.
+
+        Raises:
+            UserError: an unknown name or a value that fits none of the above.
+        """
+        values: dict[str, Any] = {}
+        known = [item.name for item in fields(cls)]
+        for word in words:
+            name, _, text = word.partition("=")
+            if name not in known or not text:
+                raise UserError(f"{word}: expected NAME=VALUE[,VALUE...] with a name of {', '.join(known)}")
+            values[name] = _value(name, text)
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    dtype: str
+    guidance: float
+    width: str
+    in_flight: str
+
+
+def cells(matrix: Matrix, dtype: str) -> Iterator[Cell]:
+    for guidance, width, in_flight in product(matrix.guidance, matrix.width, matrix.in_flight):
+        yield Cell(dtype=dtype, guidance=guidance, width=width, in_flight=in_flight)
+
+
+def requests(cell: Cell, sampling: SamplingConfig, family: str, tokenizer: Any, images: int) -> list[RolloutRequest]:
+    """The cell's images; all but the last step stochastic.
+
+    Raises:
+        RequestError: the config's sampling parameters cannot be served.
+    """
+    spec = family_module(family, "spec")
+    given = {item.name: getattr(sampling, item.name) for item in fields(sampling)}
+    values = {
+        **{key: given[key] if given[key] is not None else small for key, small in SMALL.items()},
+        **{key: _plain(given[key]) for key in ("negative_prompt", "noise_level", "sde_type", "log_prob_form")},
+        "true_cfg_scale": cell.guidance,
+    }
+    negative = values["negative_prompt"] or spec.DEFAULT_NEGATIVE_PROMPT
+    result = []
+    for number in range(images * 3 // 2 if cell.in_flight == STAGGERED else images):
+        text = PROMPTS[number % len(PROMPTS)]
+        steps = values["num_inference_steps"] + (number % 3 if cell.in_flight == STAGGERED else 0)
+        natural = cell.width == NATURAL
+        widths = {
+            "prompt_width": spec.text_tokens(tokenizer, text) if natural else int(cell.width),
+            "negative_prompt_width": spec.text_tokens(tokenizer, negative) if natural else int(cell.width),
+        }
+        result.append(
+            RolloutRequest(
+                request_id=f"{cell.dtype}-{cell.guidance}-{cell.width}-{cell.in_flight}-{number:02d}",
+                prompt=Prompt(text=text),
+                spec=spec.resolve({**values, **widths, "num_inference_steps": steps}),
+                seed=sampling.seed + number,
+                group_id=f"{cell.dtype}-{cell.guidance}-{cell.width}-{cell.in_flight}",
+                member=number,
+            )
+        )
+    return result
+
+
+def submissions(cell: Cell, whole: Sequence[RolloutRequest]) -> Iterator[list[RolloutRequest]]:
+    """The requests in the portions in which they are submitted."""
+    size = len(whole) if cell.in_flight == STAGGERED else int(cell.in_flight)
+    for start in range(0, len(whole), size):
+        yield list(whole[start : start + size])
+
+
+def renamed(request: RolloutRequest, suffix: str) -> RolloutRequest:
+    """The same image asked for again: the engine wants every request id once."""
+    return replace(request, request_id=f"{request.request_id}-{suffix}")
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _value(name: str, text: str) -> Any:
+    words = text.split(",")
+    if name == "dtype" and set(words) <= {"float32", "bfloat16"}:
+        return tuple(words)
+    if name == "width" and all(word == NATURAL or _positive(word) for word in words):
+        return tuple(words)
+    if name == "in_flight" and all(word == STAGGERED or _positive(word) for word in words):
+        return tuple(words)
+    if name == "images" and _positive(text):
+        return int(text)
+    if name in ("causes", "compile") and text in ("true", "false"):
+        return text == "true"
+    if name == "guidance":
+        try:
+            return tuple(float(word) for word in words)
+        except ValueError as error:
+            raise UserError(f"guidance={text}: expected numbers, such as guidance=1.0,4.0") from error
+    raise UserError(f"{name}={text}: {_EXPECTED[name]}")
+
+
+_EXPECTED = {
+    "dtype": "expected float32, bfloat16 or both",
+    "width": f"expected {NATURAL} or numbers of text tokens, such as width={NATURAL},64",
+    "in_flight": f"expected {STAGGERED} or numbers of images, such as in_flight=1,8,{STAGGERED}",
+    "images": "expected 1 or more",
+    "causes": "expected true or false",
+    "compile": "expected true or false",
+}
+
+
+def _positive(word: str) -> bool:
+    return word.isdecimal() and int(word) > 0

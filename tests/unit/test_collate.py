@@ -1,0 +1,148 @@
+"""Prompts -> requests: what is decided before dispatch, and what is refused before the engine sees it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omni_rollout.collate import Collator, derive_seed
+from omni_rollout.config import CollateConfig, SamplingConfig, SDETypeName
+from omni_rollout.models.qwen_image.spec import DEFAULTS, resolve
+from omni_rollout.models.qwen_image.velocity import pad_to_width
+from omni_rollout.nano.tokenizer import make_tokenizer
+from omni_rollout.seeds import SeedLedger
+from omni_rollout.types import Prompt, RequestError, SamplingSpec
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def collator(tokenizer, width: int = 24, **sampling) -> Collator:
+    values = {"height": 64, "width": 64, "num_inference_steps": 10, "true_cfg_scale": 1.0, **sampling}
+    return Collator("qwen_image", tokenizer, SamplingConfig(**values), CollateConfig(prompt_width=width))
+
+
+def test_members_of_a_group_share_prompt_and_window_but_not_the_seed(tokenizer):
+    requests = collator(tokenizer, sde_window_size=2).groups([Prompt(text="a red cat"), Prompt(text="a dog")], 3, 4)
+    assert len(requests) == 8 and len({r.seed for r in requests}) == 8 and len({r.request_id for r in requests}) == 8
+    for group in {r.group_id for r in requests}:
+        members = [r for r in requests if r.group_id == group]
+        assert [r.member for r in members] == [0, 1, 2, 3]
+        assert len({r.prompt.text for r in members}) == len({r.spec.step_indices for r in members}) == 1
+
+
+def test_windows_differ_between_groups_and_repeat_between_runs(tokenizer):
+    def windows() -> list[tuple[int, ...]]:
+        made = collator(tokenizer, sde_window_size=2, sde_window_range=[0, 6])
+        return [made.groups([Prompt(text="a cat")], step, 1)[0].spec.step_indices for step in range(30)]
+
+    assert windows() == windows()
+    assert {window[0] for window in windows()} == {0, 1, 2, 3, 4}
+    assert all(window == (window[0], window[0] + 1) for window in windows())
+
+
+@pytest.mark.parametrize(
+    "sampling, message",
+    [
+        ({"sde_window_range": [0, 10]}, "the last step is deterministic"),
+        ({"sde_window_range": [5, 5]}, "expected 0 <= first < end"),
+        ({"sde_window_size": 0}, "expected 1 to 9"),
+        ({"sde_window_size": 4, "sde_window_range": [2, 5]}, "expected 1 to 3"),
+    ],
+)
+def test_impossible_windows_are_refused(tokenizer, sampling, message):
+    with pytest.raises(RequestError, match=message):
+        collator(tokenizer, **sampling).groups([Prompt(text="a cat")], 0, 1)
+
+
+def test_a_text_past_the_width_is_refused_naming_the_width_it_needs(tokenizer):
+    made = collator(tokenizer, width=10)
+    with pytest.raises(RequestError, match=r"has (\d+) text tokens, the fixed width is 10.*collate.prompt_width=\d+"):
+        made.groups([Prompt(text="a red cat " * 10)], 0, 1)
+    with pytest.raises(RequestError, match="negative prompt"):
+        collator(tokenizer, width=10, true_cfg_scale=2.0, negative_prompt="a red cat " * 10)
+
+
+def test_zero_is_zero_and_none_is_the_familys_default():
+    base = {"prompt_width": 8}
+    assert resolve(base).num_inference_steps == DEFAULTS["num_inference_steps"]
+    assert resolve(base).true_cfg_scale == DEFAULTS["true_cfg_scale"] and resolve(base).negative_prompt == " "
+    off = resolve({**base, "true_cfg_scale": 0.0, "negative_prompt": "ugly"})
+    assert off.true_cfg_scale == 0.0 and off.negative_prompt is None and not off.guided
+    assert resolve({**base, "cfg_scale": 2.0}).true_cfg_scale == 2.0
+    assert resolve({**base, "negative_prompt": ""}).negative_prompt == ""
+    silent = resolve({**base, "noise_level": 0.0})
+    assert silent.sde_type == "ode" and silent.step_indices == ()
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"height": 72}, "height=72: expected a multiple of 16 pixels; the nearest is"),
+        ({"width": 0}, "width=0"),
+        ({"noise_level": -0.1}, "noise_level=-0.1"),
+        ({"sde_type": "cps", "noise_level": 1.5}, "cps expects 0 to 1"),
+        ({"true_cfg_scal": 2.0}, "did you mean true_cfg_scale"),
+        ({"prompt_width": 0}, "prompt_width=0"),
+        ({"step_indices": (3, 1)}, "neighbouring indices"),
+        ({"step_indices": (49,)}, "neighbouring indices"),
+        ({"step_indices": ()}, "neighbouring indices"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(parameters, message):
+    with pytest.raises(RequestError, match=message):
+        resolve({"prompt_width": 8, **parameters})
+
+
+def test_a_spec_survives_json():
+    spec = resolve({"prompt_width": 8, "step_indices": (1, 2)})
+    assert SamplingSpec.from_json(spec.to_json()) == spec
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32))
+def test_padding_keeps_the_valid_rows_and_refuses_other_masks(valid, width, seed):
+    import torch
+
+    embeds = torch.randn(12, 3, generator=torch.Generator().manual_seed(seed))
+    mask = torch.arange(12) < valid
+    if valid > width:
+        with pytest.raises(RequestError, match="fixed width"):
+            pad_to_width(embeds, mask, width, "prompt")
+        return
+    padded, padded_mask = pad_to_width(embeds, mask, width, "prompt")
+    assert torch.equal(padded[:valid], embeds[:valid]) and not padded[valid:].any()
+    assert padded_mask.tolist() == [True] * valid + [False] * (width - valid)
+    if valid < 12:
+        with pytest.raises(RequestError, match="right padded"):
+            pad_to_width(embeds, mask.flip(0), width, "prompt")
+
+
+def test_seeds_are_the_same_everywhere_and_reuse_is_noticed(tokenizer):
+    assert derive_seed(0, "a", 1) == 3805457466603685491
+    made = collator(tokenizer)
+    requests = made.groups([Prompt(text="a cat")], 0, 4)
+    ledger = SeedLedger()
+    assert ledger.record(requests) == [] and ledger.collisions == 0
+    again = made.request(Prompt(text="a cat"), made.spec(), "other", 0, seed=requests[2].seed)
+    assert requests[2].request_id in ledger.record([again])[0] and ledger.collisions == 1
+
+
+def test_ode_asks_for_no_stochastic_step(tokenizer):
+    requests = collator(tokenizer, sde_type=SDETypeName.ode).groups([Prompt(text="a cat")], 0, 1)
+    assert requests[0].spec.step_indices == ()
+
+
+def test_prompts_of_the_recipe_fit_its_width(tokenizer):
+    folder = Path(__file__).parents[2] / "recipes" / "nano" / "data"
+    from omni_rollout.prompts import load_prompts
+
+    made = collator(tokenizer, width=16)
+    for name in ("train.jsonl", "heldout.jsonl"):
+        for prompt in load_prompts(folder / name):
+            made.check(made.spec(), prompt)
