@@ -1,0 +1,215 @@
+"""Rolls out and recomputes under frozen weights, cell by cell; then says what differs first and what each cause costs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from transformers import AutoTokenizer
+
+from omni_rollout.config import TrainConfig
+from omni_rollout.errors import UserError
+from omni_rollout.models import family_module
+from omni_rollout.parity.attribution import Attribution, CauseResult, culprits
+from omni_rollout.parity.causes import Setting
+from omni_rollout.parity.findings import Finding, from_seeds, from_trace, from_weights
+from omni_rollout.parity.matrix import NATURAL, STAGGERED, Cell, Matrix, cells, renamed, requests, submissions
+from omni_rollout.parity.measure import Measure, measure, measure_steps
+from omni_rollout.parity.trace import differing_weights, trace
+from omni_rollout.policy.recompute import recompute
+from omni_rollout.rollout.engine import PACKAGES, RolloutEngine, package_version
+from omni_rollout.schedule import build_schedule
+from omni_rollout.types import RolloutRequest, Trajectory
+
+LORA_RANK = 4  # of the adapter that both sides are given, where the config trains full weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellResult:
+    cell: Cell
+    measure: Measure | None  # None: no image came out
+    steps: dict[int, Measure]
+    batch_sizes: tuple[int, ...]  # that its images met in the engine's forward passes
+    widths: tuple[int, ...]
+    errors: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def exact(self) -> bool:
+        return not self.errors and not self.findings and self.measure is not None and self.measure.exact
+
+
+@dataclass(kw_only=True)
+class Report:
+    model: str
+    parity: str
+    clip_range: float
+    environment: dict[str, Any]
+    cells: list[CellResult] = field(default_factory=list)
+    causes: list[CauseResult] = field(default_factory=list)
+    baselines: dict[str, Measure] = field(default_factory=dict)  # dtype -> the causes' trajectories with nothing broken
+    findings: list[tuple[str, Finding]] = field(default_factory=list)  # with the dtype; first differences
+
+    @property
+    def exact(self) -> bool:
+        """Same bits in every cell, and nothing found by the traces that the KL may hide."""
+        return bool(self.cells) and all(result.exact for result in self.cells) and not self.findings
+
+
+class Probe:
+    """One engine and one policy that should agree.
+
+    Args:
+        path: where both came from; gives the tokenizer and the schedule.
+    """
+
+    def __init__(self, engine: RolloutEngine, policy: torch.nn.Module, config: TrainConfig) -> None:
+        model = config.model
+        self.engine, self.policy, self.config = engine, policy, config
+        self.dtype: torch.dtype = getattr(torch, engine.dtype)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model.path, subfolder="tokenizer")
+        self.scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(model.path, subfolder="scheduler")
+        self._micro_batch_size = config.trainer.micro_batch_size
+        self._count = 0
+
+    def requests(self, cell: Cell, images: int) -> list[RolloutRequest]:
+        self._count += 1
+        found = requests(cell, self.config.sampling, self.config.model.family, self.tokenizer, images)
+        return [renamed(request, str(self._count)) for request in found]
+
+    def recompute(self, trajectories: Sequence[Trajectory]) -> list[torch.Tensor]:
+        return recompute(
+            self.policy,
+            trajectories,
+            family=self.config.model.family,
+            dtype=self.dtype,
+            micro_batch_size=self._micro_batch_size,
+        )
+
+    def cell(self, cell: Cell, images: int) -> CellResult:
+        trajectories: list[Trajectory] = []
+        errors: list[str] = []
+        for portion in submissions(cell, self.requests(cell, images)):
+            trajectories += self.engine.generate(
+                portion, on_error=lambda request, error: errors.append(f"{request.request_id}: {error}")
+            )
+        clip_range = self.config.trainer.clip_range
+        log_probs = self.recompute(trajectories) if trajectories else []
+        return CellResult(
+            cell=cell,
+            measure=measure(trajectories, log_probs, clip_range) if trajectories else None,
+            steps=measure_steps(trajectories, log_probs, clip_range),
+            batch_sizes=tuple(sorted({size for t in trajectories for size in t.fingerprint["batch_sizes"]})),
+            widths=tuple(sorted({t.spec.prompt_width for t in trajectories})),
+            errors=tuple(errors),
+            findings=tuple(from_seeds(trajectories)),
+        )
+
+    def weights(self) -> list[Finding]:
+        return from_weights(differing_weights(self.engine, self.policy, self.dtype))
+
+    def first_difference(self, request: RolloutRequest) -> Finding | None:
+        """The first difference in one image, sampled alone."""
+        try:
+            found = trace(self.engine, self.policy, request, self.config.model.family, self.dtype)
+        except ExceptionGroup as group:
+            return Finding("engine", request.request_id, f"the request failed: {group.exceptions[0]}")
+        spec = found.trajectory.spec
+        tokens = found.trajectory.latents.shape[1]
+        return from_trace(found, build_schedule(self.scheduler, spec.num_inference_steps, tokens))
+
+    def first_differences(self, matrix: Matrix, results: Sequence[CellResult]) -> list[Finding]:
+        """Weights, then one image of every guidance and width, and of each kind of cell that was not exact."""
+        found = self.weights()
+        chosen = {(result.cell.guidance, result.cell.width): result for result in results}
+        for guidance, width in chosen:
+            cell = Cell(dtype=self.engine.dtype, guidance=guidance, width=width, in_flight="1")
+            request = renamed(self.requests(cell, 1)[0], "traced")
+            difference = self.first_difference(request)
+            if difference is not None:
+                found.append(difference)
+        exact = all(result.exact for result in results)
+        if not exact and not found and not any(result.errors or result.findings for result in results):
+            found.append(Finding("batch", "in flight", "each image agrees when it is sampled alone: what differs is its company"))
+        return list(dict.fromkeys(found))
+
+
+def environment(engine: RolloutEngine) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.processor()}".strip(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: package_version(name) for name in PACKAGES},
+        "weights": engine.weights_digest,
+        "cores": os.cpu_count(),
+    }
+
+
+def probe(config: TrainConfig, matrix: Matrix, say: Callable[[str], None]) -> Report:
+    """Starts one engine per dtype and runs the whole matrix in it.
+
+    Args:
+        say: told of each result as it comes.
+    """
+    if config.sampling.sde_type.value == "ode" or config.sampling.noise_level == 0:
+        raise UserError("an ode has no log-probs to compare: choose sampling.sde_type=sde and a noise_level above 0")
+    report = Report(
+        model=config.model.path, parity=config.parity.value, clip_range=config.trainer.clip_range, environment={}
+    )
+    policy_module = family_module(config.model.family, "policy")
+    for dtype in matrix.dtype:
+        model, parity = config.model, config.parity.value
+        with RolloutEngine(
+            model.path, family=model.family, dtype=dtype, max_num_seqs=matrix.images, parity=parity
+        ) as engine:
+            policy = policy_module.load_policy(model.path, getattr(torch, dtype), parity)
+            _probe_dtype(Probe(engine, policy, config), matrix, report, say)
+    return report
+
+
+def _probe_dtype(sides: Probe, matrix: Matrix, report: Report, say: Callable[[str], None]) -> None:
+    dtype = sides.engine.dtype
+    report.environment = report.environment or environment(sides.engine)
+    results: list[CellResult] = []
+    for cell in cells(matrix, dtype):
+        results.append(sides.cell(cell, matrix.images))
+        kl = results[-1].measure.kl if results[-1].measure else float("nan")
+        say(f"{dtype} guidance {cell.guidance} width {cell.width} in flight {cell.in_flight}: KL {kl:.3g}")
+    report.cells += results
+    differences = sides.first_differences(matrix, results)
+    if matrix.causes:
+        differences += _causes(sides, matrix, report, say)
+    report.findings += [(dtype, finding) for finding in differences]
+
+
+def _causes(sides: Probe, matrix: Matrix, report: Report, say: Callable[[str], None]) -> list[Finding]:
+    """Measured on guided, padded and unpadded images together, so that each rule has something to break."""
+    engine, config, dtype = sides.engine, sides.config, sides.engine.dtype
+    guidance = max(matrix.guidance)
+    widths = dict.fromkeys((NATURAL, *matrix.width))
+    small = [width for width in widths if width == NATURAL or width == min(widths.keys() - {NATURAL}, key=int)]
+
+    def images() -> list[RolloutRequest]:
+        chosen = [Cell(dtype=dtype, guidance=guidance, width=width, in_flight=STAGGERED) for width in small]
+        return [request for cell in chosen for request in sides.requests(cell, max(2, matrix.images // 2))]
+
+    trajectories = list(engine.generate(images(), on_error=lambda request, error: say(f"{request.request_id}: {error}")))
+    if not trajectories:
+        return []
+    setting = Setting(sides.policy, config.model.family, sides.dtype)
+    attribution = Attribution(setting, dtype, config.trainer.clip_range, compiled=matrix.compile)
+    baseline = attribution.score(trajectories)
+    report.baselines[dtype] = baseline
+    results = attribution.causes(trajectories)
+    found = culprits(baseline, results)
+    if baseline.exact:
+        results += attribution.lora(engine, images(), config.trainer.lora_rank or LORA_RANK)
+    report.causes += results
+    say(f"{dtype} causes: {sum(result.alone is not None for result in results)} measured")
+    return found
