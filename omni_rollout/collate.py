@@ -14,7 +14,16 @@ from omni_rollout.models import family_module
 from omni_rollout.prompts import group_id
 from omni_rollout.types import Prompt, RequestError, RolloutRequest, SamplingSpec
 
-SPEC_KEYS = ("height", "width", "num_inference_steps", "true_cfg_scale", "negative_prompt", "noise_level", "sde_type", "log_prob_form")
+SPEC_KEYS = (
+    "height",
+    "width",
+    "num_inference_steps",
+    "true_cfg_scale",
+    "negative_prompt",
+    "noise_level",
+    "sde_type",
+    "log_prob_form",
+)
 
 
 def derive_seed(*parts: object) -> int:

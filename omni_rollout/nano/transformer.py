@@ -41,6 +41,10 @@ class TransformerSettings:
     evaluate_from: int = 800
     evaluate_every: int = 100
     evaluation_images: int = 120
+    window: tuple[float, float] = (0.40, 0.60)
+    """Exact match on held-out numbers, without guidance, of the state to ship: good enough to learn by reward, far from
+    done. Training ends at the first state that reads inside it twice."""
+    second_look_images: int = 240
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One policy update from one rollout: the step that every back end shares.
 
-    trajectories, advantages ─► mini-batches ─► micro_batches ─► score ─► loss ─► backward ... step
-                                     └─ the first, before its step: engine log-probs against the trainer's own
+trajectories, advantages ─► mini-batches ─► micro_batches ─► score ─► loss ─► backward ... step
+                                 └─ the first, before its step: engine log-probs against the trainer's own
 """
 
 from __future__ import annotations
@@ -118,13 +118,14 @@ class PolicyUpdate:
         device = step.log_prob.device
         old = torch.stack([old_log_probs[pair.row][pair.index] for pair in pairs]).to(device)
         advantage = torch.stack([advantages[pair.row] for pair in pairs]).to(device)
-        loss = self._algorithm.loss(step.log_prob, old, advantage, self._trainer.clip_range).loss
+        ref_kl = None
         if self._reference is not None:
             with torch.no_grad():
                 reference = score(self._reference, trajectories, pairs, self._family, self._dtype)
-            kl = gaussian_kl(step.mean, reference.mean, step.step_std).mean()
-            result.ref_kls.append(float(kl.detach()))
-            loss = loss + self._weights.kl_coef * kl
+            ref_kl = gaussian_kl(step.mean, reference.mean, step.step_std)
+            result.ref_kls.append(float(ref_kl.detach().mean()))
+        clip_range, kl_coef = self._trainer.clip_range, self._weights.kl_coef
+        loss = self._algorithm.loss(step.log_prob, old, advantage, clip_range, kl=ref_kl, kl_coef=kl_coef).loss
         self._engine.backward(loss * (len(pairs) * share), last=last)
         result.losses.append(float(loss.detach()))
         result.all.add(trajectories, pairs, old, step.log_prob)

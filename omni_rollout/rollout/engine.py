@@ -1,7 +1,7 @@
 """`RolloutEngine`: vllm-omni's diffusion engine as a plain object in this process.
 
-    requests ─► generate ─► _sample (one coroutine each) ─► engine.step_streaming ─► _trajectory ─► yielded as they finish
-                                                    update_weights ─► _drain ─► load_policy ─► digests compared
+requests ─► generate ─► _sample (one coroutine each) ─► engine.step_streaming ─► _trajectory ─► yielded as they finish
+                                                update_weights ─► _drain ─► load_policy ─► digests compared
 """
 
 from __future__ import annotations

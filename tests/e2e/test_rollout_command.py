@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
 from omni_rollout.capsule import load_capsule
 from omni_rollout.collate import Collator
 from omni_rollout.launch import compose
@@ -16,8 +19,6 @@ from omni_rollout.nano.random_weights import build_random
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.prompts import load_prompts
 from omni_rollout.rollout.engine import RolloutEngine
-from PIL import Image
-from transformers import AutoTokenizer
 
 LINES = ["a red cat", "a red cat and a blue dog " * 10, "a blue dog"]
 

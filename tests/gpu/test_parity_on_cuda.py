@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from omni_rollout.exact_ops import effective_weights
 from omni_rollout.models.qwen_image.policy import load_policy
 from omni_rollout.models.qwen_image.spec import resolve

@@ -66,17 +66,13 @@ class Sides:
     def mixed(self) -> list[RolloutRequest]:
         """Eight requests: prompts of four lengths, with and without guidance, 6 to 8 steps."""
         scales = [1.0, 4.0, 2.5]
-        return [
-            self.request(i, PROMPTS[i % 4], true_cfg_scale=scales[i % 3], num_inference_steps=6 + i % 3) for i in range(8)
-        ]
+        return [self.request(i, PROMPTS[i % 4], true_cfg_scale=scales[i % 3], num_inference_steps=6 + i % 3) for i in range(8)]
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
         return sorted(self.engine.generate(requests), key=lambda trajectory: trajectory.seed)
 
     def score(self, trajectories: Sequence[Trajectory], micro_batch_size: int = 16) -> list[torch.Tensor]:
-        return recompute(
-            self.policy, trajectories, family="qwen_image", dtype=self.dtype, micro_batch_size=micro_batch_size
-        )
+        return recompute(self.policy, trajectories, family="qwen_image", dtype=self.dtype, micro_batch_size=micro_batch_size)
 
     def sync(self) -> None:
         self.version += 1

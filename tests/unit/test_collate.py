@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from omni_rollout.collate import Collator, derive_seed
 from omni_rollout.config import CollateConfig, SamplingConfig, SDETypeName
 from omni_rollout.models.qwen_image.spec import DEFAULTS, resolve
