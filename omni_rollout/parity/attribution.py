@@ -16,11 +16,11 @@ from omni_rollout.parity.measure import Measure, measure
 from omni_rollout.policy.lora import attach_lora
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.rollout.engine import RolloutEngine
-from omni_rollout.types import Trajectory
+from omni_rollout.types import RolloutRequest, Trajectory
 
 MICRO_BATCH_SIZE = 3  # odd, and not what the engine ran: rules about the batch must matter
 LORA_SIZE = 0.05  # deviation of the factors that stand for a trained adapter
-LORA = "lora_application"
+LORA = next(cause for cause in CAUSES if cause.name == "lora_application")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Attribution:
         """All but the application of LoRA."""
         results, added = [], []
         for cause in CAUSES:
-            if cause.name == LORA:
+            if cause is LORA:
                 continue
             if cause.slow and not self._compiled:
                 reason = "it compiles for minutes; ask for it with compile=true"
@@ -77,9 +77,8 @@ class Attribution:
             )
         return results
 
-    def lora(self, engine: RolloutEngine, requests: Sequence, rank: int) -> list[CauseResult]:
+    def lora(self, engine: RolloutEngine, requests: Sequence[RolloutRequest], rank: int) -> CauseResult:
         """Gives both sides an adapter, so it comes last: engine and policy are other ones afterwards."""
-        cause = next(cause for cause in CAUSES if cause.name == LORA)
         factors = attach_lora(self._setting.policy, rank=rank)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -90,16 +89,14 @@ class Attribution:
         before = self.score(trajectories)
         if not before.exact:
             reason = f"with an adapter the two sides differ from the start, by up to {before.max_abs_diff:.3g}"
-            return [CauseResult(cause=cause, dtype=self._dtype, not_run=reason)]
-        everything = [other for other in CAUSES if not other.slow]
-        return [
-            CauseResult(
-                cause=cause,
-                dtype=self._dtype,
-                alone=self.score(trajectories, [cause]),
-                cumulative=self.score(trajectories, everything),
-            )
-        ]
+            return CauseResult(cause=LORA, dtype=self._dtype, not_run=reason)
+        everything = [cause for cause in CAUSES if not cause.slow]
+        return CauseResult(
+            cause=LORA,
+            dtype=self._dtype,
+            alone=self.score(trajectories, [LORA]),
+            cumulative=self.score(trajectories, everything),
+        )
 
 
 def culprits(baseline: Measure, results: Sequence[CauseResult]) -> list[Finding]:

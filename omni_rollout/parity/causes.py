@@ -191,9 +191,8 @@ def unmerged_lora(_: Setting) -> AbstractContextManager[None]:
 
 @contextmanager
 def compiled_blocks(setting: Setting) -> Iterator[None]:
-    blocks: list[Any] = [
-        module for module in setting.policy.modules() if type(module).__name__ in (setting.policy._repeated_blocks or ())
-    ]
+    policy: Any = setting.policy
+    blocks: list[Any] = [module for module in policy.modules() if type(module).__name__ in policy._repeated_blocks]
     for block in blocks:
         block.compile()
     try:

@@ -36,7 +36,9 @@ def from_weights(names: Sequence[str]) -> list[Finding]:
     if not names:
         return []
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [Finding("weights", names[0], f"differ in {len(names)} tensors: {', '.join(names[:3])}{more}; was an update missed?")]
+    return [
+        Finding("weights", names[0], f"differ in {len(names)} tensors: {', '.join(names[:3])}{more}; was an update missed?")
+    ]
 
 
 def from_seeds(trajectories: Sequence[Trajectory]) -> list[Finding]:
@@ -78,7 +80,10 @@ def from_trace(found: Trace, schedule: Schedule) -> Finding | None:
 def _in_record(found: Trace, position: int, step: int) -> Finding | None:
     """Whether the trajectory holds the latents that the engine had."""
     stored = found.trajectory.latents
-    for name, at, own in (("before", position, found.engine_steps[step].before), ("after", position + 1, found.engine_steps[step].after)):
+    for name, at, own in (
+        ("before", position, found.engine_steps[step].before),
+        ("after", position + 1, found.engine_steps[step].after),
+    ):
         if torch.equal(stored[at], own[0]):
             continue
         where = f"{name} step {step}"
@@ -136,7 +141,9 @@ def _in_step(found: Trace, position: int, step: int) -> Finding | None:
         if other != step and abs(score - float(rollout)) < 1e-5:
             return Finding("step", f"step {step}", f"the engine stepped between the sigmas of step {other}")
     return Finding(
-        "step", f"step {step}", f"equal velocities, but log-probs of {rollout.item():.7g} in the engine and {trainer.item():.7g}"
+        "step",
+        f"step {step}",
+        f"equal velocities, but log-probs of {rollout.item():.7g} in the engine and {trainer.item():.7g}",
     )
 
 

@@ -37,7 +37,7 @@ class Matrix:
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Matrix:
-        """From `dtype=float32`, `guidance=1.0,4.0`, `width=natural,64`, `in_flight=1,staggered`, `images=8`, `causes=false`, `compile=true`.
+        """From words such as `dtype=float32`, `guidance=1.0,4.0`, `width=natural,64`, `in_flight=1,staggered`, `causes=false`.
 
         Raises:
             UserError: an unknown name or a value that fits none of the above.

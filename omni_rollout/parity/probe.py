@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.models import family_module
-from omni_rollout.parity.attribution import Attribution, CauseResult, culprits
+from omni_rollout.parity.attribution import LORA, Attribution, CauseResult, culprits
 from omni_rollout.parity.causes import Setting
 from omni_rollout.parity.findings import Finding, from_seeds, from_trace, from_weights
 from omni_rollout.parity.matrix import NATURAL, STAGGERED, Cell, Matrix, cells, renamed, requests, submissions
@@ -65,7 +65,7 @@ class Probe:
     """One engine and one policy that should agree.
 
     Args:
-        path: where both came from; gives the tokenizer and the schedule.
+        config: its `model.path` gives the tokenizer and the schedule.
     """
 
     def __init__(self, engine: RolloutEngine, policy: torch.nn.Module, config: TrainConfig) -> None:
@@ -135,7 +135,9 @@ class Probe:
                 found.append(difference)
         exact = all(result.exact for result in results)
         if not exact and not found and not any(result.errors or result.findings for result in results):
-            found.append(Finding("batch", "in flight", "each image agrees when it is sampled alone: what differs is its company"))
+            found.append(
+                Finding("batch", "in flight", "each image agrees when it is sampled alone: what differs is its company")
+            )
         return list(dict.fromkeys(found))
 
 
@@ -159,15 +161,11 @@ def probe(config: TrainConfig, matrix: Matrix, say: Callable[[str], None]) -> Re
     """
     if config.sampling.sde_type.value == "ode" or config.sampling.noise_level == 0:
         raise UserError("an ode has no log-probs to compare: choose sampling.sde_type=sde and a noise_level above 0")
-    report = Report(
-        model=config.model.path, parity=config.parity.value, clip_range=config.trainer.clip_range, environment={}
-    )
+    report = Report(model=config.model.path, parity=config.parity.value, clip_range=config.trainer.clip_range, environment={})
     policy_module = family_module(config.model.family, "policy")
     for dtype in matrix.dtype:
         model, parity = config.model, config.parity.value
-        with RolloutEngine(
-            model.path, family=model.family, dtype=dtype, max_num_seqs=matrix.images, parity=parity
-        ) as engine:
+        with RolloutEngine(model.path, family=model.family, dtype=dtype, max_num_seqs=matrix.images, parity=parity) as engine:
             policy = policy_module.load_policy(model.path, getattr(torch, dtype), parity)
             _probe_dtype(Probe(engine, policy, config), matrix, report, say)
     return report
@@ -192,11 +190,10 @@ def _causes(sides: Probe, matrix: Matrix, report: Report, say: Callable[[str], N
     """Measured on guided, padded and unpadded images together, so that each rule has something to break."""
     engine, config, dtype = sides.engine, sides.config, sides.engine.dtype
     guidance = max(matrix.guidance)
-    widths = dict.fromkeys((NATURAL, *matrix.width))
-    small = [width for width in widths if width == NATURAL or width == min(widths.keys() - {NATURAL}, key=int)]
+    padded = min((width for width in matrix.width if width != NATURAL), key=int, default="64")
 
     def images() -> list[RolloutRequest]:
-        chosen = [Cell(dtype=dtype, guidance=guidance, width=width, in_flight=STAGGERED) for width in small]
+        chosen = [Cell(dtype=dtype, guidance=guidance, width=width, in_flight=STAGGERED) for width in (NATURAL, padded)]
         return [request for cell in chosen for request in sides.requests(cell, max(2, matrix.images // 2))]
 
     trajectories = list(engine.generate(images(), on_error=lambda request, error: say(f"{request.request_id}: {error}")))
@@ -209,7 +206,9 @@ def _causes(sides: Probe, matrix: Matrix, report: Report, say: Callable[[str], N
     results = attribution.causes(trajectories)
     found = culprits(baseline, results)
     if baseline.exact:
-        results += attribution.lora(engine, images(), config.trainer.lora_rank or LORA_RANK)
+        results.append(attribution.lora(engine, images(), config.trainer.lora_rank or LORA_RANK))
+    else:
+        results.append(CauseResult(cause=LORA, dtype=dtype, not_run="the two sides differ before an adapter is added"))
     report.causes += results
     say(f"{dtype} causes: {sum(result.alone is not None for result in results)} measured")
     return found

@@ -130,16 +130,10 @@ def recorded_steps(pipeline: Any) -> Iterator[list[EngineStep]]:
         yield steps
 
 
-def engine_pipeline(engine: RolloutEngine) -> Any:
-    """The rollout pipeline of an engine that runs in this process."""
-    executor: Any = engine._engine.executor
-    return executor.driver_worker.worker.model_runner.pipeline
-
-
 def trace(engine: RolloutEngine, policy: nn.Module, request: RolloutRequest, family: str, dtype: torch.dtype) -> Trace:
     """Samples the request alone, and scores it one step at a time; raises what the engine raises."""
     probe, velocity = family_module(family, "probe"), family_module(family, "velocity")
-    pipeline = engine_pipeline(engine)
+    pipeline = engine.pipeline
     with recorded(pipeline.transformer, probe, engine=True) as engine_calls, recorded_steps(pipeline) as engine_steps:
         (trajectory,) = engine.generate([request])
     velocities: list[torch.Tensor] = []
@@ -156,7 +150,7 @@ def trace(engine: RolloutEngine, policy: nn.Module, request: RolloutRequest, fam
 
 def differing_weights(engine: RolloutEngine, policy: nn.Module, dtype: torch.dtype) -> list[str]:
     """Names of the tensors that the two sides do not hold alike."""
-    held: Mapping[str, str] = engine._rpc("policy_digests")
+    held: Mapping[str, str] = engine.policy_digests()
     own = {name: tensor_digest(tensor) for name, tensor in effective_weights(policy, dtype)}
     return [name for name in sorted(held.keys() | own.keys()) if held.get(name) != own.get(name)]
 

@@ -89,7 +89,7 @@ class RolloutEngine:
         _close_at_exit(self)
         self.dtype, self.parity = dtype, parity
         self.policy_version = 0
-        self._adopt(self._rpc("policy_digests"))
+        self._adopt(self.policy_digests())
         if parity == "exact":
             self._check_pinned()
 
@@ -187,6 +187,16 @@ class RolloutEngine:
     @property
     def weights_digest(self) -> str:
         return self._fingerprint["weights"]
+
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline inside the engine, which runs in this process: for instruments that compare it with the trainer's."""
+        executor: Any = self._engine.executor
+        return executor.driver_worker.worker.model_runner.pipeline
+
+    def policy_digests(self) -> dict[str, str]:
+        """Digest of every tensor of the transformer as the engine holds it, by checkpoint name."""
+        return self._rpc("policy_digests")
 
     def _rpc(self, method: str, *args: Any) -> Any:
         return self._engine.collective_rpc(method, args=args, unique_reply_rank=0)

@@ -63,4 +63,5 @@ def swapped_rope(change: Callable[[Callable[..., torch.Tensor]], Callable[..., t
 
 
 def stock_rope(_: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    return partial(transformer_qwenimage.apply_rotary_emb_qwen, use_real=False)
+    rope: Any = partial(transformer_qwenimage.apply_rotary_emb_qwen, use_real=False)  # its annotation says it is a tuple
+    return rope

@@ -1,0 +1,78 @@
+"""`omni-rollout parity` and `omni-rollout replay`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from omni_rollout.config import TrainConfig
+from omni_rollout.parity.html import write_html
+from omni_rollout.parity.matrix import Matrix
+from omni_rollout.parity.probe import probe
+from omni_rollout.parity.replay import Replayed, replay_capsules
+from omni_rollout.parity.report import numbers, print_report, to_json, write_json
+
+
+def parity(
+    config: TrainConfig, *, json_path: Path | None = None, html_path: Path | None = None, matrix: Matrix | None = None
+) -> int:
+    """Runs the matrix and reports it.
+
+    Returns:
+        0 when the KL is exactly 0 with equal bits in every cell and no trace found a difference, else 1.
+    """
+    _use_threads(config)
+    console = Console()
+    report = probe(config, matrix or Matrix(), lambda line: console.print(line, style="dim", markup=False, highlight=False))
+    if json_path is not None:
+        write_json(to_json(report), json_path)
+    if html_path is not None:
+        write_html(report, html_path)
+    print_report(report, console)
+    return 0 if report.exact else 1
+
+
+def replay(capsules: Sequence[Path], config: TrainConfig, *, json_path: Path | None = None) -> int:
+    """Scores each capsule with the checkpoint at `config.model.path`.
+
+    Returns:
+        0 when every capsule holds bit for bit, else 1.
+    """
+    _use_threads(config)
+    results = replay_capsules(config, capsules)
+    if json_path is not None:
+        write_json({"capsules": [_capsule(result) for result in results]}, json_path)
+    console = Console(soft_wrap=True)
+    for result in results:
+        console.print(_line(result), markup=False, highlight=False)
+    held = sum(result.holds for result in results)
+    console.print(f"{held} of {len(results)} capsules hold bit for bit", markup=False, highlight=False)
+    return 0 if results and held == len(results) else 1
+
+
+def _line(result: Replayed) -> str:
+    if result.measure is None:
+        reason = str(result.refused)
+        return f"refused    {reason}" if reason.startswith(str(result.path)) else f"refused    {result.path}: {reason}"
+    notes = f"; not honoured: {', '.join(result.not_honoured)}" if result.not_honoured else ""
+    if result.holds:
+        return f"equal      {result.path}: {result.measure.log_probs} log-probs{notes}"
+    return f"different  {result.path}: by up to {result.measure.max_abs_diff:.3g}, KL {result.measure.kl:.3g}{notes}"
+
+
+def _capsule(result: Replayed) -> dict[str, object]:
+    return {
+        "path": str(result.path),
+        "status": result.status,
+        "refused": result.refused,
+        "not_honoured": list(result.not_honoured),
+        **numbers(result.measure),
+    }
+
+
+def _use_threads(config: TrainConfig) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
