@@ -25,6 +25,7 @@ keys (all of them, with their defaults: omni_rollout/config.py):
 _TRAIN_KEYS = f"""{_ROLLOUT_KEYS.rstrip()}
   rollout.prompts_per_step
   reward=ocr|jpeg_compressibility         or reward.weights={{NAME: WEIGHT}}
+  backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
   trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|deepspeed
   evaluation.images, .every, .prompts     fixed seeds, before and after training
   wandb.mode=online|offline|disabled      without a key: offline
@@ -59,12 +60,16 @@ def _is_for_people(error: ValueError) -> bool:
 
 
 def _train(parsed: argparse.Namespace) -> int:
+    from omni_rollout.config import Backend
     from omni_rollout.launch import compose
     from omni_rollout.validate import validate
 
     config = compose(parsed.overrides)
     validate(config)
-    from omni_rollout.train import train
+    if config.backend is Backend.verl:
+        from omni_rollout.integrations.verl.launch import train
+    else:
+        from omni_rollout.train import train
 
     train(config)
     return 0
@@ -83,6 +88,32 @@ def _rollout(parsed: argparse.Namespace) -> int:
 
     failed = rollout_to_folder(config, Path(config.prompts), Path(out[0]))
     return 1 if failed else 0
+
+
+def _parity(parsed: argparse.Namespace) -> int:
+    from omni_rollout.launch import compose
+    from omni_rollout.validate import validate_model
+
+    config = compose(parsed.overrides, unused=["prompts"])
+    validate_model(config)
+    from omni_rollout.parity.command import parity
+    from omni_rollout.parity.matrix import Matrix
+
+    return parity(config, json_path=parsed.json, html_path=parsed.html, matrix=Matrix.parse(parsed.matrix))
+
+
+def _replay(parsed: argparse.Namespace) -> int:
+    from omni_rollout.launch import compose
+    from omni_rollout.validate import validate_model
+
+    capsules = [Path(word) for word in parsed.words if "=" not in word]
+    if not capsules:
+        raise UserError("no capsule given: expected one or more *.safetensors files, and model=... for the checkpoint")
+    config = compose([word for word in parsed.words if "=" in word], unused=["prompts"])
+    validate_model(config)
+    from omni_rollout.parity.command import replay
+
+    return replay(capsules, config, json_path=parsed.json)
 
 
 def _nano_build(parsed: argparse.Namespace) -> int:
@@ -131,12 +162,43 @@ def _parser() -> argparse.ArgumentParser:
         f"{_ROLLOUT_KEYS}\nexample:\n  omni-rollout rollout model=nano prompts=prompts.txt out=rollouts rollout.group_size=4\n",
     )
     rollout.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="prompts=FILE, out=FOLDER and Hydra overrides")
+    _add_parity(commands)
     _add_nano(commands)
     doctor = _add(commands, "doctor", _doctor, "say what is installed, what is broken and what to do", "")
     doctor.add_argument(
         "--fix", action="store_true", help="uninstall torchvision, torchaudio and torchcodec if they do not load"
     )
     return parser
+
+
+def _add_parity(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parity = _add(
+        commands,
+        "parity",
+        _parity,
+        "prove that engine and trainer agree bit for bit, or name what makes them differ (exit status 1)",
+        "example:\n  omni-rollout parity model=nano --json p.json --html p.html --matrix dtype=bfloat16 in_flight=1,8\n",
+    )
+    parity.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides: model=nano or model.path=FOLDER")
+    parity.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
+    parity.add_argument(
+        "--matrix",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="what to measure; by default dtype=float32,bfloat16 guidance=1.0,4.0 width=natural,64,256 "
+        "in_flight=1,3,8,staggered images=8 causes=true compile=false",
+    )
+    replay = _add(
+        commands,
+        "replay",
+        _replay,
+        "score capsules from any run or machine: do they still hold? (exit status 1 if one does not)",
+        "example:\n  omni-rollout replay rollouts/*.safetensors model=nano --json replay.json\n",
+    )
+    replay.add_argument("words", nargs="+", metavar="CAPSULE|KEY=VALUE", help="files, and Hydra overrides for the checkpoint")
+    for command in (parity, replay):
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
 
 
 def _add_nano(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 class Backend(Enum):
     embedded = "embedded"  # engine, trainer and loop in one process
+    verl = "verl"  # verl's trainer on Ray: rollout.workers engines, trainer.ranks ranks, each a process
 
 
 class DType(Enum):
@@ -47,6 +48,14 @@ class TrainerEngine(Enum):
 class OldLogProbs(Enum):
     rollout = "rollout"  # exact profile: they are the trainer's own, bit for bit, so one forward pass is saved
     recompute = "recompute"
+
+
+class OnMismatch(Enum):
+    """What to do with a rollout whose log-probs are not the trainer's. The last two compare a sample before each update."""
+
+    alert = "alert"  # say so and go on
+    recompute = "recompute"  # this step's old log-probs become the trainer's own
+    stop = "stop"  # before the update: nothing is learned from that rollout
 
 
 class Schedule(Enum):
@@ -87,6 +96,8 @@ class RolloutConfig:
     group_size: int = 8  # images per prompt, among which advantages are taken
     prompts_per_step: int = 4
     max_num_seqs: int = 8  # requests denoised together
+    workers: int = 1  # engines; more than one with backend=verl
+    timeout: float = 600.0  # seconds without a finished image after which backend=verl takes an engine for dead
 
 
 @dataclass
@@ -106,6 +117,7 @@ class RewardConfig:
 @dataclass
 class TrainerConfig:
     engine: TrainerEngine = TrainerEngine.torch
+    ranks: int = 1  # processes that share an update's rows; more than one with backend=verl
     zero_stage: int = 1  # with engine=deepspeed: 0, 1 or 2; the embedded trainer is a world of one
     steps: int = 30
     learning_rate: float = 1e-4
@@ -134,6 +146,20 @@ class EvaluationConfig:
 
 
 @dataclass
+class MonitorConfig:
+    on_mismatch: OnMismatch = OnMismatch.alert
+
+
+@dataclass
+class LaunchConfig:
+    """Of backend=verl."""
+
+    address: str | None = None  # of a Ray cluster, or `auto`; None: one is started here, and ends with the run
+    cpus: int = 16  # logical ones of a cluster started here: a place for every process, however few cores there are
+    object_store_mb: int = 1024  # of a cluster started here
+
+
+@dataclass
 class WandbConfig:
     project: str = "omni_rollout"
     mode: str | None = None  # online|offline|disabled; None: online with a key at hand, else offline
@@ -150,7 +176,9 @@ class TrainConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     backend: Backend = Backend.embedded
     parity: Parity = Parity.exact
     prompts: str = MISSING  # .txt (one a line), .jsonl or .parquet with `prompt` and metadata

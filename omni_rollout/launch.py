@@ -23,12 +23,13 @@ from omni_rollout.errors import UserError
 from omni_rollout.paths import config_dir, recipe_dir
 
 
-def compose(overrides: Sequence[str], *, name: str = "train") -> TrainConfig:
+def compose(overrides: Sequence[str], *, name: str = "train", unused: Sequence[str] = ()) -> TrainConfig:
     """The configuration of one run, every key resolved.
 
     Args:
         overrides: Hydra's grammar: `key=value`, `group=choice`, `experiment=NAME`.
         name: file of `configs/` to start from.
+        unused: mandatory keys that this command does not read; they may be left out.
 
     Raises:
         UserError: a key, value or choice that does not exist or does not fit, naming the nearest one that does; or a
@@ -49,6 +50,8 @@ def compose(overrides: Sequence[str], *, name: str = "train") -> TrainConfig:
         composed.experiment = experiment
         for override in replaced:
             OmegaConf.update(composed, override.key_or_group, override.value(), merge=False)
+        for key in OmegaConf.missing_keys(composed) & set(unused):
+            OmegaConf.update(composed, key, "")
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise UserError("; ".join(f"{key} has no value: give {_HOW_TO_GIVE.get(key, f'{key}=VALUE')}" for key in missing))

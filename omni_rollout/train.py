@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from transformers import AutoTokenizer
 
 from omni_rollout import algorithms, monitor
 from omni_rollout.collate import Collator, derive_seed
-from omni_rollout.config import OldLogProbs, TrainConfig
+from omni_rollout.config import OldLogProbs, OnMismatch, TrainConfig
 from omni_rollout.exact_ops import effective_weights
 from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage
@@ -33,8 +34,8 @@ from omni_rollout.policy.lora import attach_lora
 from omni_rollout.policy.recompute import check_fingerprint, recompute
 from omni_rollout.policy.update import PolicyUpdate, Update
 from omni_rollout.prompts import PromptStream, load_prompts
-from omni_rollout.rewards import WeightedSum
-from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.rewards import RewardError, WeightedSum
+from omni_rollout.rollout.engine import RolloutEngine, WeightSyncError
 from omni_rollout.seeds import SeedLedger
 from omni_rollout.types import Trajectory
 
@@ -50,15 +51,41 @@ def train(config: TrainConfig) -> None:
             if config.evaluation.images:
                 sight.log(0, *trainer.evaluate("before"))
             for step in range(1, steps + 1):
-                metrics, images = trainer.step(step)
-                if trainer.evaluation_due(step):
-                    evaluated, images = trainer.evaluate(f"step_{step:05d}")
-                    metrics |= evaluated
-                sight.log(step, metrics, images)
+                with last_words(sight, step):
+                    report = trainer.step(step)
+                    if trainer.evaluation_due(step):
+                        evaluated, report.images = trainer.evaluate(f"step_{step:05d}")
+                        report.metrics |= evaluated
+                sight.log(step, report.metrics, report.images, report.notes)
                 if step == steps or (config.trainer.save_every and step % config.trainer.save_every == 0):
                     checkpoint = sight.run_dir / "checkpoints" / f"step_{step:05d}"
                     save_policy(checkpoint, trainer.policy, step=step, ema=trainer.ema)
         sight.summary(checkpoint)
+
+
+@contextmanager
+def last_words(sight: monitor.Monitor, step: int) -> Iterator[None]:
+    """What stops a run is in its metrics and alerts, too."""
+    try:
+        yield
+    except WeightSyncError as error:
+        sight.log(step, {"parity/weights_equal": 0.0}, notes={"weights/difference": str(error)})
+        raise
+    except RewardError as error:
+        sight.log(step, {}, notes={"rewards/failure": str(error)})
+        raise
+    except monitor.StoppedError as error:
+        sight.log(step, error.metrics, notes={"stopped": str(error)})
+        raise
+
+
+@dataclass(kw_only=True)
+class StepReport:
+    """What one step has to show."""
+
+    metrics: dict[str, float]
+    images: list[CaptionedImage]
+    notes: dict[str, str]
 
 
 class Trainer:
@@ -127,16 +154,17 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         self.engine.close()
 
-    def step(self, step: int) -> tuple[dict[str, float], list[CaptionedImage]]:
-        """Step 1, 2, ...: one rollout, one update, one weight sync. Returns its metrics and its images with captions."""
+    def step(self, step: int) -> StepReport:
+        """Step 1, 2, ...: one rollout, one update, one weight sync."""
         config, timings = self.config, dict[str, float]()
         with timed(timings, "step"):
             with timed(timings, "rollout"):
                 requests = self.collator.groups(self.stream.batch(step), step, config.rollout.group_size)
-                self.seeds.record(requests)
+                reused = self.seeds.record(requests)
                 trajectories = sorted(self.engine.generate(requests), key=lambda trajectory: trajectory.request_id)
             for trajectory in trajectories:
                 check_fingerprint(trajectory, self.expected)
+            monitor.check_finite(step, trajectories)
             with timed(timings, "reward"):
                 images = [trajectory.image for trajectory in trajectories]
                 rewards = self.rewards(images, [trajectory.prompt for trajectory in trajectories])
@@ -147,13 +175,14 @@ class Trainer:
                 clip=config.algorithm.advantage_clip,
             )
             with timed(timings, "old_log_probs"):
-                old = self._old_log_probs(trajectories)
+                old, recomputed = self._old_log_probs(step, trajectories)
             with timed(timings, "update"):
                 rate = learning_rate_at(config.trainer, step - 1)
                 seed = derive_seed(config.sampling.seed, step, "mini-batches")
                 update = self.update(trajectories, advantages, old, learning_rate=rate, seed=seed)
                 if self.ema is not None:
                     self.ema.update()
+            sampled_by = self.expected["weights"]
             with timed(timings, "weight_sync"):
                 self.version = step
                 self._sync()
@@ -165,24 +194,37 @@ class Trainer:
             "actor/lr": rate,
             "parity/weights_equal": 1.0,  # a difference has stopped the run in _sync
             "parity/seed_collisions": float(self.seeds.collisions),
+            "actor/old_log_probs_recomputed": float(recomputed),
         }
         captions = [f"{reward:.2f} {t.prompt.text}" for t, reward in zip(trajectories, rewards.total, strict=True)]
-        return metrics, list(zip(captions, images, strict=True))
+        notes = {"weights/digest": sampled_by, monitor.PPO_KL_COMPARES: monitor.old_pair(recomputed)}
+        if reused:
+            notes["seeds/reused"] = "; ".join(reused)
+        return StepReport(metrics=metrics, images=list(zip(captions, images, strict=True)), notes=notes)
 
     def evaluation_due(self, step: int) -> bool:
         settings, steps = self.config.evaluation, self.config.trainer.steps
         return settings.images > 0 and (step == steps or (settings.every > 0 and step % settings.every == 0))
 
-    def _old_log_probs(self, trajectories: list[Trajectory]) -> list[torch.Tensor]:
-        if self.config.trainer.old_log_probs is OldLogProbs.rollout:
-            return [trajectory.log_probs for trajectory in trajectories]
-        return recompute(
-            self.policy,
-            trajectories,
-            family=self.config.model.family,
-            dtype=self.dtype,
-            micro_batch_size=self.config.trainer.micro_batch_size,
-        )
+    def _old_log_probs(self, step: int, trajectories: list[Trajectory]) -> tuple[list[torch.Tensor], bool]:
+        """What the ratio is taken to, and whether the trainer computed it.
+
+        Raises:
+            MismatchError: the rollout's are not the trainer's, with monitor.on_mismatch=stop.
+        """
+        config = self.config
+        recomputes = config.trainer.old_log_probs is OldLogProbs.recompute
+        if config.monitor.on_mismatch is not OnMismatch.alert:
+            seed = derive_seed(config.sampling.seed, step, "guard")
+            found = monitor.compare_sample(self.policy, trajectories, config, seed=seed)
+            if found["parity/bitwise_equal_fraction"] < 1:
+                if config.monitor.on_mismatch is OnMismatch.stop:
+                    raise monitor.mismatch(step, found, config)
+                recomputes = True
+        if not recomputes:
+            return [trajectory.log_probs for trajectory in trajectories], False
+        size, family = config.trainer.micro_batch_size, config.model.family
+        return recompute(self.policy, trajectories, family=family, dtype=self.dtype, micro_batch_size=size), True
 
     def _sync(self) -> None:
         digest = self.engine.update_weights(effective_weights(self.policy, self.dtype), self.version)

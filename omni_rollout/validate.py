@@ -6,7 +6,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from omni_rollout.config import SamplingConfig, SDETypeName, TrainConfig, TrainerEngine
+from omni_rollout.config import (
+    Backend,
+    OldLogProbs,
+    OnMismatch,
+    Parity,
+    SamplingConfig,
+    SDETypeName,
+    TrainConfig,
+    TrainerEngine,
+)
 from omni_rollout.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -20,7 +29,13 @@ def validate(config: TrainConfig) -> None:
     Raises:
         UserError: one line for each problem: what was given, what is expected, what to do.
     """
-    _raise([*_numbers(config), *_sampling(config.sampling), *_files(config), *_learning(config), *_trainer(config)])
+    common = [*_numbers(config), *_sampling(config.sampling), *_files(config)]
+    _raise([*common, *_learning(config), *_trainer(config), *_guard(config), *_processes(config)])
+
+
+def validate_model(config: TrainConfig) -> None:
+    """`validate` for the checkpoint alone."""
+    _raise([problem for problem in _files(config) if problem.startswith("model.path")])
 
 
 def validate_rollout(config: TrainConfig) -> None:
@@ -43,8 +58,10 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "rollout.group_size": (config.rollout.group_size, 1),
         "rollout.prompts_per_step": (config.rollout.prompts_per_step, 1),
         "rollout.max_num_seqs": (config.rollout.max_num_seqs, 1),
+        "rollout.workers": (config.rollout.workers, 1),
         "algorithm.kl_coef": (config.algorithm.kl_coef, 0),
         "reward.threads": (config.reward.threads, 1),
+        "trainer.ranks": (config.trainer.ranks, 1),
         "trainer.steps": (config.trainer.steps, 0),
         "trainer.warmup_steps": (config.trainer.warmup_steps, 0),
         "trainer.weight_decay": (config.trainer.weight_decay, 0),
@@ -61,6 +78,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         if value is not None and not value >= minimum:
             yield f"{key}={value}: expected at least {minimum}"
     above_zero = {
+        "rollout.timeout": config.rollout.timeout,
         "algorithm.advantage_clip": config.algorithm.advantage_clip,
         "trainer.learning_rate": config.trainer.learning_rate,
         "trainer.max_grad_norm": config.trainer.max_grad_norm,
@@ -126,6 +144,28 @@ def _trainer(config: TrainConfig) -> Iterator[str]:
     images = config.rollout.group_size * config.rollout.prompts_per_step
     if trainer.updates_per_step > images > 0:
         yield f"trainer.updates_per_step={trainer.updates_per_step}: a step has only {images} images to cut"
+
+
+def _guard(config: TrainConfig) -> Iterator[str]:
+    action = config.monitor.on_mismatch
+    if action is not OnMismatch.alert and config.parity is Parity.fast:
+        yield (
+            f"monitor.on_mismatch={action.value} with parity=fast: this profile promises no equal log-probs; "
+            "give parity=exact, or monitor.on_mismatch=alert"
+        )
+    if action is OnMismatch.recompute and config.trainer.old_log_probs is OldLogProbs.recompute:
+        yield (
+            "monitor.on_mismatch=recompute with trainer.old_log_probs=recompute: every step recomputes already; "
+            "leave out one of the two"
+        )
+
+
+def _processes(config: TrainConfig) -> Iterator[str]:
+    for key, number in (("rollout.workers", config.rollout.workers), ("trainer.ranks", config.trainer.ranks)):
+        if number > 1 and config.backend is Backend.embedded:
+            yield f"{key}={number}: backend=embedded is one process; give backend=verl"
+    if config.trainer.ranks > 1 and config.trainer.engine is not TrainerEngine.torch:
+        yield f"trainer.ranks={config.trainer.ranks}: several ranks need trainer.engine=torch"
 
 
 def _files(config: TrainConfig) -> Iterator[str]:

@@ -1,9 +1,28 @@
-"""What a run shows: metrics as pure functions, and the places they are written to."""
+"""What a run shows: metrics as pure functions, alerts, the guard, and the places they are written to."""
 
 from __future__ import annotations
 
+from omni_rollout.monitor.alerts import Alert, find_alerts
+from omni_rollout.monitor.guard import MismatchError, NotFiniteError, StoppedError, check_finite, compare_sample, mismatch
 from omni_rollout.monitor.images import CaptionedImage
 from omni_rollout.monitor.metrics import parity_metrics, ratio_metrics, reward_metrics
 from omni_rollout.monitor.monitor import Monitor
+from omni_rollout.monitor.pairs import PPO_KL_COMPARES, old_pair
 
-__all__ = ["CaptionedImage", "Monitor", "parity_metrics", "ratio_metrics", "reward_metrics"]
+__all__ = [
+    "PPO_KL_COMPARES",
+    "Alert",
+    "CaptionedImage",
+    "MismatchError",
+    "Monitor",
+    "NotFiniteError",
+    "StoppedError",
+    "check_finite",
+    "compare_sample",
+    "find_alerts",
+    "mismatch",
+    "old_pair",
+    "parity_metrics",
+    "ratio_metrics",
+    "reward_metrics",
+]

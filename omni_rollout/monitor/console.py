@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from omni_rollout.monitor.alerts import Alert
+from omni_rollout.monitor.pairs import ENGINE_AGAINST_TRAINER
 
 _TIMES = "timing_s/"
 _WHOLE_STEP = f"{_TIMES}step"
@@ -45,20 +48,38 @@ class ConsoleSink:
     def __init__(self, total_steps: int) -> None:
         self._total = total_steps
         self._progress: Progress | None = None
+        self._explained = False
         if sys.stdout.isatty():
             columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
             self._progress = Progress(*columns, console=Console(), refresh_per_second=1)
             self._task = self._progress.add_task("starting", total=total_steps)
             self._progress.start()
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        line = f"step {step}/{self._total}  {step_line(metrics)}"
+    def log(
+        self, step: int, metrics: Mapping[str, float], new: Sequence[Alert] = (), again: Mapping[str, int] | None = None
+    ) -> None:
+        """Prints one step.
+
+        Args:
+            new: alerts of a kind not seen before, spelled out below the line.
+            again: those seen before, with the number of steps that had them, named in the line.
+        """
+        if "parity/ppo_kl_mb0" in metrics and not self._explained:
+            self._explained = True
+            self._print(f"kl: {ENGINE_AGAINST_TRAINER}, per element, before the step's first update (parity/ppo_kl_mb0)")
+        repeated = "".join(f"  ALERT {name} ({count} steps so far)" for name, count in (again or {}).items())
+        self._print(f"step {step}/{self._total}  {step_line(metrics)}{repeated}")
+        for alert in new:
+            self._print(f"ALERT {alert.name}, {alert.text}".replace("\n", "\n      "), style="bold red")
+        if self._progress is not None:
+            reward = metrics.get("critic/rewards/mean")
+            self._progress.update(self._task, completed=step, description="" if reward is None else f"reward {reward:.3f}")
+
+    def _print(self, line: str, style: str | None = None) -> None:
         if self._progress is None:
             print(line, flush=True)
         else:
-            self._progress.console.print(line, highlight=False, markup=False)
-            reward = metrics.get("critic/rewards/mean")
-            self._progress.update(self._task, completed=step, description="" if reward is None else f"reward {reward:.3f}")
+            self._progress.console.print(line, highlight=False, markup=False, style=style)
 
     def close(self) -> None:
         if self._progress is not None:

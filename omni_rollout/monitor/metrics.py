@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+PER_TIMESTEP = "rollout_corr/logprob_abs_diff/ts_"
+
 
 def parity_metrics(
     rollout_log_probs: torch.Tensor,
@@ -58,11 +60,13 @@ def parity_metrics(
         "rollout_corr/k3_kl": (torch.expm1(-difference) + difference).mean().item(),
         "rollout_corr/logprob_abs_diff_mean": size.mean().item(),
         "rollout_corr/logprob_abs_diff_max": size.max().item(),
-        **{
-            f"rollout_corr/logprob_abs_diff/ts_{t}": size[step_indices == t].mean().item()
-            for t in step_indices.unique(sorted=True).tolist()
-        },
+        **{f"{PER_TIMESTEP}{t}": size[step_indices == t].mean().item() for t in step_indices.unique(sorted=True).tolist()},
     }
+
+
+def timestep_gaps(metrics: Mapping[str, float]) -> dict[int, float]:
+    """Step index -> mean |d| of its log-probs, out of what `parity_metrics` returned."""
+    return {int(name.removeprefix(PER_TIMESTEP)): value for name, value in metrics.items() if name.startswith(PER_TIMESTEP)}
 
 
 def ratio_metrics(log_probs: torch.Tensor, old_log_probs: torch.Tensor, clip_range: float) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,9 +13,15 @@ import yaml
 
 from omni_rollout.config import TrainConfig
 from omni_rollout.launch import to_yaml
+from omni_rollout.monitor.alerts import find_alerts
 from omni_rollout.monitor.console import ConsoleSink
+from omni_rollout.monitor.heatmap import heat_map
 from omni_rollout.monitor.images import CaptionedImage, image_grid
+from omni_rollout.monitor.metrics import timestep_gaps
+from omni_rollout.monitor.pairs import pairs_of
 from omni_rollout.monitor.wandb_sink import WandbSink
+
+HEATMAP_EVERY = 10  # steps; a step with a difference, and the last one, are drawn as well
 
 
 class Monitor:
@@ -25,13 +32,16 @@ class Monitor:
 
     def __init__(self, run_dir: Path, config: TrainConfig, total_steps: int) -> None:
         self.run_dir = run_dir
+        self._config, self._total_steps = config, total_steps
         self._image_dir = run_dir / "images"
         self._image_dir.mkdir(parents=True, exist_ok=True)
         text = to_yaml(config)
         (run_dir / "config.yaml").write_text(text, encoding="utf-8")
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")  # a resumed run goes on in its file
         self._written: list[Path] = []
-        self._wandb = WandbSink(run_dir, config.wandb, yaml.safe_load(text))
+        self._gaps: list[tuple[int, dict[int, float]]] = []
+        self._alerts: Counter[str] = Counter()
+        self._wandb = WandbSink(run_dir, config.wandb, yaml.safe_load(text), pairs_of(config))
         self._console = ConsoleSink(total_steps)
 
     def __enter__(self) -> Monitor:
@@ -42,34 +52,62 @@ class Monitor:
         self._metrics.close()
         self._wandb.close(failed=kind is not None)
 
-    def log(self, step: int, metrics: Mapping[str, float], images: Sequence[CaptionedImage] = ()) -> None:
-        """Writes one step, once.
+    def log(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        images: Sequence[CaptionedImage] = (),
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
+        """Writes one step, once, with its alerts: `alerts`, their number, and the note `alerts/names`.
 
         A number that is not finite is `null` in `metrics.jsonl`, for JSON has no NaN; console and wandb show it as it is.
+        An alert is spelled out the first time; from then on it is counted.
 
         Args:
             step: 0 is the state before training.
             images: (caption, [H, W, 3] uint8).
+            notes: what is text, under names like those of metrics, e.g. `weights/digest`.
         """
+        alerts = find_alerts(step, metrics, self._config, notes)
+        new = [alert for alert in alerts if alert.name not in self._alerts]
+        self._alerts.update(alert.name for alert in alerts)
+        metrics = {**metrics, "alerts": float(len(alerts))}
+        texts = {**(notes or {}), **({"alerts/names": ", ".join(alert.name for alert in alerts)} if alerts else {})}
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._metrics.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._metrics.write(json.dumps({"step": step, **finite, **texts}, allow_nan=False) + "\n")
         self._metrics.flush()
         if images:
             path = self._image_dir / f"step_{step:04d}.png"
             image_grid(images).save(path)
             self._written.append(path)
-        self._console.log(step, metrics)
-        self._wandb.log(step, metrics, images)
+        heatmap = self._heatmap(step, metrics)
+        self._console.log(step, metrics, new, {alert.name: self._alerts[alert.name] for alert in alerts if alert not in new})
+        self._wandb.log(step, {**metrics, **texts}, images, new, heatmap)
+
+    def _heatmap(self, step: int, metrics: Mapping[str, float]) -> Path | None:
+        """Draws `images/parity_heatmap.png` when it is due; its path then."""
+        gaps = timestep_gaps(metrics)
+        if not gaps:
+            return None
+        self._gaps.append((step, gaps))
+        if not (any(gaps.values()) or step % HEATMAP_EVERY == 0 or step == self._total_steps):
+            return None
+        path = self._image_dir / "parity_heatmap.png"
+        heat_map(self._gaps, self._config.trainer.clip_range).save(path)
+        return path
 
     def summary(self, checkpoint: Path | None = None) -> None:
         """Prints where the results lie."""
         self._console.close()
-        rows = {"run folder": self.run_dir, "metrics": self.run_dir / "metrics.jsonl"}
+        rows = {"run folder": str(self.run_dir), "metrics": str(self.run_dir / "metrics.jsonl")}
         if self._written:
-            rows |= {"images before": self._written[0], "images after": self._written[-1]}
+            rows |= {"images before": str(self._written[0]), "images after": str(self._written[-1])}
         if checkpoint is not None:
-            rows["checkpoint"] = checkpoint
-        for name, path in rows.items():
-            print(f"{name:<14} {path}")
+            rows["checkpoint"] = str(checkpoint)
+        if self._alerts:
+            rows["alerts"] = ", ".join(f"{name} in {count} steps" for name, count in self._alerts.items())
+        for name, text in rows.items():
+            print(f"{name:<14} {text}")
         if self._wandb.offline_dir is not None:
             print(f"{'wandb':<14} offline; upload with: wandb sync {self._wandb.offline_dir}")

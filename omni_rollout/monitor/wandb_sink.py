@@ -11,7 +11,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from omni_rollout.config import WandbConfig
+from omni_rollout.monitor.alerts import Alert
 from omni_rollout.monitor.images import CaptionedImage
+
+_WORST = {  # metric -> what a run's summary keeps of it: one bad step must not be covered by the good ones after it
+    "parity/over_clip": "max",
+    "parity/bitwise_equal_fraction": "min",
+    "parity/weights_equal": "min",
+    "parity/seed_collisions": "max",
+    "rollout_corr/logprob_abs_diff_max": "max",
+    "actor/skipped_updates": "max",
+    "alerts": "max",
+}
 
 
 class WandbSink:
@@ -19,10 +30,14 @@ class WandbSink:
 
     Where wandb does not start, that is said once on stderr and the sink does nothing from then on: the same metrics and images
     are in the run folder.
+
+    Args:
+        pairs: metric -> the two programs it compares; in the run's config and in the panel `parity/what_is_compared`.
     """
 
-    def __init__(self, run_dir: Path, settings: WandbConfig, config: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, settings: WandbConfig, config: Mapping[str, Any], pairs: Mapping[str, str]) -> None:
         self._run: Any = None
+        self._pairs: Any = None  # a table, until it is logged
         self._images = settings.images
         mode = settings.mode or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         if mode == "disabled":
@@ -36,7 +51,7 @@ class WandbSink:
                 name=run_dir.name,
                 dir=run_dir,
                 mode=mode,  # pyright: ignore[reportArgumentType]  # WANDB_MODE is wandb's own to check
-                config=dict(config),
+                config={**config, "what_is_compared": dict(pairs)},
                 settings=wandb.Settings(silent=True),
             )
         except (wandb.Error, OSError, ValueError) as error:
@@ -45,17 +60,36 @@ class WandbSink:
                 "wandb.mode=offline or wandb.mode=disabled avoids this",
                 file=sys.stderr,
             )
+            return
+        for name, worst in _WORST.items():
+            self._run.define_metric(name, summary=worst)
+        self._pairs = wandb.Table(columns=["metric", "compares"], data=[list(pair) for pair in pairs.items()])
 
     @property
     def offline_dir(self) -> Path | None:
         """The folder that `wandb sync` takes; None when there is nothing to sync."""
         return Path(self._run.dir).parent if self._run is not None and self._run.offline else None
 
-    def log(self, step: int, metrics: Mapping[str, float], images: Sequence[CaptionedImage]) -> None:
+    def log(
+        self,
+        step: int,
+        values: Mapping[str, float | str],
+        images: Sequence[CaptionedImage],
+        alerts: Sequence[Alert] = (),
+        heatmap: Path | None = None,
+    ) -> None:
+        """Sends one step; `alerts` are those that are new, so each kind is sent once a run."""
         if self._run is None:
             return
         shown = [self._wandb.Image(array, caption=caption) for caption, array in images[: self._images]]
-        self._run.log({**metrics, **({"images": shown} if shown else {})}, step=step)
+        media: dict[str, Any] = {"images": shown} if shown else {}
+        if heatmap is not None:
+            media["parity/heatmap"] = self._wandb.Image(str(heatmap))
+        if self._pairs is not None:
+            media["parity/what_is_compared"], self._pairs = self._pairs, None
+        self._run.log({**values, **media}, step=step)
+        for alert in alerts:
+            self._run.alert(title=alert.name, text=alert.text, level="ERROR")
 
     def close(self, *, failed: bool) -> None:
         if self._run is not None:

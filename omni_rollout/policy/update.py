@@ -54,6 +54,8 @@ class PolicyUpdate:
 
     Args:
         reference: the policy the run started from, when the loss has a KL term.
+        rank, ranks: which share of the rows to score. All ranks are given all rows, so the mean is over all of them; an engine
+            for several ranks sums their gradients.
     """
 
     def __init__(
@@ -66,9 +68,12 @@ class PolicyUpdate:
         family: str,
         dtype: torch.dtype,
         reference: nn.Module | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self._engine, self._algorithm, self._trainer, self._weights = engine, algorithm, trainer, weights
         self._family, self._dtype, self._reference = family, dtype, reference
+        self._rank, self._ranks = rank, ranks
 
     def __call__(
         self,
@@ -95,12 +100,13 @@ class PolicyUpdate:
             share = 1.0 / sum(len(trajectories[row].step_indices) for row in chosen)
             # No advantage and no KL term: no gradient. Such rows still count in the mean.
             used = [row for row in chosen if advantages[row] != 0 or self._reference is not None]
-            batches = list(micro_batches(trajectories, keys, used, self._trainer.micro_batch_size))
+            mine = used[self._rank :: self._ranks]
+            batches = list(micro_batches(trajectories, keys, mine, self._trainer.micro_batch_size))
             for number, pairs in enumerate(batches):
                 self._accumulate(trajectories, pairs, advantages, old_log_probs, share, number == len(batches) - 1, result)
             if start == 0:
                 self._keep_first(trajectories, keys, chosen, old_log_probs, result)
-            if batches:
+            if used:
                 result.grad_norms.append(self._engine.step(learning_rate))
         return result
 

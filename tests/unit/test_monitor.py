@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from omni_rollout.config import TrainConfig
-from omni_rollout.monitor import Monitor, parity_metrics, ratio_metrics, reward_metrics
+from omni_rollout.monitor import Monitor, NotFiniteError, check_finite, parity_metrics, ratio_metrics, reward_metrics
 from omni_rollout.monitor.console import step_line
+from omni_rollout.monitor.heatmap import heat_map
 from omni_rollout.monitor.images import image_grid
 from omni_rollout.monitor.wandb_sink import has_key
 
@@ -162,13 +165,13 @@ def test_a_run_folder_is_complete_after_every_step(
             rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
             assert [row["step"] for row in rows] == list(range(step + 1))
         monitor.summary(tmp_path / "run" / "checkpoints" / "step_2")
-    assert rows[-1] == {"step": 2, "critic/rewards/mean": 0.5, "actor/loss": None}
+    assert rows[-1] == {"step": 2, "critic/rewards/mean": 0.5, "actor/loss": None, "alerts": 1.0, "alerts/names": "not_finite"}
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "images", "metrics.jsonl"]
     assert sorted(path.name for path in (tmp_path / "run" / "images").iterdir()) == ["step_0000.png", "step_0002.png"]
     assert Image.open(tmp_path / "run" / "images" / "step_0000.png").size[0] >= 16
     assert "path: model" in (tmp_path / "run" / "config.yaml").read_text()
     printed = capsys.readouterr().out
-    assert "step 1/2  reward 0.500\n" in printed
+    assert "step 1/2  reward 0.500  ALERT not_finite (2 steps so far)\n" in printed
     for name in ("images/step_0000.png", "images/step_0002.png", "metrics.jsonl", "checkpoints/step_2"):
         assert str(tmp_path / "run" / name) in printed
 
@@ -207,3 +210,61 @@ def test_a_key_is_found_where_wandb_finds_it(tmp_path: Path, config: TrainConfig
     assert not has_key()
     monkeypatch.setenv("WANDB_API_KEY", "not-a-real-key")
     assert has_key()
+
+
+def test_the_heat_map_shows_zero_gaps_nan_and_what_was_not_sampled_apart() -> None:
+    sheet = np.asarray(heat_map([(1, {0: 0.0, 3: 1e-9}), (2, {0: 1e-2, 3: math.nan}), (3, {3: 1e-5})], clip_range=1e-2))
+    cells = sheet[30 + 6 :: 12, 34 + 6 :: 12][:2, :3].tolist()
+    assert cells[0] == [[214, 234, 214], [255, 0, 0], [255, 255, 255]]
+    assert cells[1][0] == [255, 225, 0] and cells[1][1] == [0, 0, 0]
+    assert 0 < cells[1][2][1] < 225, "between the palest and the clip range"
+    with pytest.raises(ValueError, match="no step"):
+        heat_map([(1, {})], 1e-2)
+
+
+def test_the_heat_map_is_drawn_when_it_is_due(tmp_path: Path, config: TrainConfig) -> None:
+    path = tmp_path / "images" / "parity_heatmap.png"
+    with Monitor(tmp_path, config, total_steps=12) as monitor:
+        drawn = []
+        for step in range(1, 13):
+            monitor.log(step, {"rollout_corr/logprob_abs_diff/ts_0": 1e-6 if step == 3 else 0.0})
+            drawn += [step] if path.is_file() else []
+            path.unlink(missing_ok=True)
+    assert drawn == [3, 10, 12]
+
+
+def test_an_alert_is_spelled_out_once_and_then_counted(
+    tmp_path: Path, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Monitor(tmp_path, config, total_steps=3) as monitor:
+        for step in range(1, 4):
+            monitor.log(step, {"parity/weights_equal": 0.0 if step > 1 else 1.0}, notes={"weights/digest": f"d{step}"})
+        monitor.summary()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["alerts"] for row in rows] == [0, 1, 1] and [row["weights/digest"] for row in rows] == ["d1", "d2", "d3"]
+    printed = capsys.readouterr().out
+    assert printed.count("Find it with: omni-rollout parity model.path=model") == 1
+    assert "ALERT weights_differ (2 steps so far)" in printed and "weights_differ in 2 steps" in printed
+
+
+def test_the_console_says_once_what_its_kl_compares(
+    tmp_path: Path, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Monitor(tmp_path, config, total_steps=2) as monitor:
+        for step in range(3):
+            monitor.log(step, {"parity/ppo_kl_mb0": 0.0} if step else {})
+    assert capsys.readouterr().out.count("kl: rollout engine against trainer, per element") == 1
+
+
+@pytest.mark.parametrize("field", ["latents", "log_probs"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_rollout_that_is_not_finite_stops_before_the_update(field: str, value: float) -> None:
+    def trajectory(name: str) -> Any:
+        return SimpleNamespace(request_id=name, latents=torch.zeros(3, 4, 2), log_probs=torch.zeros(2))
+
+    rollout = [trajectory("a"), trajectory("b"), trajectory("c")]
+    check_finite(1, rollout)
+    getattr(rollout[1], field).view(-1)[-1] = value
+    with pytest.raises(NotFiniteError, match=f"step 1: {field} of b are not finite, and of 0 more of 3") as caught:
+        check_finite(1, rollout)
+    assert caught.value.metrics == {"rollout/not_finite": 1.0}

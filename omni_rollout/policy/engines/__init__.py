@@ -51,6 +51,10 @@ def make_trainer_engine(config: configs.TrainerConfig, policy: nn.Module, parame
         from omni_rollout.policy.engines.deepspeed_engine import DeepSpeedEngine  # its import takes seconds
 
         return DeepSpeedEngine(config, policy, parameters)
+    if config.ranks > 1:
+        from omni_rollout.policy.engines.data_parallel_engine import DataParallelEngine
+
+        return DataParallelEngine(config, policy, parameters)
     from omni_rollout.policy.engines.torch_engine import TorchEngine
 
     return TorchEngine(config, policy, parameters)

@@ -1,0 +1,100 @@
+"""TrainConfig -> verl's configuration -> verl's run_ppo, unmodified."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+from ray.exceptions import RayTaskError
+from verl.plugin.platform import PlatformRegistry, get_platform
+
+from omni_rollout.config import TrainConfig
+from omni_rollout.errors import UserError
+from omni_rollout.integrations.verl import NAME
+from omni_rollout.integrations.verl.records import to_section
+
+CONFIG_DIR = Path(__file__).parent / "config"
+CONFIG_NAME = "omni_rollout_trainer"
+PASSED_ON = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", "WANDB_MODE")
+
+
+def train(config: TrainConfig) -> None:
+    """Runs `config.trainer.steps` steps on Ray; what it makes lies in `config.run_dir`, as with backend=embedded.
+
+    Raises:
+        UserError: what verl's plug-in loader kept to itself, or what a process found wrong with the configuration.
+    """
+    check_platform()
+    composed = verl_config(config)
+    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+
+    try:
+        run_ppo(composed, task_runner_class=TaskRunnerV1)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from error
+        raise
+    finally:
+        ray.shutdown()
+
+
+def check_platform() -> None:
+    """Raises UserError where verl did not load this package's plug-in: it says nothing when one fails."""
+    found = PlatformRegistry.get("cpu")
+    if found is None or found.__module__ != f"{__package__}.platform":  # not by importing it: that would register it
+        raise UserError(
+            "verl did not load the plug-in omni_rollout_cpu (entry point verl.plugins): install this package again, and see "
+            "that VERL_USE_EXTERNAL_PLUGINS is auto, or names it"
+        )
+
+
+def verl_config(config: TrainConfig) -> DictConfig:
+    """verl's groups, with ours over them, every key resolved: run_ppo hands some of them to Ray as they are."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        composed = compose(CONFIG_NAME, overrides=["hydra.searchpath=[pkg://verl.trainer.config]", f"{NAME}={{}}"])
+    platform = os.environ.get("VERL_PLATFORM") or get_platform().device_name
+    with open_dict(composed):
+        composed[NAME] = to_section(_for_every_process(config))
+        composed.trainer.device = platform
+        start: Any = composed.ray_kwargs.ray_init
+        start.runtime_env.env_vars = {
+            **start.runtime_env.env_vars,
+            **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
+            # Decided here, once: an actor without a GPU of its own would take a machine that has some for a CPU.
+            **({"VERL_PLATFORM": platform} if platform == "cpu" else {}),
+        }
+        if config.launch.address is not None:
+            start.pop("num_cpus")
+            start.address = config.launch.address
+        else:
+            start.num_cpus = config.launch.cpus
+            start.object_store_memory = config.launch.object_store_mb << 20
+    OmegaConf.resolve(composed)
+    return composed
+
+
+def _for_every_process(config: TrainConfig) -> TrainConfig:
+    """Absolute paths, and a number of threads that does not depend on what Ray sets for a worker."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute())
+
+    model, evaluation = config.model, config.evaluation
+    if Path(model.path).is_dir():
+        model = replace(model, path=absolute(model.path))
+    if evaluation.prompts is not None:
+        evaluation = replace(evaluation, prompts=absolute(evaluation.prompts))
+    return replace(
+        config,
+        model=model,
+        evaluation=evaluation,
+        prompts=absolute(config.prompts),
+        run_dir=absolute(config.run_dir),
+        threads=config.threads if config.threads is not None else torch.get_num_threads(),
+    )

@@ -1,0 +1,86 @@
+"""What one step has to show, put together from the ranks' shares: the embedded trainer's numbers under its names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from omni_rollout import monitor
+from omni_rollout.config import TrainConfig
+from omni_rollout.integrations.verl.rank import RankUpdate
+from omni_rollout.monitor import CaptionedImage
+from omni_rollout.policy.update import Scores, Update
+
+TIMINGS = {"gen": "rollout", "update_actor": "update", "update_weights": "weight_sync", "step": "step"}  # verl's -> ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """A step's images and rewards, in the order of request ids."""
+
+    prompts: list[dict[str, Any]]  # text, metadata
+    images: list[np.ndarray]
+    rewards: list[float]
+    breakdown: dict[str, list[float]]
+    group_ids: list[str]
+    elements: int  # numbers in a latent
+
+    @classmethod
+    def of(cls, stored: Sequence[Mapping[str, Any]], group_ids: list[str]) -> Samples:
+        return cls(
+            prompts=[sample["prompt"] for sample in stored],
+            images=[sample["image"] for sample in stored],
+            rewards=[sample["reward"] for sample in stored],
+            breakdown={name: [sample["breakdown"][name] for sample in stored] for name in stored[0]["breakdown"]},
+            group_ids=group_ids,
+            elements=stored[0]["elements"],
+        )
+
+
+def captioned(samples: Samples, *, rewards: bool = True) -> list[CaptionedImage]:
+    texts = [prompt["text"] for prompt in samples.prompts]
+    if rewards:
+        texts = [f"{reward:.2f} {text}" for reward, text in zip(samples.rewards, texts, strict=True)]
+    return list(zip(texts, samples.images, strict=True))
+
+
+def merged(updates: Sequence[Update]) -> Update:
+    """The ranks' shares of one update as one: rank after rank."""
+
+    def together(scores: Sequence[Scores]) -> Scores:
+        return Scores(
+            step_indices=[index for one in scores for index in one.step_indices],
+            rollout_log_probs=[row for one in scores for row in one.rollout_log_probs],
+            old_log_probs=[row for one in scores for row in one.old_log_probs],
+            log_probs=[row for one in scores for row in one.log_probs],
+        )
+
+    return Update(
+        first=together([update.first for update in updates]),
+        all=together([update.all for update in updates]),
+        losses=[loss for update in updates for loss in update.losses],
+        ref_kls=[kl for update in updates for kl in update.ref_kls],
+        grad_norms=updates[0].grad_norms,  # of the sum over the ranks, the same on each
+    )
+
+
+def step_metrics(
+    samples: Samples, updates: Sequence[RankUpdate], config: TrainConfig, timings: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Metrics and notes."""
+    from omni_rollout.train import update_metrics  # brings the engine's libraries, which verl's other workers need not load
+
+    first, update = updates[0], merged([rank.update for rank in updates])
+    metrics = {
+        **update_metrics(update, elements=samples.elements, clip_range=config.trainer.clip_range),
+        **monitor.reward_metrics(samples.rewards, samples.group_ids, samples.breakdown),
+        **{f"timing_s/{ours}": timings[theirs] for theirs, ours in TIMINGS.items() if theirs in timings},
+        "perf/throughput": len(samples.images) / timings["step"],
+        "actor/lr": first.learning_rate,
+        "parity/weights_equal": 1.0,  # a difference has stopped the run
+        "actor/old_log_probs_recomputed": float(first.recomputed),
+    }
+    return metrics, {monitor.PPO_KL_COMPARES: monitor.old_pair(first.recomputed)}

@@ -1,0 +1,109 @@
+"""One trainer rank: a process of verl's worker group, with the whole policy and its share of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+import torch
+import torch.distributed as dist
+import transfer_queue as tq
+from verl.plugin.platform import get_platform
+from verl.single_controller.base import Worker
+from verl.single_controller.base.decorator import Dispatch, register
+
+from omni_rollout import algorithms, monitor
+from omni_rollout.collate import derive_seed
+from omni_rollout.config import OldLogProbs, OnMismatch
+from omni_rollout.digest import combined_digest, tensor_digest
+from omni_rollout.integrations.verl.records import Weights, buckets, column, from_fields, run_config
+from omni_rollout.policy.checkpoint import save_policy
+from omni_rollout.policy.learner import Learner
+from omni_rollout.policy.recompute import check_fingerprint
+from omni_rollout.policy.update import Update
+from omni_rollout.types import Trajectory
+
+every_rank = register(dispatch_mode=cast(Any, Dispatch).ONE_TO_ALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankUpdate:
+    """What a rank did in one step: `update` holds the rows of its share, norms and weights are those of all ranks."""
+
+    update: Update
+    learning_rate: float
+    recomputed: bool  # the ratio was taken to the trainer's own log-probs
+
+
+class TrainerRank(Worker):
+    def __init__(self, section: Any) -> None:
+        super().__init__()
+        self._config = run_config(section)
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)
+        self._expected: dict[str, Any] = {}
+
+    @every_rank
+    def init_model(self) -> None:
+        if self.world_size > 1:
+            device = get_platform()
+            backend = "gloo" if device.device_name == "cpu" else f"cpu:gloo,{device.device_name}:nccl"
+            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size)
+        tq.init()
+        algorithm = algorithms.get_algorithm(self._config.algorithm.name)
+        self._learner = Learner(self._config, algorithm, rank=self.rank, ranks=self.world_size)
+
+    @every_rank
+    def update_policy(self, keys: Sequence[str], partition: str, advantages: torch.Tensor, step: int) -> RankUpdate:
+        """The update of one step, on this rank's share of the rows.
+
+        Args:
+            keys: of all trajectories in TransferQueue, in the order of their request ids.
+            advantages: [B].
+
+        Raises:
+            FingerprintError: a trajectory of other weights than this rank published last.
+            NotFiniteError, MismatchError: what must not reach the optimizer.
+        """
+        data = tq.kv_batch_get(keys=list(keys), partition_id=partition, select_fields=["trajectory"])
+        trajectories = [from_fields(values) for values in column(data, "trajectory")]
+        for trajectory in trajectories:
+            check_fingerprint(trajectory, self._expected)
+        monitor.check_finite(step, trajectories)
+        recompute_old = self._recompute_old(step, trajectories)
+        update, rate = self._learner.step(trajectories, advantages, step, recompute_old=recompute_old)
+        return RankUpdate(update=update, learning_rate=rate, recomputed=recompute_old)
+
+    def _recompute_old(self, step: int, trajectories: Sequence[Trajectory]) -> bool:
+        """Every rank looks at the same sample of all rows, so all decide alike."""
+        config = self._config
+        if config.monitor.on_mismatch is not OnMismatch.alert:
+            seed = derive_seed(config.sampling.seed, step, "guard")
+            found = monitor.compare_sample(self._learner.policy, trajectories, config, seed=seed)
+            if found["parity/bitwise_equal_fraction"] < 1:
+                if config.monitor.on_mismatch is OnMismatch.stop:
+                    raise monitor.mismatch(step, found, config)
+                return True
+        return config.trainer.old_log_probs is OldLogProbs.recompute
+
+    @every_rank
+    def publish(self, version: int, averaged: bool = False) -> Weights:
+        """What the servers shall hold from now on; every rank digests its own, only the first puts them up."""
+        with self._learner.averaged(averaged):
+            named = list(self._learner.weights())
+            digest = combined_digest({name: tensor_digest(tensor) for name, tensor in named})
+            self._expected = {
+                "dtype": self._config.model.dtype.value,
+                "parity": self._config.parity.value,
+                "weights": digest,
+            }
+            put = [ray.put([(n, t.cpu()) for n, t in bucket]) for bucket in buckets(named)] if self.rank == 0 else []
+        return Weights(version=version, digest=digest, buckets=tuple(put))
+
+    @every_rank
+    def save_checkpoint(self, folder: str, step: int) -> None:
+        if self.rank == 0:
+            save_policy(Path(folder), self._learner.policy, step=step, ema=self._learner.ema)

@@ -1,0 +1,97 @@
+"""What travels between the Ray processes beside requests and trajectories, and how trajectories lie in TransferQueue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import ray
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from tensordict import TensorDict
+
+from omni_rollout.config import RewardConfig, TrainConfig
+from omni_rollout.launch import compose
+from omni_rollout.types import Prompt, RolloutRequest, SamplingSpec, Trajectory
+from omni_rollout.validate import validate
+
+BUCKET_BYTES = 256 << 20
+# Of an actor: verl loads the trainer in every process of the job; most have no use for it.
+NO_TRAINER: dict[str, Any] = {"env_vars": {"VERL_USE_EXTERNAL_MODULES": ""}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """One version of the policy, as the trainer published it: whoever has it not, fetches it."""
+
+    version: int
+    digest: str
+    buckets: tuple[ray.ObjectRef, ...]  # each a list of (name, tensor); held by the trainer's first rank
+
+    def fetch(self) -> list[tuple[str, torch.Tensor]]:
+        return [named for bucket in ray.get(list(self.buckets)) for named in bucket]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What the agent loop is asked for: all requests of a step, under one version of the policy."""
+
+    requests: tuple[RolloutRequest, ...]
+    weights: Weights
+    step: int
+    partition: str  # of TransferQueue: train or val
+
+
+def run_config(section: Any) -> TrainConfig:
+    """Our section of verl's configuration, typed: the whole of it, or a list of overrides as the command line takes them."""
+    if isinstance(section, ListConfig | list):
+        config = compose(list(section))
+        validate(config)
+        return config
+    schema = OmegaConf.structured(TrainConfig(reward=RewardConfig(weights={})))  # its default weight would be merged in
+    return cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(schema, section)))
+
+
+def to_section(config: TrainConfig) -> DictConfig:
+    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    return OmegaConf.create(cast(dict[str, Any], container))
+
+
+def to_fields(trajectory: Trajectory) -> dict[str, Any]:
+    """A trajectory in types that TransferQueue carries as they are; it would turn a dataclass into a dictionary."""
+    values = {field.name: getattr(trajectory, field.name) for field in fields(Trajectory)}
+    values["prompt"] = {"text": trajectory.prompt.text, "metadata": dict(trajectory.prompt.metadata)}
+    values["spec"] = trajectory.spec.to_json()
+    values["fingerprint"] = dict(trajectory.fingerprint)
+    return values
+
+
+def from_fields(values: Mapping[str, Any]) -> Trajectory:
+    given = dict(values)
+    return Trajectory(
+        **{
+            **given,
+            "prompt": Prompt(text=given["prompt"]["text"], metadata=given["prompt"]["metadata"]),
+            "spec": SamplingSpec.from_json(given["spec"]),
+        }
+    )
+
+
+def column(data: TensorDict, name: str) -> list[Any]:
+    """A column of objects, as TransferQueue hands it back."""
+    values = data[name]
+    return cast(list[Any], values.tolist() if hasattr(values, "tolist") else list(values))
+
+
+def buckets(named: Sequence[tuple[str, torch.Tensor]], limit: int = BUCKET_BYTES) -> list[list[tuple[str, torch.Tensor]]]:
+    """Cut into runs of at most `limit` bytes; a tensor larger than that is a bucket of its own."""
+    result: list[list[tuple[str, torch.Tensor]]] = []
+    free = 0
+    for name, tensor in named:
+        if tensor.nbytes > free or not result:
+            result.append([])
+            free = limit
+        result[-1].append((name, tensor))
+        free -= tensor.nbytes
+    return result

@@ -1,0 +1,44 @@
+"""WeightedSum inside verl's reward workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from verl import DataProto
+from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
+
+from omni_rollout.integrations.verl import NAME
+from omni_rollout.integrations.verl.records import run_config
+from omni_rollout.rewards import WeightedSum
+from omni_rollout.types import Trajectory
+
+
+class RewardManager(RewardManagerBase):
+    def __init__(self, config: Any, tokenizer: Any, compute_score: Any, **_: Any) -> None:
+        super().__init__(config, tokenizer, compute_score)
+        reward = run_config(config[NAME]).reward
+        self._rewards = WeightedSum(reward.weights, reward.threads)
+
+    async def run_single(self, data: DataProto) -> dict[str, Any]:
+        """`reward_score`: the weighted sum; `reward_extra_info`: each reward before its weight."""
+        row = data.non_tensor_batch
+        batch = self._rewards([row["image"][0]], [row["prompt"][0]])
+        return {
+            "reward_score": batch.total[0],
+            "reward_extra_info": {name: values[0] for name, values in batch.breakdown.items()},
+        }
+
+    @classmethod
+    def assemble_rm_scores(cls, data: DataProto, scores: list[float]) -> torch.Tensor:
+        return torch.tensor(scores, dtype=torch.float64)[:, None]
+
+
+def to_score(trajectory: Trajectory) -> DataProto:
+    """What `run_single` reads."""
+    row: dict[str, np.ndarray] = {}
+    for name, value in (("image", trajectory.image), ("prompt", trajectory.prompt)):
+        row[name] = np.empty(1, dtype=object)  # np.array would look into the image
+        row[name][0] = value
+    return DataProto(non_tensor_batch=row)

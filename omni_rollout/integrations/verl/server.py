@@ -1,0 +1,47 @@
+"""One RolloutEngine as a Ray actor, in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from omni_rollout.integrations.verl.records import Weights, run_config
+from omni_rollout.types import RolloutRequest, Trajectory
+
+
+class RolloutServer:
+    """Ray starts it again when its process dies; then it holds the checkpoint's weights until it fetches the published."""
+
+    def __init__(self, section: Any) -> None:
+        from omni_rollout.rollout.engine import RolloutEngine  # the engine's libraries, in this process alone
+
+        config = run_config(section)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self._engine = RolloutEngine(
+            config.model.path,
+            family=config.model.family,
+            dtype=config.model.dtype.value,
+            max_num_seqs=config.rollout.max_num_seqs,
+            parity=config.parity.value,
+        )
+
+    def ready(self) -> None:
+        """Returns once the engine is up: a call waits for the constructor."""
+
+    def load(self, weights: Weights) -> str:
+        """Takes a published version, unless it has it; returns the digest of what the engine then holds.
+
+        Raises:
+            WeightSyncError: a tensor is different in the engine.
+        """
+        if (self._engine.weights_digest, self._engine.policy_version) != (weights.digest, weights.version):
+            self._engine.update_weights(weights.fetch(), weights.version)
+        return self._engine.weights_digest
+
+    def generate(self, requests: Sequence[RolloutRequest], weights: Weights) -> Iterator[Trajectory]:
+        """Trajectories as they finish, all of them under `weights`."""
+        self.load(weights)
+        yield from self._engine.generate(requests)

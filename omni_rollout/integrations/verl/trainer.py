@@ -1,0 +1,259 @@
+"""The V1 trainer that verl runs under the name `omni_rollout`. verl keeps the loop, TransferQueue and the worker group.
+
+prepare_step          Collator.groups ─► AgentLoopManager (engines, rewards) ─► TransferQueue
+replay_buffer.sample  waits until every group is finished
+_compute_advantage    rewards ─► advantages
+_update_actor         keys, advantages ─► TrainerRank.update_policy, on every rank
+on_step_end           TrainerRank.publish ─► every RolloutServer, digests compared
+_compute_metrics      Monitor.log
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig, OmegaConf, open_dict
+from transfer_queue import KVBatchMeta
+from transformers import AutoTokenizer
+from verl.experimental.reward_loop import RewardLoopManager
+from verl.plugin.platform import get_platform
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.trainer.ppo.v1 import PPOTrainer, register_trainer
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.utils.debug import marked_timer
+
+from omni_rollout import algorithms
+from omni_rollout.collate import Collator, derive_seed
+from omni_rollout.config import TrainConfig
+from omni_rollout.integrations.verl import NAME, replica
+from omni_rollout.integrations.verl.agent_loop import AgentLoopManager
+from omni_rollout.integrations.verl.metrics import Samples, captioned, step_metrics
+from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank
+from omni_rollout.integrations.verl.records import NO_TRAINER, Order, Weights, column, run_config, to_section
+from omni_rollout.monitor import CaptionedImage, Monitor
+from omni_rollout.prompts import PromptStream, load_prompts
+from omni_rollout.rewards import WeightedSum
+from omni_rollout.seeds import SeedLedger
+from omni_rollout.types import Prompt, RolloutRequest
+
+POLL_SECONDS = 0.2
+
+
+class WatchedReplayBuffer(ReplayBuffer):
+    """Waits with an eye on the agent loop: verl's own would wait for ever for groups whose maker has died."""
+
+    agent_loop: AgentLoopManager
+
+    def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
+        self.agent_loop.wait(POLL_SECONDS)
+        return last_debug_time
+
+
+def adopt(config: DictConfig) -> TrainConfig:
+    """Sets verl's keys that follow from our section, in place, and returns the section."""
+    run = run_config(config[NAME])
+    with open_dict(config):
+        config[NAME] = to_section(run)
+        config.trainer.total_epochs = 1
+        config.trainer.total_training_steps = run.trainer.steps
+        config.trainer.val_before_train = run.evaluation.images > 0
+        config.trainer.test_freq = (run.evaluation.every or run.trainer.steps or 1) if run.evaluation.images else -1
+        config.trainer.save_freq = run.trainer.save_every or run.trainer.steps or 1  # the last step is always saved
+        config.trainer.nnodes, config.trainer.n_gpus_per_node = run.trainer.ranks, 1  # wherever there is room for one
+        config.data.train_batch_size = run.rollout.prompts_per_step
+        config.actor_rollout_ref.rollout.n = run.rollout.group_size
+        config.actor_rollout_ref.model.path = run.model.path
+        config.actor_rollout_ref.model.tokenizer_path = os.path.join(run.model.path, "tokenizer")
+    return run
+
+
+@register_trainer(NAME)
+class OmniTrainer(PPOTrainer):
+    actor_rollout_wg: Any  # its methods are those of TrainerRank, added at run time
+    agent_loop_manager: Any
+    replay_buffer: Any
+
+    def __init__(self, config: DictConfig) -> None:
+        self.run = adopt(config)
+        super().__init__(config)
+        self.trainer_mode = "sync"  # verl takes every name but this for an asynchronous trainer
+
+    def _build_replay_buffer(self) -> WatchedReplayBuffer:
+        return WatchedReplayBuffer("sync", self.config.trainer.v1, None, "wait", sampler_kwargs=DictConfig({}))
+
+    def _setup(self) -> None:
+        self._init_dump_executor()
+        self._init_dataloader()
+        ranks = self.run.trainer.ranks
+        accelerated = get_platform().device_name != "cpu"
+        pool = RayResourcePool(process_on_nodes=[1] * ranks, use_gpu=accelerated, max_colocate_count=1, name_prefix=NAME)
+        section = OmegaConf.to_container(self.config[NAME])  # a node would take all of verl's configuration along
+        worker = RayClassWithInitArgs(cls=ray.remote(TrainerRank), section=section)
+        self.actor_rollout_wg = RayWorkerGroup(
+            resource_pool=pool,
+            ray_cls_with_init=worker,
+            device_name=get_platform().device_name,
+            worker_env=NO_TRAINER["env_vars"],
+        )
+        self.reward_loop_manager = RewardLoopManager(config=self.config)
+        self.servers = replica.launch(self.config.actor_rollout_ref.rollout, section, self.run.rollout.workers)
+        self.actor_rollout_wg.init_model()
+        self.global_steps = 0
+
+    def _init_dataloader(self) -> None:
+        run = self.run
+        prompts = load_prompts(run.prompts)
+        self.evaluation_prompts = load_prompts(run.evaluation.prompts) if run.evaluation.prompts else prompts
+        self.rewards = WeightedSum(run.reward.weights, run.reward.threads)
+        self.rewards.check([*prompts, *self.evaluation_prompts])
+        tokenizer = AutoTokenizer.from_pretrained(run.model.path, subfolder="tokenizer")
+        self.collator = Collator(run.model.family, tokenizer, run.sampling, run.collate)
+        for prompt in [*prompts, *self.evaluation_prompts]:
+            self.collator.check(self.collator.spec(), prompt)
+        self.stream = PromptStream(prompts, run.rollout.prompts_per_step, run.sampling.seed)
+        self.algorithm = algorithms.get_algorithm(run.algorithm.name)
+        self.seeds = SeedLedger()
+        self.total_training_steps = self.steps_per_epoch = max(run.trainer.steps, 1)
+
+    def get_llm_client(self) -> list[Any]:
+        """What verl hands to the agent loop."""
+        return self.servers
+
+    def get_reward_handles(self) -> list[Any]:
+        return self.reward_loop_manager.reward_loop_worker_handles
+
+    def on_init_end(self) -> None:
+        self._publish()  # also proves, before the first rollout, that all sides read the same checkpoint
+
+    def fit(self, agent_loop_manager: AgentLoopManager) -> None:
+        self.replay_buffer.agent_loop = agent_loop_manager
+        self.checkpoint: Path | None = None
+        with Monitor(Path(self.run.run_dir), self.run, self.run.trainer.steps) as self.sight:
+            super().fit(agent_loop_manager)
+            self.sight.summary(self.checkpoint)
+
+    def prepare_step(self) -> dict[str, float]:
+        step, size = self.global_steps, self.run.rollout.group_size
+        requests = self.collator.groups(self.stream.batch(step), step, size)
+        self.reused = self.seeds.record(requests)
+        self._submit(requests, "train")
+        return {}
+
+    def _submit(self, requests: list[RolloutRequest], partition: str) -> int:
+        """Orders trajectories, and returns how many groups there will be."""
+        groups = list(dict.fromkeys(request.group_id for request in requests))
+        tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps} for _ in groups]
+        tq.kv_batch_put(keys=groups, partition_id=partition, tags=tags)
+        order = Order(requests=tuple(requests), weights=self.weights, step=self.global_steps, partition=partition)
+        self.agent_loop_manager.generate_sequences(order)
+        return len(groups)
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], **_: Any) -> KVBatchMeta:
+        """In the order of request ids, whatever the order of arrival; the ranks share the rows out themselves."""
+        order = sorted(range(len(batch.keys)), key=lambda index: batch.tags[index]["request_id"])
+        return KVBatchMeta(
+            partition_id=batch.partition_id,
+            keys=[batch.keys[index] for index in order],
+            tags=[batch.tags[index] for index in order],
+            extra_info=batch.extra_info,
+        )
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        return batch  # the ranks have the rollout's, or recompute them
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        self.samples = self._samples(batch)
+        self.advantages = self.algorithm.advantages(
+            torch.tensor(self.samples.rewards, dtype=torch.float32),
+            self.samples.group_ids,
+            std=self.run.algorithm.advantage_std,
+            clip=self.run.algorithm.advantage_clip,
+        )
+        return batch
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        self.updates: list[RankUpdate] = self.actor_rollout_wg.update_policy(
+            batch.keys, batch.partition_id, self.advantages, self.global_steps
+        )
+        self.sampled_by = self.weights.digest
+        return batch
+
+    def on_sample_end(self) -> None: ...
+
+    def on_step_end(self) -> None:
+        with marked_timer("update_weights", self.timing_raw):
+            self._publish()
+
+    def _publish(self, averaged: bool = False) -> None:
+        """Every server holds the ranks' weights afterwards, or will before it samples again."""
+        published: list[Weights] = self.actor_rollout_wg.publish(self.global_steps, averaged)
+        digests = {weights.digest for weights in published}
+        if len(digests) > 1:
+            raise RuntimeError(f"step {self.global_steps}: the trainer ranks hold different weights, {sorted(digests)}")
+        self.weights = published[0]
+        self.servers_in_step = replica.push(self.servers, self.weights)
+
+    def _samples(self, batch: KVBatchMeta) -> Samples:
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=str(batch.partition_id), select_fields=["sample"])
+        return Samples.of(column(data, "sample"), [tag["group_id"] for tag in batch.tags])
+
+    def _validate(self) -> dict[str, float]:
+        """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""
+        name = f"step-{self.global_steps:05d}" if self.global_steps else "before"
+        metrics, self.images = self._evaluate(name)
+        if self.run.trainer.ema_decay and self.global_steps:
+            self._publish(averaged=True)
+            averaged, _ = self._evaluate(f"{name}-ema")
+            self._publish()
+            metrics |= {f"{key}_ema": value for key, value in averaged.items()}
+        if not self.global_steps:
+            self.sight.log(0, metrics, self.images)
+        return metrics
+
+    def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
+        settings, prompts = self.run.evaluation, self.evaluation_prompts
+        spec = self.collator.spec({"sde_type": "ode"})
+        requests = [
+            self.collator.request(
+                prompts[index % len(prompts)],
+                spec,
+                f"evaluation-{name}-{index:05d}",
+                0,
+                seed=derive_seed(settings.seed, index),
+            )
+            for index in range(settings.images)
+        ]
+        groups = self._submit(requests, "val")
+        batch, _ = self.replay_buffer.sample(self.global_steps, "val", groups)
+        batch = self._balance_batch(batch, {})
+        samples = self._samples(batch)
+        tq.kv_clear(keys=batch.keys, partition_id="val")
+        scores = self.rewards.evaluate(samples.images, [Prompt(**prompt) for prompt in samples.prompts])
+        return {f"evaluation/{key}": value for key, value in scores.items()}, captioned(samples, rewards=False)
+
+    def _compute_metrics(
+        self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
+    ) -> None:
+        """Adds this step's numbers, as the embedded trainer has them, to what verl logs, and writes them to the run folder."""
+        evaluated = {key: value for key, value in metrics.items() if key.startswith("evaluation/")}
+        ours, notes = step_metrics(self.samples, self.updates, self.run, timing_raw)
+        ours |= {
+            "parity/seed_collisions": float(self.seeds.collisions),
+            "rollout/servers": float(self.servers_in_step),
+            "rollout/retried": float(self.agent_loop_manager.retried),
+            **evaluated,
+        }
+        notes = {"weights/digest": self.sampled_by, **notes}
+        if self.reused:
+            notes["seeds/reused"] = "; ".join(self.reused)
+        metrics.update(ours)
+        self.sight.log(global_steps, ours, self.images if evaluated else captioned(self.samples), notes)
+
+    def _save_checkpoint(self) -> None:
+        self.checkpoint = Path(self.run.run_dir) / "checkpoints" / f"step_{self.global_steps:05d}"
+        self.actor_rollout_wg.save_checkpoint(str(self.checkpoint), self.global_steps)

@@ -1,0 +1,88 @@
+"""Looks at a rollout before the update learns from it, and stops what must not reach the optimizer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from omni_rollout.config import TrainConfig
+from omni_rollout.errors import UserError
+from omni_rollout.models import family_module
+from omni_rollout.monitor.commands import parity_command
+from omni_rollout.monitor.metrics import parity_metrics
+from omni_rollout.policy.recompute import micro_batches, score
+from omni_rollout.types import Trajectory
+
+
+class StoppedError(UserError):
+    """A step that the guard ended before its update; `metrics` are what it found."""
+
+    def __init__(self, message: str, metrics: Mapping[str, float]) -> None:
+        super().__init__(message)
+        self.metrics = dict(metrics)
+
+
+class MismatchError(StoppedError):
+    """The rollout's log-probs are not the trainer's, and the run was told to stop at that."""
+
+
+class NotFiniteError(StoppedError):
+    """The rollout holds NaN or infinity."""
+
+
+def check_finite(step: int, trajectories: Sequence[Trajectory]) -> None:
+    """Rewards are checked where they are made.
+
+    Raises:
+        NotFiniteError: latents or log-probs that are not finite; it names the first such trajectory.
+    """
+    broken = {
+        trajectory.request_id: name
+        for trajectory in trajectories
+        for name, tensor in (("log_probs", trajectory.log_probs), ("latents", trajectory.latents))
+        if not bool(tensor.isfinite().all())
+    }
+    if broken:
+        first = next(iter(broken))
+        raise NotFiniteError(
+            f"step {step}: {broken[first]} of {first} are not finite, and of {len(broken) - 1} more of {len(trajectories)} "
+            "trajectories; expected numbers, so nothing was learned from this step. Go on from an earlier checkpoint with a "
+            "smaller trainer.learning_rate",
+            {"rollout/not_finite": float(len(broken))},
+        )
+
+
+@torch.no_grad()
+def compare_sample(
+    policy: nn.Module, trajectories: Sequence[Trajectory], config: TrainConfig, *, seed: int
+) -> dict[str, float]:
+    """`parity_metrics` of some of the rollout's log-probs, drawn over all trajectories and steps, before the update.
+
+    Costs one forward pass of `micro_batch_size` per kind of batch (`batch_keys`: sizes, widths, mask or none).
+    """
+    family, dtype = config.model.family, getattr(torch, config.model.dtype.value)
+    keys = family_module(family, "policy").batch_keys(trajectories)
+    pairs_in_all = sum(len(trajectory.step_indices) for trajectory in trajectories)
+    rollout, own, steps = [], [], []
+    for kind in micro_batches(trajectories, keys, range(len(trajectories)), pairs_in_all):
+        pairs = random.Random(seed).sample(kind, min(config.trainer.micro_batch_size, len(kind)))
+        own.append(score(policy, trajectories, pairs, family, dtype).log_prob.cpu())
+        rollout.append(torch.stack([trajectories[pair.row].log_probs[pair.index] for pair in pairs]))
+        steps.append(torch.stack([trajectories[pair.row].step_indices[pair.index] for pair in pairs]))
+    elements = trajectories[0].latents[0].numel()
+    return parity_metrics(torch.cat(rollout), torch.cat(own), torch.cat(steps), elements, config.trainer.clip_range)
+
+
+def mismatch(step: int, found: Mapping[str, float], config: TrainConfig) -> MismatchError:
+    """The error of a step whose `compare_sample` found log-probs of other bits."""
+    return MismatchError(
+        f"step {step}: {1 - found['parity/bitwise_equal_fraction']:.0%} of the rollout's log-probs that were compared are not "
+        f"the trainer's, the largest gap is {found['rollout_corr/logprob_abs_diff_max']:.1e} "
+        f"({found['parity/over_clip']:.2g} clip ranges); parity={config.parity.value} promises equal bits, and "
+        "monitor.on_mismatch=stop ends the run before it learns from this step. "
+        f"Find the cause with: {parity_command(config)}; or go on with monitor.on_mismatch=recompute",
+        found,
+    )
