@@ -85,9 +85,11 @@ def main() -> None:
     for pipe in pipes.values():
         pipe.send(None)
     median = statistics.median(ratios)
-    print(f"exact over fast, {arguments.dtype}, {arguments.images} images: median {median:.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    spread = f"({min(ratios):.3f} to {max(ratios):.3f})"
+    print(f"exact over fast, {arguments.dtype}, {arguments.images} images: median {median:.3f} {spread}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"settings": vars(arguments) | {"json": None}, "ratios": ratios, "median": median}))
+        settings = {key: value for key, value in vars(arguments).items() if key != "json"}
+        arguments.json.write_text(json.dumps({"settings": settings, "ratios": ratios, "median": median}))
 
 
 if __name__ == "__main__":
