@@ -30,7 +30,7 @@ doctor: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -e ".[$(EXTRA),ocr,dev]"
+	$(BIN)/pip install -e ".[$(EXTRA),ocr,verl,dev]"
 	$(BIN)/omni-rollout doctor --fix
 	touch $@
 

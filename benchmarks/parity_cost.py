@@ -19,6 +19,7 @@ from pathlib import Path
 def serve(pipe: Connection, model: str, parity: str, arguments: argparse.Namespace) -> None:
     """Rolls out once per message received; answers with the seconds it took."""
     import torch
+
     from omni_rollout.collate import derive_seed
     from omni_rollout.models.qwen_image.spec import resolve
     from omni_rollout.rollout.engine import RolloutEngine
