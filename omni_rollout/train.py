@@ -1,17 +1,15 @@
 """The loop, readable top to bottom.
 
-    for step in steps:
-        PromptStream.batch ─► Collator.groups ─► RolloutEngine.generate ─► WeightedSum ─► advantages
-                                                        ▲                                     │
-                              update_weights (digests) ─┘◄── PolicyUpdate ◄── old log-probs ◄─┘
-        Monitor.log
+for step in steps:
+    PromptStream.batch ─► Collator.groups ─► RolloutEngine.generate ─► WeightedSum ─► advantages
+                                                    ▲                                     │
+                          update_weights (digests) ─┘◄── PolicyUpdate ◄── old log-probs ◄─┘
+    Monitor.log
 """
 
 from __future__ import annotations
 
 import copy
-import math
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +30,7 @@ from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
 from omni_rollout.policy.lora import attach_lora
 from omni_rollout.policy.recompute import check_fingerprint, recompute
-from omni_rollout.policy.update import PolicyUpdate, Update
+from omni_rollout.policy.update import PolicyUpdate
 from omni_rollout.prompts import PromptStream, load_prompts
 from omni_rollout.rewards import RewardError, WeightedSum
 from omni_rollout.rollout.engine import RolloutEngine, WeightSyncError
@@ -104,7 +102,7 @@ class Trainer:
         self.stream = PromptStream(self.prompts, config.rollout.prompts_per_step, config.sampling.seed)
         self.algorithm = algorithms.get_algorithm(config.algorithm.name)
         self.dtype = getattr(torch, config.model.dtype.value)
-        self.seeds = SeedLedger()
+        self.seeds = SeedLedger(Path(config.run_dir) / "seeds.jsonl")
         self.version = 0
         self.engine = RolloutEngine(
             config.model.path,
@@ -162,6 +160,7 @@ class Trainer:
                 requests = self.collator.groups(self.stream.batch(step), step, config.rollout.group_size)
                 reused = self.seeds.record(requests)
                 trajectories = sorted(self.engine.generate(requests), key=lambda trajectory: trajectory.request_id)
+                reused += self.seeds.record_noise(trajectories)
             for trajectory in trajectories:
                 check_fingerprint(trajectory, self.expected)
             monitor.check_finite(step, trajectories)
@@ -187,7 +186,7 @@ class Trainer:
                 self.version = step
                 self._sync()
         metrics = {
-            **update_metrics(update, elements=trajectories[0].latents[0].numel(), clip_range=config.trainer.clip_range),
+            **monitor.update_metrics(update, elements=trajectories[0].latents[0].numel(), clip_range=config.trainer.clip_range),
             **monitor.reward_metrics(rewards.total, [trajectory.group_id for trajectory in trajectories], rewards.breakdown),
             **{f"timing_s/{stage}": seconds for stage, seconds in timings.items()},
             "perf/throughput": len(trajectories) / timings["step"],  # images per second
@@ -259,28 +258,6 @@ class Trainer:
         prompts = [trajectory.prompt for trajectory in trajectories]
         metrics = {f"evaluation/{key}": value for key, value in self.rewards.evaluate(images, prompts).items()}
         return metrics, [(prompt.text, image) for prompt, image in zip(prompts, images, strict=True)]
-
-
-def update_metrics(update: Update, *, elements: int, clip_range: float) -> dict[str, float]:
-    """Metrics of one update: parity before its first optimizer step, ratios over all of it."""
-    first = update.first
-    return {
-        **monitor.parity_metrics(
-            torch.cat(first.rollout_log_probs),
-            torch.cat(first.log_probs),
-            torch.tensor(first.step_indices),
-            elements,
-            clip_range,
-        ),
-        **monitor.ratio_metrics(torch.cat(update.all.log_probs), torch.cat(update.all.old_log_probs), clip_range),
-        "actor/pg_clipfrac_mb0": monitor.ratio_metrics(
-            torch.cat(first.log_probs), torch.cat(first.old_log_probs), clip_range
-        )["actor/pg_clipfrac"],
-        "actor/pg_loss": statistics.fmean(update.losses) if update.losses else 0.0,
-        "actor/grad_norm": max(update.grad_norms, default=0.0),
-        "actor/skipped_updates": float(sum(not math.isfinite(norm) for norm in update.grad_norms)),
-        **({"actor/ref_kl": statistics.fmean(update.ref_kls)} if update.ref_kls else {}),
-    }
 
 
 @contextmanager

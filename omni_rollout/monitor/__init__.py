@@ -8,6 +8,7 @@ from omni_rollout.monitor.images import CaptionedImage
 from omni_rollout.monitor.metrics import parity_metrics, ratio_metrics, reward_metrics
 from omni_rollout.monitor.monitor import Monitor
 from omni_rollout.monitor.pairs import PPO_KL_COMPARES, old_pair
+from omni_rollout.monitor.update import update_metrics
 
 __all__ = [
     "PPO_KL_COMPARES",
@@ -25,4 +26,5 @@ __all__ = [
     "parity_metrics",
     "ratio_metrics",
     "reward_metrics",
+    "update_metrics",
 ]

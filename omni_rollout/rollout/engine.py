@@ -252,6 +252,7 @@ class RolloutEngine:
                 "negative_prompt_width": request.spec.negative_prompt_width if guided else None,
                 "guided": guided,
                 "batch_sizes": record["batch_sizes"],
+                "initial_noise": record["initial_noise"],
             },
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -132,6 +134,21 @@ def test_seeds_are_the_same_everywhere_and_reuse_is_noticed(tokenizer):
     assert ledger.record(requests) == [] and ledger.collisions == 0
     again = made.request(Prompt(text="a cat"), made.spec(), "other", 0, seed=requests[2].seed)
     assert requests[2].request_id in ledger.record([again])[0] and ledger.collisions == 1
+
+
+def test_the_ledger_is_kept_and_notices_one_noise_under_two_seeds(tokenizer, tmp_path):
+    made = collator(tokenizer)
+    requests = made.groups([Prompt(text="a cat")], 0, 3)
+    ledger = SeedLedger(tmp_path / "seeds.jsonl")
+    ledger.record(requests)
+    sampled = [
+        SimpleNamespace(request_id=r.request_id, fingerprint={"initial_noise": n}) for r, n in zip(requests, "aba", strict=True)
+    ]
+    assert ledger.record_noise(sampled) == [f"initial_noise a of {requests[2].request_id} was used by {requests[0].request_id}"]
+    lines = [json.loads(line) for line in (tmp_path / "seeds.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines[:3]] == [r.seed for r in requests] and [
+        line["initial_noise"] for line in lines[3:]
+    ] == list("aba")
 
 
 def test_ode_asks_for_no_stochastic_step(tokenizer):

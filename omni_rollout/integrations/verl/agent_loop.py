@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -111,14 +112,16 @@ class AgentLoopWorker:
         sample = {
             "prompt": {"text": trajectory.prompt.text, "metadata": dict(trajectory.prompt.metadata)},
             "image": trajectory.image,
-            "elements": trajectory.latents[0].numel(),
+            "fingerprint": dict(trajectory.fingerprint),
+            "elements": math.prod(trajectory.latents.shape[1:]),
             "reward": score["reward_score"],
             "breakdown": score["reward_extra_info"],
         }
+        learned_from = {"trajectory": to_fields(trajectory)} if order.partition == "train" else {}
         version = trajectory.policy_version
         await tq.async_kv_batch_put(
             keys=[f"{trajectory.group_id}_{trajectory.member}_0"],
-            fields=list_of_dict_to_tensordict([{"trajectory": to_fields(trajectory), "sample": sample}]),
+            fields=list_of_dict_to_tensordict([{**learned_from, "sample": sample}]),
             tags=[
                 {
                     "status": "success",
@@ -137,18 +140,17 @@ class AgentLoopWorker:
             await tq.async_kv_put(key=trajectory.group_id, partition_id=order.partition, tag={"status": "finished"})
 
     async def _score(self, trajectory: Trajectory) -> dict[str, Any]:
-        workers = self._reward_workers
-        for attempt in range(len(workers)):
-            worker = workers[(self._next_reward + attempt) % len(workers)]
+        end = time.monotonic() + self._timeout
+        while True:
+            worker = self._reward_workers[self._next_reward % len(self._reward_workers)]
+            self._next_reward += 1
             try:
                 result: dict[str, Any] = await worker.compute_score.remote(to_score(trajectory))
-            except RayActorError:
-                if attempt == len(workers) - 1:
+                return result
+            except RayActorError:  # Ray starts it again; meanwhile another may have time
+                if time.monotonic() > end:
                     raise
-                continue
-            self._next_reward += 1
-            return result
-        raise RolloutFailed("there is no reward worker: expected reward.num_workers of 1 or more")
+                await asyncio.sleep(1)
 
     async def _revived(self, server: Any) -> None:
         """Waits until Ray has started a dead server again."""

@@ -18,6 +18,14 @@ TIMINGS = {"gen": "rollout", "update_actor": "update", "update_weights": "weight
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """What the seed ledger asks of a trajectory; the trajectory itself goes to the ranks alone."""
+
+    request_id: str
+    fingerprint: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Samples:
     """A step's images and rewards, in the order of request ids."""
 
@@ -26,16 +34,21 @@ class Samples:
     rewards: list[float]
     breakdown: dict[str, list[float]]
     group_ids: list[str]
+    sources: list[Source]
     elements: int  # numbers in a latent
 
     @classmethod
-    def of(cls, stored: Sequence[Mapping[str, Any]], group_ids: list[str]) -> Samples:
+    def of(cls, stored: Sequence[Mapping[str, Any]], tags: Sequence[Mapping[str, Any]]) -> Samples:
         return cls(
             prompts=[sample["prompt"] for sample in stored],
             images=[sample["image"] for sample in stored],
             rewards=[sample["reward"] for sample in stored],
             breakdown={name: [sample["breakdown"][name] for sample in stored] for name in stored[0]["breakdown"]},
-            group_ids=group_ids,
+            group_ids=[tag["group_id"] for tag in tags],
+            sources=[
+                Source(request_id=tag["request_id"], fingerprint=sample["fingerprint"])
+                for tag, sample in zip(tags, stored, strict=True)
+            ],
             elements=stored[0]["elements"],
         )
 
@@ -71,11 +84,9 @@ def step_metrics(
     samples: Samples, updates: Sequence[RankUpdate], config: TrainConfig, timings: Mapping[str, float]
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Metrics and notes."""
-    from omni_rollout.train import update_metrics  # brings the engine's libraries, which verl's other workers need not load
-
     first, update = updates[0], merged([rank.update for rank in updates])
     metrics = {
-        **update_metrics(update, elements=samples.elements, clip_range=config.trainer.clip_range),
+        **monitor.update_metrics(update, elements=samples.elements, clip_range=config.trainer.clip_range),
         **monitor.reward_metrics(samples.rewards, samples.group_ids, samples.breakdown),
         **{f"timing_s/{ours}": timings[theirs] for theirs, ours in TIMINGS.items() if theirs in timings},
         "perf/throughput": len(samples.images) / timings["step"],

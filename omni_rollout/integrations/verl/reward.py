@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from verl import DataProto
+from verl.experimental.reward_loop import RewardLoopManager
+from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from omni_rollout.integrations.verl import NAME
-from omni_rollout.integrations.verl.records import run_config
+from omni_rollout.integrations.verl.records import NO_TRAINER, run_config
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.types import Trajectory
 
@@ -33,6 +36,14 @@ class RewardManager(RewardManagerBase):
     @classmethod
     def assemble_rm_scores(cls, data: DataProto, scores: list[float]) -> torch.Tensor:
         return torch.tensor(scores, dtype=torch.float64)[:, None]
+
+
+class RewardWorkers(RewardLoopManager):
+    """verl's reward workers, which Ray starts again when they die."""
+
+    def _init_reward_loop_workers(self) -> None:
+        self.reward_loop_workers_class = ray.remote(runtime_env=NO_TRAINER, max_restarts=-1)(RewardLoopWorker)
+        super()._init_reward_loop_workers()
 
 
 def to_score(trajectory: Trajectory) -> DataProto:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
@@ -20,7 +20,6 @@ import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transfer_queue import KVBatchMeta
 from transformers import AutoTokenizer
-from verl.experimental.reward_loop import RewardLoopManager
 from verl.plugin.platform import get_platform
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.trainer.ppo.v1 import PPOTrainer, register_trainer
@@ -35,6 +34,7 @@ from omni_rollout.integrations.verl.agent_loop import AgentLoopManager
 from omni_rollout.integrations.verl.metrics import Samples, captioned, step_metrics
 from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank
 from omni_rollout.integrations.verl.records import NO_TRAINER, Order, Weights, column, run_config, to_section
+from omni_rollout.integrations.verl.reward import RewardWorkers
 from omni_rollout.monitor import CaptionedImage, Monitor
 from omni_rollout.prompts import PromptStream, load_prompts
 from omni_rollout.rewards import WeightedSum
@@ -100,7 +100,7 @@ class OmniTrainer(PPOTrainer):
             device_name=get_platform().device_name,
             worker_env=NO_TRAINER["env_vars"],
         )
-        self.reward_loop_manager = RewardLoopManager(config=self.config)
+        self.reward_loop_manager = RewardWorkers(config=self.config)
         self.servers = replica.launch(self.config.actor_rollout_ref.rollout, section, self.run.rollout.workers)
         self.actor_rollout_wg.init_model()
         self.global_steps = 0
@@ -117,7 +117,7 @@ class OmniTrainer(PPOTrainer):
             self.collator.check(self.collator.spec(), prompt)
         self.stream = PromptStream(prompts, run.rollout.prompts_per_step, run.sampling.seed)
         self.algorithm = algorithms.get_algorithm(run.algorithm.name)
-        self.seeds = SeedLedger()
+        self.seeds = SeedLedger(Path(run.run_dir) / "seeds.jsonl")
         self.total_training_steps = self.steps_per_epoch = max(run.trainer.steps, 1)
 
     def get_llm_client(self) -> list[Any]:
@@ -168,6 +168,7 @@ class OmniTrainer(PPOTrainer):
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         self.samples = self._samples(batch)
+        self.reused += self.seeds.record_noise(cast(Any, self.samples.sources))
         self.advantages = self.algorithm.advantages(
             torch.tensor(self.samples.rewards, dtype=torch.float32),
             self.samples.group_ids,
@@ -200,7 +201,7 @@ class OmniTrainer(PPOTrainer):
 
     def _samples(self, batch: KVBatchMeta) -> Samples:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=str(batch.partition_id), select_fields=["sample"])
-        return Samples.of(column(data, "sample"), [tag["group_id"] for tag in batch.tags])
+        return Samples.of(column(data, "sample"), batch.tags)
 
     def _validate(self) -> dict[str, float]:
         """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""

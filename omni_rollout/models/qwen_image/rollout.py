@@ -18,6 +18,7 @@ from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.models.qwen_image import QwenImagePipeline
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 
+from omni_rollout.digest import tensor_digest
 from omni_rollout.models.qwen_image.policy import load_policy, network
 from omni_rollout.models.qwen_image.spec import image_tokens, resolve
 from omni_rollout.models.qwen_image.velocity import Conditioning, pad_to_width, velocity
@@ -35,6 +36,7 @@ class Denoising:
     spec: SamplingSpec
     schedule: Schedule
     conditioning: Conditioning
+    initial_noise: str  # digest
     latents: list[torch.Tensor] = field(default_factory=list)  # T+1 of [1, S, C] fp32
     log_probs: list[torch.Tensor] = field(default_factory=list)  # T of [1] fp32
     batch_sizes: list[int] = field(default_factory=list)  # requests in the same forward pass, per step
@@ -85,6 +87,7 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
                 height=spec.height,
                 width=spec.width,
             ),
+            initial_noise=tensor_digest(state.latents)[:16],
         )
         return state
 
@@ -169,6 +172,7 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
             "negative_prompt_embeds_mask": condition.negative_prompt_embeds_mask,
             "policy_version": self.policy_version,
             "batch_sizes": run.batch_sizes,
+            "initial_noise": run.initial_noise,
         }
         return DiffusionOutput(output={"payload": {"image": image}, "metadata": {"rollout": record}}, to_cpu=True)
 
