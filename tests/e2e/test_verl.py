@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 pytest.importorskip("verl")
+pytestmark = pytest.mark.slow
 
 STEPS = 3
 LIMIT = 500  # seconds; a busy machine needs several times what a quiet one does
@@ -111,7 +112,6 @@ def test_two_engines_of_which_one_is_killed_give_the_numbers_of_one_process(rand
     assert (folder / "run" / saved).read_bytes() == (embedded / "run" / saved).read_bytes()
 
 
-@pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one(random_checkpoint, embedded, tmp_path):
     """Each sums its share of the rows, so sums round elsewhere; the engine still has the ranks' very weights."""
     folder = tmp_path / "verl"
