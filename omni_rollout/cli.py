@@ -96,10 +96,12 @@ def _parity(parsed: argparse.Namespace) -> int:
 
     config = compose(parsed.overrides, unused=["prompts"])
     validate_model(config)
-    from omni_rollout.parity.command import parity
     from omni_rollout.parity.matrix import Matrix
 
-    return parity(config, json_path=parsed.json, html_path=parsed.html, matrix=Matrix.parse(parsed.matrix))
+    matrix = Matrix.parse(parsed.matrix)  # a typo must not wait for the engine's libraries
+    from omni_rollout.parity.command import parity
+
+    return parity(config, json_path=parsed.json, html_path=parsed.html, matrix=matrix)
 
 
 def _replay(parsed: argparse.Namespace) -> int:
