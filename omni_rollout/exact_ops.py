@@ -133,5 +133,3 @@ def effective_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[s
 
     with torch.no_grad():
         yield from ((name, tensor.detach()) for name, tensor in walk(module, ""))
-
-

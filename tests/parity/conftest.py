@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -90,11 +89,7 @@ class Sides:
 
     @property
     def pipeline(self) -> Any:
-        from omni_rollout.models.qwen_image.rollout import QwenImageRolloutPipeline
-
-        found = [item for item in gc.get_objects() if type(item) is QwenImageRolloutPipeline]
-        assert len(found) == 1, "one engine at a time"
-        return found[0]
+        return self.engine.pipeline
 
 
 def equal(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:

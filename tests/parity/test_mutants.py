@@ -309,10 +309,8 @@ def test_one_lora_tensor_dropped(sides, checkpoint):
 
 def test_a_strided_projection_shows_only_in_company(sides):
     """The engine's own code slices the joint sequence; rows of one image alone happen to be contiguous."""
-    from omni_rollout.parity.trace import engine_pipeline
-
     taken: list[tuple[Any, Any]] = []
-    for name, layer in engine_pipeline(sides.engine).transformer.named_modules():
+    for name, layer in sides.engine.pipeline.transformer.named_modules():
         if name.endswith((".to_out", ".to_add_out")):
             taken.append((layer, dict(layer._forward_pre_hooks)))
             layer._forward_pre_hooks.clear()
