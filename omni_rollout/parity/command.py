@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def parity(
         0 when the KL is exactly 0 with equal bits in every cell and no trace found a difference, else 1.
     """
     _use_threads(config)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # in a file, a table need not fit a terminal
     report = probe(config, matrix or Matrix(), lambda line: console.print(line, style="dim", markup=False, highlight=False))
     if json_path is not None:
         write_json(to_json(report), json_path)
