@@ -9,7 +9,6 @@ for step in steps:
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,21 +20,15 @@ from transformers import AutoTokenizer
 
 from omni_rollout import algorithms, monitor
 from omni_rollout.collate import Collator, derive_seed
-from omni_rollout.config import OldLogProbs, OnMismatch, TrainConfig
-from omni_rollout.exact_ops import effective_weights
-from omni_rollout.models import family_module
+from omni_rollout.config import TrainConfig
 from omni_rollout.monitor import CaptionedImage
 from omni_rollout.policy.checkpoint import save_policy
-from omni_rollout.policy.ema import ExponentialAverage
-from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
-from omni_rollout.policy.lora import attach_lora
-from omni_rollout.policy.recompute import check_fingerprint, recompute
-from omni_rollout.policy.update import PolicyUpdate
+from omni_rollout.policy.learner import Learner
+from omni_rollout.policy.recompute import check_fingerprint
 from omni_rollout.prompts import PromptStream, load_prompts
 from omni_rollout.rewards import RewardError, WeightedSum
 from omni_rollout.rollout.engine import RolloutEngine, WeightSyncError
 from omni_rollout.seeds import SeedLedger
-from omni_rollout.types import Trajectory
 
 
 def train(config: TrainConfig) -> None:
@@ -57,7 +50,7 @@ def train(config: TrainConfig) -> None:
                 sight.log(step, report.metrics, report.images, report.notes)
                 if step == steps or (config.trainer.save_every and step % config.trainer.save_every == 0):
                     checkpoint = sight.run_dir / "checkpoints" / f"step_{step:05d}"
-                    save_policy(checkpoint, trainer.policy, step=step, ema=trainer.ema)
+                    save_policy(checkpoint, trainer.learner.policy, step=step, ema=trainer.learner.ema)
         sight.summary(checkpoint)
 
 
@@ -101,7 +94,6 @@ class Trainer:
             self.collator.check(self.collator.spec(), prompt)
         self.stream = PromptStream(self.prompts, config.rollout.prompts_per_step, config.sampling.seed)
         self.algorithm = algorithms.get_algorithm(config.algorithm.name)
-        self.dtype = getattr(torch, config.model.dtype.value)
         self.seeds = SeedLedger(Path(config.run_dir) / "seeds.jsonl")
         self.version = 0
         self.engine = RolloutEngine(
@@ -112,39 +104,11 @@ class Trainer:
             parity=config.parity.value,
         )
         try:
-            self._make_policy()
+            self.learner = Learner(config, self.algorithm)
+            self._sync()  # also proves, before the first rollout, that both sides read the same checkpoint
         except BaseException:
             self.engine.close()
             raise
-
-    def _make_policy(self) -> None:
-        config = self.config.trainer
-        torch.manual_seed(self.config.sampling.seed)
-        self.policy = family_module(self.config.model.family, "policy").load_policy(
-            self.config.model.path, self.dtype, self.config.parity.value
-        )
-        if torch.cuda.is_available():
-            self.policy.to("cuda")
-        reference = copy.deepcopy(self.policy).requires_grad_(False) if self.config.algorithm.kl_coef else None
-        if config.gradient_checkpointing:
-            self.policy.enable_gradient_checkpointing()
-        if config.lora_rank:
-            seed = self.config.sampling.seed
-            self.parameters = attach_lora(self.policy, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
-        else:
-            self.parameters = list(self.policy.parameters())
-        optimizer = make_trainer_engine(config, self.policy, self.parameters)
-        self.update = PolicyUpdate(
-            optimizer,
-            self.algorithm,
-            config,
-            self.config.algorithm,
-            family=self.config.model.family,
-            dtype=self.dtype,
-            reference=reference,
-        )
-        self.ema = ExponentialAverage(self.parameters, config.ema_decay) if config.ema_decay else None
-        self._sync()  # also proves, before the first rollout, that both sides read the same checkpoint
 
     def __enter__(self) -> Trainer:
         return self
@@ -174,13 +138,10 @@ class Trainer:
                 clip=config.algorithm.advantage_clip,
             )
             with timed(timings, "old_log_probs"):
-                old, recomputed = self._old_log_probs(step, trajectories)
+                recomputed = monitor.must_recompute(self.learner.policy, trajectories, config, step)
+                old = self.learner.old_log_probs(trajectories, recomputed=recomputed)
             with timed(timings, "update"):
-                rate = learning_rate_at(config.trainer, step - 1)
-                seed = derive_seed(config.sampling.seed, step, "mini-batches")
-                update = self.update(trajectories, advantages, old, learning_rate=rate, seed=seed)
-                if self.ema is not None:
-                    self.ema.update()
+                update, rate = self.learner.step(trajectories, advantages, old, step)
             sampled_by = self.expected["weights"]
             with timed(timings, "weight_sync"):
                 self.version = step
@@ -205,35 +166,15 @@ class Trainer:
         settings, steps = self.config.evaluation, self.config.trainer.steps
         return settings.images > 0 and (step == steps or (settings.every > 0 and step % settings.every == 0))
 
-    def _old_log_probs(self, step: int, trajectories: list[Trajectory]) -> tuple[list[torch.Tensor], bool]:
-        """What the ratio is taken to, and whether the trainer computed it.
-
-        Raises:
-            MismatchError: the rollout's are not the trainer's, with monitor.on_mismatch=stop.
-        """
-        config = self.config
-        recomputes = config.trainer.old_log_probs is OldLogProbs.recompute
-        if config.monitor.on_mismatch is not OnMismatch.alert:
-            seed = derive_seed(config.sampling.seed, step, "guard")
-            found = monitor.compare_sample(self.policy, trajectories, config, seed=seed)
-            if found["parity/bitwise_equal_fraction"] < 1:
-                if config.monitor.on_mismatch is OnMismatch.stop:
-                    raise monitor.mismatch(step, found, config)
-                recomputes = True
-        if not recomputes:
-            return [trajectory.log_probs for trajectory in trajectories], False
-        size, family = config.trainer.micro_batch_size, config.model.family
-        return recompute(self.policy, trajectories, family=family, dtype=self.dtype, micro_batch_size=size), True
-
     def _sync(self) -> None:
-        digest = self.engine.update_weights(effective_weights(self.policy, self.dtype), self.version)
+        digest = self.engine.update_weights(self.learner.weights(), self.version)
         self.expected = {"dtype": self.config.model.dtype.value, "parity": self.config.parity.value, "weights": digest}
 
     def evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
         """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""
         metrics, images = self._evaluate(name)
-        if self.ema is not None and self.version:
-            with self.ema.swapped():
+        if self.learner.ema is not None and self.version:
+            with self.learner.ema.swapped():
                 self._sync()
                 averaged, _ = self._evaluate(f"{name}-ema")
             self._sync()

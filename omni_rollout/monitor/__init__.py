@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from omni_rollout.monitor.alerts import Alert, find_alerts
-from omni_rollout.monitor.guard import MismatchError, NotFiniteError, StoppedError, check_finite, compare_sample, mismatch
+from omni_rollout.monitor.guard import MismatchError, NotFiniteError, StoppedError, check_finite, must_recompute
 from omni_rollout.monitor.images import CaptionedImage
 from omni_rollout.monitor.metrics import parity_metrics, ratio_metrics, reward_metrics
 from omni_rollout.monitor.monitor import Monitor
@@ -19,9 +19,8 @@ __all__ = [
     "NotFiniteError",
     "StoppedError",
     "check_finite",
-    "compare_sample",
     "find_alerts",
-    "mismatch",
+    "must_recompute",
     "old_pair",
     "parity_metrics",
     "ratio_metrics",

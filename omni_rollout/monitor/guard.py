@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from omni_rollout.config import TrainConfig
+from omni_rollout.collate import derive_seed
+from omni_rollout.config import OldLogProbs, OnMismatch, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.models import family_module
 from omni_rollout.monitor.commands import parity_command
@@ -74,6 +75,21 @@ def compare_sample(
         steps.append(torch.stack([trajectories[pair.row].step_indices[pair.index] for pair in pairs]))
     elements = trajectories[0].latents[0].numel()
     return parity_metrics(torch.cat(rollout), torch.cat(own), torch.cat(steps), elements, config.trainer.clip_range)
+
+
+def must_recompute(policy: nn.Module, trajectories: Sequence[Trajectory], config: TrainConfig, step: int) -> bool:
+    """Whether this step's old log-probs are to be the trainer's own: by config, or because the guard found a mismatch.
+
+    Raises:
+        MismatchError: the rollout's are not the trainer's, with monitor.on_mismatch=stop.
+    """
+    if config.monitor.on_mismatch is not OnMismatch.alert:
+        found = compare_sample(policy, trajectories, config, seed=derive_seed(config.sampling.seed, step, "guard"))
+        if found["parity/bitwise_equal_fraction"] < 1:
+            if config.monitor.on_mismatch is OnMismatch.stop:
+                raise mismatch(step, found, config)
+            return True
+    return config.trainer.old_log_probs is OldLogProbs.recompute
 
 
 def mismatch(step: int, found: Mapping[str, float], config: TrainConfig) -> MismatchError:

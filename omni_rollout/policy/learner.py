@@ -60,17 +60,19 @@ class Learner:
         )
         self.ema = ExponentialAverage(self.parameters, trainer.ema_decay) if trainer.ema_decay else None
 
-    def step(
-        self, trajectories: Sequence[Trajectory], advantages: torch.Tensor, step: int, *, recompute_old: bool
-    ) -> tuple[Update, float]:
-        """The update of step 1, 2, ..., and the learning rate it was made with.
+    def old_log_probs(self, trajectories: Sequence[Trajectory], *, recomputed: bool) -> list[torch.Tensor]:
+        """What the ratio is taken to: the rollout's log-probs, or the trainer's own, by another forward pass."""
+        if not recomputed:
+            return [trajectory.log_probs for trajectory in trajectories]
+        size, family = self.config.trainer.micro_batch_size, self.config.model.family
+        return recompute(self.policy, trajectories, family=family, dtype=self.dtype, micro_batch_size=size)
 
-        Args:
-            recompute_old: take the ratio to the trainer's own log-probs instead of the rollout's.
-        """
+    def step(
+        self, trajectories: Sequence[Trajectory], advantages: torch.Tensor, old: Sequence[torch.Tensor], step: int
+    ) -> tuple[Update, float]:
+        """The update of step 1, 2, ..., and the learning rate it was made with."""
         rate = learning_rate_at(self.config.trainer, step - 1)
         seed = derive_seed(self.config.sampling.seed, step, "mini-batches")
-        old = self._recomputed(trajectories) if recompute_old else [trajectory.log_probs for trajectory in trajectories]
         update = self.update(trajectories, advantages, old, learning_rate=rate, seed=seed)
         if self.ema is not None:
             self.ema.update()
@@ -83,7 +85,3 @@ class Learner:
     def averaged(self, wanted: bool) -> AbstractContextManager[None]:
         """Inside, the policy is its average, if that is wanted and one is kept."""
         return self.ema.swapped() if wanted and self.ema is not None else nullcontext()
-
-    def _recomputed(self, trajectories: Sequence[Trajectory]) -> list[torch.Tensor]:
-        size, family = self.config.trainer.micro_batch_size, self.config.model.family
-        return recompute(self.policy, trajectories, family=family, dtype=self.dtype, micro_batch_size=size)

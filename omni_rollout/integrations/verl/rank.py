@@ -16,15 +16,12 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 
 from omni_rollout import algorithms, monitor
-from omni_rollout.collate import derive_seed
-from omni_rollout.config import OldLogProbs, OnMismatch
 from omni_rollout.digest import combined_digest, tensor_digest
 from omni_rollout.integrations.verl.records import Weights, buckets, column, from_fields, run_config
 from omni_rollout.policy.checkpoint import save_policy
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint
 from omni_rollout.policy.update import Update
-from omni_rollout.types import Trajectory
 
 every_rank = register(dispatch_mode=cast(Any, Dispatch).ONE_TO_ALL)
 
@@ -73,21 +70,11 @@ class TrainerRank(Worker):
         for trajectory in trajectories:
             check_fingerprint(trajectory, self._expected)
         monitor.check_finite(step, trajectories)
-        recompute_old = self._recompute_old(step, trajectories)
-        update, rate = self._learner.step(trajectories, advantages, step, recompute_old=recompute_old)
+        # Every rank looks at the same sample of all rows, so all decide alike.
+        recompute_old = monitor.must_recompute(self._learner.policy, trajectories, self._config, step)
+        old = self._learner.old_log_probs(trajectories, recomputed=recompute_old)
+        update, rate = self._learner.step(trajectories, advantages, old, step)
         return RankUpdate(update=update, learning_rate=rate, recomputed=recompute_old)
-
-    def _recompute_old(self, step: int, trajectories: Sequence[Trajectory]) -> bool:
-        """Every rank looks at the same sample of all rows, so all decide alike."""
-        config = self._config
-        if config.monitor.on_mismatch is not OnMismatch.alert:
-            seed = derive_seed(config.sampling.seed, step, "guard")
-            found = monitor.compare_sample(self._learner.policy, trajectories, config, seed=seed)
-            if found["parity/bitwise_equal_fraction"] < 1:
-                if config.monitor.on_mismatch is OnMismatch.stop:
-                    raise monitor.mismatch(step, found, config)
-                return True
-        return config.trainer.old_log_probs is OldLogProbs.recompute
 
     @every_rank
     def publish(self, version: int, averaged: bool = False) -> Weights:
