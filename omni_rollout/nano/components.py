@@ -1,5 +1,7 @@
 """The parts of a (nano) Qwen-Image checkpoint as untrained modules: the classes and settings of the real model, smaller."""
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
@@ -62,7 +64,7 @@ def make_text_encoder(tokenizer: Qwen2Tokenizer, *, hidden_size: int, seed: int)
         raise ValueError(f"hidden_size must be a multiple of {8 * heads} (4 heads, three rotary sections), got {hidden_size}")
     half_head = hidden_size // heads // 2
     side = 3 * half_head // 8
-    vision_tokens = {name: tokenizer.convert_tokens_to_ids(token) for name, token in VISION_TOKENS.items()}
+    vision_tokens: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(token) for name, token in VISION_TOKENS.items()}
     end_of_text = tokenizer.pad_token_id
     config = Qwen2_5_VLConfig(
         text_config={

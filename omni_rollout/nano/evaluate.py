@@ -26,6 +26,7 @@ def sample_images(pipeline: QwenImagePipeline, prompts: Sequence[str], *, true_c
     images: list[np.ndarray] = []
     for start in range(0, len(prompts), BATCH):
         batch = list(prompts[start : start + BATCH])
+        negative: dict[str, Any] = {"negative_prompt": [" "] * len(batch)} if true_cfg_scale > 1 else {}
         output: Any = pipeline(
             prompt=batch,
             true_cfg_scale=true_cfg_scale,
@@ -34,7 +35,7 @@ def sample_images(pipeline: QwenImagePipeline, prompts: Sequence[str], *, true_c
             num_inference_steps=SAMPLING_STEPS,
             generator=generator,
             output_type="np",
-            **({"negative_prompt": [" "] * len(batch)} if true_cfg_scale > 1 else {}),
+            **negative,
         )
         images += list((output.images * 255).round().astype(np.uint8))
     return images

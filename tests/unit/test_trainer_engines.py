@@ -250,3 +250,16 @@ def test_average_follows_its_formula_and_swaps_back_bit_for_bit(engine: str, zer
 def test_average_needs_a_decay_between_0_and_1(decay: float) -> None:
     with pytest.raises(ValueError, match="ema_decay"):
         ExponentialAverage([], decay)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_second_engine_after_the_process_group_was_destroyed(stage):
+    """As when a rollout engine of the same process was closed in between, and its group with it."""
+    for _ in range(2):
+        layer = nn.Linear(4, 3)
+        before = layer.weight.detach().clone()
+        engine = make_trainer_engine(trainer_config("deepspeed", stage), layer, list(layer.parameters()))
+        engine.backward(engine.module(torch.ones(2, 4)).pow(2).sum(), last=True)
+        engine.step(1e-2)
+        assert not torch.equal(before, layer.weight)
+        dist.destroy_process_group()

@@ -6,6 +6,7 @@ DeepSpeed keeps the optimizer's state and the gradients; the norm, the clipping 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -47,6 +48,7 @@ class DeepSpeedEngine:
         self._named = trainable_by_name(policy, parameters)
         _join_world_of_one()
         deepspeed = _import_deepspeed()
+        _forget_destroyed_groups(deepspeed)
         self._optimizer = adamw(config, parameters)
         self._engine, *_ = deepspeed.initialize(
             model=policy, optimizer=self._optimizer, config=_deepspeed_config(config.zero_stage), dist_init_required=False
@@ -161,6 +163,15 @@ def _import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     return deepspeed
+
+
+def _forget_destroyed_groups(deepspeed: Any) -> None:
+    """DeepSpeed keeps the groups it made; closing a rollout engine of this process destroys their world, and them with it."""
+    world = dist.group.WORLD
+    if getattr(deepspeed, "_omni_rollout_world", world) is not world:
+        deepspeed.comm.comm.cdb = None
+        importlib.reload(deepspeed.utils.groups)
+    deepspeed._omni_rollout_world = world
 
 
 def _join_world_of_one() -> None:
