@@ -103,7 +103,7 @@ def _check_override(override: Override) -> None:
         return
     choices = _choices(key)
     if choices and not isinstance(value, dict):
-        if value is not None and value not in choices:
+        if value not in choices:
             raise UserError(f"{key}={value}: no such choice; {_nearest(str(value), choices, prefix=f'{key}=')}")
         return
     kind = _kind(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,9 +88,18 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
     for key, value in above_zero.items():
         if not value > 0:
             yield f"{key}={value}: expected more than 0"
+    for key, value in (
+        ("trainer.learning_rate", config.trainer.learning_rate),
+        ("algorithm.kl_coef", config.algorithm.kl_coef),
+    ):
+        if not math.isfinite(value):
+            yield f"{key}={value}: expected a finite number"
 
 
 def _sampling(sampling: SamplingConfig) -> Iterator[str]:
+    for key, value in (("noise_level", sampling.noise_level), ("true_cfg_scale", sampling.true_cfg_scale)):
+        if value is not None and not math.isfinite(value):
+            yield f"sampling.{key}={value}: expected a finite number"
     for key, pixels in (("height", sampling.height), ("width", sampling.width)):
         if pixels is not None and (pixels < 16 or pixels % 16):
             yield f"sampling.{key}={pixels}: expected a multiple of 16, at least 16"
@@ -107,10 +117,8 @@ def _window(sampling: SamplingConfig) -> Iterator[str]:
     if window is not None and (len(window) != 2 or not 0 <= window[0] < window[1]):
         yield f"sampling.sde_window_range={window}: expected [first, end] with 0 <= first < end"
         return
-    if window is not None and steps is not None and window[1] > steps:
-        yield f"sampling.sde_window_range={window}: ends after sampling.num_inference_steps={steps}"
-    if window is not None and window[1] == steps and sampling.sde_type is SDETypeName.cps:
-        yield f"sampling.sde_window_range={window}: cps draws no noise in the last step; end at {window[1] - 1} or before"
+    if window is not None and steps is not None and window[1] > steps - 1:
+        yield f"sampling.sde_window_range={window}: the last of {steps} steps is deterministic; end at {steps - 1} or before"
     first, end = window if window is not None else (0, None if steps is None else steps - 1)
     if size is not None and end is not None and size > end - first:
         yield f"sampling.sde_window_size={size}: the range has {end - first} steps; give a smaller window or a wider range"

@@ -119,10 +119,13 @@ def replay_capsules(config: TrainConfig, paths: Sequence[Path]) -> list[Replayed
             results.append(Replayed(path=path, refused=str(error)))
             continue
         own = trajectory.fingerprint.get("dtype")
-        dtype = own if own in {choice.value for choice in DType} else config.model.dtype.value
+        dtype = own if isinstance(own, str) and own in {choice.value for choice in DType} else config.model.dtype.value
         parity = config.parity.value
         scorer = scorers.setdefault((dtype, parity), Scorer(config, dtype, parity))
-        results.append(scorer.score(path, trajectory))
+        try:
+            results.append(scorer.score(path, trajectory))
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # a record that contradicts itself
+            results.append(Replayed(path=path, refused=f"it cannot be scored as it is: {error}"))
     return results
 
 

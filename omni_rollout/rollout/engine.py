@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
-import weakref
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version as package_version
 from typing import Any
@@ -23,6 +22,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from omni_rollout.digest import combined_digest, tensor_digest
 from omni_rollout.errors import PinnedKnobError
 from omni_rollout.models import family_module
+from omni_rollout.rollout.guards import check_distinct, close_at_exit
 from omni_rollout.types import RolloutRequest, Trajectory
 
 PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")
@@ -33,7 +33,12 @@ PINNED: dict[str, tuple[Any, ...]] = {  # knob -> values under which the bits we
     "quantization": (None,),
     "parallel": ((1, 1, 1),),
 }
+LIVENESS_SECONDS = 5.0  # between looks at whether the engine's thread still runs
 OnError = Callable[[RolloutRequest, Exception], None]
+
+
+class EngineDiedError(RuntimeError):
+    """vllm-omni's thread in this process has ended; what was in flight is lost."""
 
 
 class WeightSyncError(RuntimeError):
@@ -86,7 +91,8 @@ class RolloutEngine:
         self._loop = asyncio.new_event_loop()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._closed = False
-        _close_at_exit(self)
+        self._serial = itertools.count()
+        close_at_exit(self)
         self.dtype, self.parity = dtype, parity
         self.policy_version = 0
         self._adopt(self.policy_digests())
@@ -110,16 +116,16 @@ class RolloutEngine:
         all failures is raised after the last trajectory.
         """
         self._check_open()
+        requests = list(requests)
+        check_distinct(requests)
         finished: asyncio.Queue[tuple[RolloutRequest, Trajectory | Exception]] = asyncio.Queue()
-        waiting = 0
         for request in requests:
             task = self._loop.create_task(self._sample(request, finished))
             self._in_flight.add(task)
             task.add_done_callback(self._in_flight.discard)
-            waiting += 1
         failures: list[Exception] = []
-        for _ in range(waiting):
-            request, result = self._loop.run_until_complete(finished.get())
+        for _ in requests:
+            request, result = self._next(finished)
             if isinstance(result, Trajectory):
                 yield result
             elif on_error is not None:
@@ -127,7 +133,22 @@ class RolloutEngine:
             else:
                 failures.append(result)
         if failures:
-            raise ExceptionGroup(f"{len(failures)} of {waiting} rollout requests failed", failures)
+            raise ExceptionGroup(f"{len(failures)} of {len(requests)} rollout requests failed", failures)
+
+    def _next(self, finished: asyncio.Queue[Any]) -> Any:
+        while True:
+            try:
+                return self._loop.run_until_complete(asyncio.wait_for(finished.get(), LIVENESS_SECONDS))
+            except TimeoutError:
+                if not self._alive:
+                    raise EngineDiedError(
+                        "the engine's thread has ended, see its error above; make a new RolloutEngine"
+                    ) from None
+
+    @property
+    def _alive(self) -> bool:
+        thread = getattr(self._engine, "worker_thread", None)  # made with the first request
+        return thread is None or thread.is_alive()
 
     def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         """Replaces the policy, after every trajectory in flight has finished under the old one.
@@ -202,8 +223,11 @@ class RolloutEngine:
         return self._engine.collective_rpc(method, args=args, unique_reply_rank=0)
 
     def _drain(self) -> None:
-        if self._in_flight:
-            self._loop.run_until_complete(asyncio.gather(*self._in_flight))
+        while self._in_flight:
+            self._loop.run_until_complete(asyncio.wait(self._in_flight, timeout=LIVENESS_SECONDS))
+            if not self._alive:
+                for task in self._in_flight:
+                    task.cancel()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -214,7 +238,7 @@ class RolloutEngine:
     ) -> None:
         try:
             output = None
-            async for outputs in self._engine.step_streaming(_engine_request(request)):
+            async for outputs in self._engine.step_streaming(_engine_request(request, next(self._serial))):
                 output = outputs[0]
             assert output is not None
             result: Trajectory | Exception = self._trajectory(request, output)
@@ -257,24 +281,11 @@ class RolloutEngine:
         )
 
 
-def _close_at_exit(engine: RolloutEngine) -> None:
-    # The engine's thread is no daemon: a program that ends without `close` would wait for it for ever. An ordinary
-    # atexit handler runs after that wait; this hook, which concurrent.futures uses for the same purpose, before it.
-    reference = weakref.ref(engine)
-
-    def close() -> None:
-        left = reference()
-        if left is not None:
-            left.close()
-
-    threading._register_atexit(close)  # type: ignore[attr-defined]
-
-
-def _engine_request(request: RolloutRequest) -> OmniDiffusionRequest:
+def _engine_request(request: RolloutRequest, serial: int) -> OmniDiffusionRequest:
     # Guidance and noise travel in extra_args: the engine's own fields would split batches and turn 0.0 into 4.0.
     return OmniDiffusionRequest(
         prompt={"prompt": request.prompt.text},
-        request_id=request.request_id,
+        request_id=f"{request.request_id}#{serial}",  # the engine remembers ids; the same request may be sampled again
         sampling_params=OmniDiffusionSamplingParams(
             height=request.spec.height,
             width=request.spec.width,

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from omni_rollout.policy.recompute import FingerprintError, check_fingerprint
-from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.rollout import engine as engine_module
+from omni_rollout.rollout.engine import EngineDiedError, RolloutEngine
+from omni_rollout.types import RequestError
 from tests.parity.conftest import PROMPTS, Sides
 
 
@@ -35,6 +37,18 @@ def test_with_one_to_fifteen_others_and_after_a_restart(checkpoint, dtype):
         assert found[0].fingerprint["initial_noise"] == other.fingerprint["initial_noise"]
 
 
+def test_an_engine_whose_thread_has_ended_says_so(checkpoint, monkeypatch):
+    monkeypatch.setattr(engine_module, "LIVENESS_SECONDS", 0.2)
+    sides = object.__new__(Sides)
+    sides._count = 0
+    with RolloutEngine(checkpoint) as engine:
+        assert len(list(engine.generate([sides.request(1, "a cat")]))) == 1
+        engine._engine.stop_event.set()
+        engine._engine.worker_thread.join()
+        with pytest.raises(EngineDiedError, match="make a new RolloutEngine"):
+            list(engine.generate([sides.request(2, "a cat")]))
+
+
 def test_a_trajectory_that_cannot_be_honoured_is_refused_naming_the_field(sides):
     (trajectory,) = sides.generate([sides.request(1, "a cat")])
     expected = {"dtype": sides.engine.dtype, "parity": "exact", "weights": sides.engine.weights_digest}
@@ -43,3 +57,18 @@ def test_a_trajectory_that_cannot_be_honoured_is_refused_naming_the_field(sides)
         changed = replace(trajectory, fingerprint={**trajectory.fingerprint, field: other})
         with pytest.raises(FingerprintError, match=f"sampled with {field}="):
             check_fingerprint(changed, expected)
+
+
+def test_the_same_requests_again_and_again(sides):
+    requests = sides.mixed()[:3]
+    first, second, third = (sides.generate(requests) for _ in range(3))
+    for one, two, three in zip(first, second, third, strict=True):
+        assert torch.equal(one.latents, two.latents) and torch.equal(one.latents, three.latents)
+        assert one.request_id == two.request_id
+
+
+def test_one_id_twice_in_a_call_is_refused_before_anything_is_sampled(sides):
+    request = sides.request(1, "a cat")
+    with pytest.raises(RequestError, match="given twice"):
+        list(sides.engine.generate([request, request]))
+    assert len(sides.generate([request])) == 1

@@ -265,7 +265,7 @@ def test_window_shifted_by_one(sides, monkeypatch):
 
 def test_a_seed_reused_within_a_group(sides, monkeypatch):
     original = engine_module._engine_request
-    monkeypatch.setattr(engine_module, "_engine_request", lambda request: original(replace(request, seed=5)))
+    monkeypatch.setattr(engine_module, "_engine_request", lambda request, serial: original(replace(request, seed=5), serial))
     result = sides.cell(PADDED, 3)
     assert result.measure is not None and result.measure.exact, "the recomputation cannot see it"
     assert not result.exact and [finding.where for finding in result.findings] == ["seed"]

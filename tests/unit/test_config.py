@@ -226,7 +226,8 @@ def test_validate(sound: TrainConfig, key: str, value: object, message: str | No
 def test_windows_are_checked_against_the_steps(sound: TrainConfig) -> None:
     sampling = replace(sound.sampling, num_inference_steps=10)
     for window, size, sde_type, message in (
-        ([0, 11], None, "sde", "ends after"),
+        ([0, 11], None, "sde", "end at 9"),
+        ([0, 10], None, "sde", "end at 9"),
         ([2, 6], 5, "sde", "the range has 4 steps"),
         (None, 10, "sde", "the range has 9 steps"),
         ([0, 10], None, "cps", "end at 9"),
@@ -235,7 +236,7 @@ def test_windows_are_checked_against_the_steps(sound: TrainConfig) -> None:
         sound.sampling = replace(sampling, sde_window_range=window, sde_window_size=size, sde_type=kind)
         with pytest.raises(UserError, match=message):
             validate(sound)
-    for window, size in (([0, 10], 10), ([0, 4], 4), (None, 9), (None, None)):
+    for window, size in (([0, 9], 9), ([0, 4], 4), (None, 9), (None, None)):
         sound.sampling = replace(sampling, sde_window_range=window, sde_window_size=size)
         validate(sound)
 
@@ -261,3 +262,18 @@ def test_a_folder_that_is_no_checkpoint_and_a_file_that_is_no_prompt_list(sound:
     sound.prompts = str(tmp_path / "prompts.csv")
     with pytest.raises(UserError, match=r"(?s)has no model_index\.json.*ends in \.txt, \.jsonl, \.parquet"):
         validate(sound)
+
+
+@pytest.mark.parametrize(
+    "key", ["sampling.noise_level", "sampling.true_cfg_scale", "trainer.learning_rate", "algorithm.kl_coef"]
+)
+def test_infinity_is_refused(sound: TrainConfig, key: str) -> None:
+    section, name = key.split(".")
+    setattr(getattr(sound, section), name, float("inf"))
+    with pytest.raises(UserError, match=f"{key}=inf: expected a finite number"):
+        validate(sound)
+
+
+def test_a_group_cannot_be_null() -> None:
+    with pytest.raises(UserError, match="reward=None: no such choice"):
+        compose([*MINIMAL, "reward=null"])

@@ -1,0 +1,36 @@
+"""What keeps a RolloutEngine from being left running, or being asked for two things under one name."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Protocol
+
+from omni_rollout.types import RequestError, RolloutRequest
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+def close_at_exit(engine: Closable) -> None:
+    # The engine's thread is no daemon: a program that ends without `close` would wait for it for ever. An ordinary
+    # atexit handler runs after that wait; this hook, which concurrent.futures uses for the same purpose, before it.
+    reference = weakref.ref(engine)
+
+    def close() -> None:
+        left = reference()
+        if left is not None:
+            left.close()
+
+    threading._register_atexit(close)  # type: ignore[attr-defined]
+
+
+def check_distinct(requests: Sequence[RolloutRequest]) -> None:
+    """Raises RequestError, naming an id that is given twice."""
+    seen: set[str] = set()
+    for request in requests:
+        if request.request_id in seen:
+            raise RequestError(f"request_id {request.request_id!r} is given twice: one call of generate needs distinct ids")
+        seen.add(request.request_id)
