@@ -224,7 +224,7 @@ def _add_nano(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     random.add_argument("--layers", type=int, default=2, help="transformer blocks (default: %(default)s)")
     random.add_argument("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
-    random.add_argument("--head-dim", type=int, default=32, help="width of a head (default: %(default)s)")
+    random.add_argument("--head-dim", "--dim", type=int, default=32, help="width of a head (default: %(default)s)")
     random.add_argument("--joint-dim", type=int, default=64, help="width of the prompt embeddings (default: %(default)s)")
     for command in (build, random):
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
