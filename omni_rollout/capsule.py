@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from omni_rollout import strict_json
 from omni_rollout.errors import UserError
 from omni_rollout.types import LogProbForm, Prompt, SamplingSpec, SDEType, Trajectory
 
@@ -34,6 +35,7 @@ TENSORS = (
     "prompt_embeds_mask",
     "image",
 )
+EMBEDDING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEGATIVE_TENSORS = ("negative_prompt_embeds", "negative_prompt_embeds_mask")  # present exactly when guidance was on
 SPEC_KEYS: dict[str, tuple[type, ...]] = {  # of SamplingSpec; its step_indices are the tensor of that name
     "height": (int,),
@@ -58,6 +60,7 @@ KEYS: dict[str, tuple[type, ...]] = {
     "policy_version": (int,),
     "fingerprint": (dict,),
 }
+TOKEN_PIXELS = 16  # along height and width, of one image token: eightfold VAE, then 2x2 patches
 CHOICES = {"format_version": (FORMAT_VERSION,), "sde_type": get_args(SDEType), "log_prob_form": get_args(LogProbForm)}
 
 
@@ -148,8 +151,8 @@ def _refuse(path: Path, field: str, what: str) -> NoReturn:
 def _to_json(path: Path, key: str, value: Any) -> str:
     try:
         text = json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CapsuleError(f"{path}: {key}: {value!r} cannot be written as JSON ({error})") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CapsuleError(f"{path}: {key}: {repr(value)[:60]} cannot be written as JSON ({error})") from error
     if json.loads(text) != value:
         _refuse(path, key, f"{value!r} would come back from JSON as {json.loads(text)!r}; use lists and string keys")
     return text
@@ -159,13 +162,9 @@ def _from_json(path: Path, key: str, header: Mapping[str, str]) -> Any:
     if key not in header:
         _refuse(path, key, f"missing from the header, which has {', '.join(sorted(header)) or 'no metadata'}")
     try:
-        return json.loads(header[key], parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        return strict_json.loads(header[key])
+    except ValueError as error:
         raise CapsuleError(f"{path}: {key}: {header[key][:60]!r} is not JSON ({error})") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_values(path: Path, values: Mapping[str, Any]) -> None:
@@ -173,9 +172,29 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
         value = values[key]
         if not isinstance(value, types) or isinstance(value, bool):
             names = " or ".join(type_.__name__ for type_ in types)
-            _refuse(path, key, f"{value!r} is {type(value).__name__}, expected {names}")
+            _refuse(path, key, f"{repr(value)[:60]} is {type(value).__name__}, expected {names}")
         if key in CHOICES and value not in CHOICES[key]:
-            _refuse(path, key, f"{value!r}, expected {' or '.join(map(repr, CHOICES[key]))}")
+            _refuse(path, key, f"{repr(value)[:60]}, expected {' or '.join(map(repr, CHOICES[key]))}")
+    _check_spec(path, values)
+
+
+def _check_spec(path: Path, values: Mapping[str, Any]) -> None:
+    """What one number of a spec says about another."""
+    for side in ("height", "width"):
+        if values[side] < TOKEN_PIXELS or values[side] % TOKEN_PIXELS:
+            _refuse(path, side, f"{values[side]}, expected a multiple of {TOKEN_PIXELS}")
+    for key in ("num_inference_steps", "prompt_width", "negative_prompt_width"):
+        if values[key] < 1:
+            _refuse(path, key, f"{values[key]}, expected at least 1")
+    level, scale, sde_type = values["noise_level"], values["true_cfg_scale"], values["sde_type"]
+    if level < 0 or (level == 0 and sde_type != "ode"):
+        _refuse(path, "noise_level", f"{level}, expected more than 0 with sde_type {sde_type}")
+    if level > 1 and sde_type == "cps":
+        _refuse(path, "noise_level", f"{level}, expected at most 1 with sde_type cps")
+    if (scale > 1) != (values["negative_prompt"] is not None):
+        _refuse(
+            path, "true_cfg_scale", f"{scale}, with negative_prompt {values['negative_prompt']!r:.60}: above 1 exactly with one"
+        )
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], spec: SamplingSpec) -> None:
@@ -186,29 +205,37 @@ def _check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], spec: Sampli
     for name in tensors.keys() - set(expected):
         _refuse(path, name, "unexpected" + (", since guidance was off" if name in NEGATIVE_TENSORS else ""))
     steps, stochastic = spec.num_inference_steps, tensors["log_probs"].numel()
-    if steps < 1:
-        _refuse(path, "num_inference_steps", f"{steps}, expected at least 1")
-    _check_layout(path, tensors, "latents", torch.float32, (stochastic + 1, None, None))
+    tokens = (spec.height // TOKEN_PIXELS) * (spec.width // TOKEN_PIXELS)
+    if stochastic and spec.sde_type == "ode":
+        _refuse(path, "step_indices", f"{stochastic} stochastic steps, expected none with sde_type ode")
+    _check_layout(path, tensors, "latents", torch.float32, (stochastic + 1, tokens, None))
     _check_layout(path, tensors, "log_probs", torch.float32, (stochastic,))
     _check_layout(path, tensors, "step_indices", torch.int64, (stochastic,))
     _check_layout(path, tensors, "sigmas", torch.float32, (steps + 1,))
     _check_layout(path, tensors, "timesteps", torch.float32, (steps,))
     _check_layout(path, tensors, "image", torch.uint8, (spec.height, spec.width, 3))
     for name in ("latents", "log_probs", "sigmas", "timesteps"):
-        if not tensors[name].isfinite().all():
-            _refuse(path, name, "holds numbers that are not finite")
+        _check_finite(path, tensors, name)
     indices, sigmas = tensors["step_indices"].tolist(), tensors["sigmas"]
     if not all(0 <= index < steps for index in indices) or indices != sorted(set(indices)):
         _refuse(path, "step_indices", f"{indices}, expected rising positions below num_inference_steps={steps}")
-    if sigmas[-1] != 0 or not (sigmas[:-1] > sigmas[1:]).all():
-        _refuse(path, "sigmas", f"{sigmas.tolist()}, expected numbers that fall to 0")
+    if sigmas[0] > 1 or sigmas[-1] != 0 or not (sigmas[:-1] > sigmas[1:]).all():
+        _refuse(path, "sigmas", f"{sigmas.tolist()}, expected numbers that fall from at most 1 to 0")
+    if not torch.allclose(tensors["timesteps"], 1000 * sigmas[:-1]):
+        _refuse(path, "timesteps", f"{tensors['timesteps'].tolist()}, expected 1000 times the sigmas")
     _check_branch(path, tensors, "prompt_embeds", spec.prompt_width)
     if spec.guided:
         _check_branch(path, tensors, "negative_prompt_embeds", spec.negative_prompt_width)
 
 
+def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    if not tensors[name].isfinite().all():
+        _refuse(path, name, "holds numbers that are not finite")
+
+
 def _check_branch(path: Path, tensors: Mapping[str, torch.Tensor], name: str, width: int) -> None:
     _check_layout(path, tensors, name, None, (width, None))
+    _check_finite(path, tensors, name)
     _check_layout(path, tensors, f"{name}_mask", torch.bool, (width,))
     mask = tensors[f"{name}_mask"]
     if not mask.any() or not torch.equal(mask, torch.arange(width) < mask.sum()):
@@ -218,10 +245,12 @@ def _check_branch(path: Path, tensors: Mapping[str, torch.Tensor], name: str, wi
 def _check_layout(
     path: Path, tensors: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype | None, shape: tuple[int | None, ...]
 ) -> None:
-    """`dtype` None: any float type; a None in `shape`: any size."""
+    """`dtype` None: one of `EMBEDDING_DTYPES`; a None in `shape`: any size but 0."""
     tensor = tensors[name]
-    if not tensor.is_floating_point() if dtype is None else tensor.dtype != dtype:
-        _refuse(path, name, f"{tensor.dtype}, expected {dtype or 'a float type'}")
-    if tensor.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, tensor.shape, strict=True)):
+    if tensor.dtype not in EMBEDDING_DTYPES if dtype is None else tensor.dtype != dtype:
+        _refuse(path, name, f"{tensor.dtype}, expected {dtype or 'a float type of 16 or 32 bits'}")
+    if tensor.ndim != len(shape) or any(
+        have == 0 if want is None else have != want for want, have in zip(shape, tensor.shape, strict=True)
+    ):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         _refuse(path, name, f"shape {list(tensor.shape)}, expected [{wanted}]")

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from omni_rollout import __version__
-from omni_rollout.errors import UserError
+from omni_rollout.errors import EngineHungError, RunFailedError, UserError
+from omni_rollout.outputs import folder_problem
 
 _TRACEBACK = "OMNI_ROLLOUT_TRACEBACK"
 _ROLLOUT_KEYS = """
@@ -30,6 +31,8 @@ _TRAIN_KEYS = f"""{_ROLLOUT_KEYS.rstrip()}
   evaluation.images, .every, .prompts     fixed seeds, before and after training
   wandb.mode=online|offline|disabled      without a key: offline
   run_dir=FOLDER                          config.yaml, metrics.jsonl, images/, checkpoints/
+  trainer.save_every, .keep_checkpoints   steps between checkpoints, and how many stay
+  trainer.resume=none|auto|FOLDER         go on from run_dir's newest checkpoint, or from one that is named
 
 examples:
   omni-rollout train experiment=nano_ocr
@@ -46,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except RunFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, EngineHungError):
+            sys.stdout.flush()
+            os._exit(1)  # the engine's thread cannot be ended, and Python would wait for it
+        return 1
     except ValueError as error:
         if not _is_for_people(error) or os.environ.get(_TRACEBACK) == "1":
             raise
@@ -66,6 +75,11 @@ def _train(parsed: argparse.Namespace) -> int:
 
     config = compose(parsed.overrides)
     validate(config)
+    if config.launch.slurm:
+        from omni_rollout.integrations.slurm import submit
+
+        submit(config, parsed.overrides)
+        return 0
     if config.backend is Backend.verl:
         from omni_rollout.integrations.verl.launch import train
     else:
@@ -83,7 +97,7 @@ def _rollout(parsed: argparse.Namespace) -> int:
     if len(out) != 1 or not out[0]:
         raise UserError("out has no value: give out=FOLDER, once" if not out else f"out is given as {out}: expected one folder")
     config = compose([word for word in parsed.overrides if not word.startswith("out=")])
-    validate_rollout(config)
+    validate_rollout(config, out[0])
     from omni_rollout.rollout.command import rollout_to_folder
 
     failed = rollout_to_folder(config, Path(config.prompts), Path(out[0]))
@@ -92,10 +106,10 @@ def _rollout(parsed: argparse.Namespace) -> int:
 
 def _parity(parsed: argparse.Namespace) -> int:
     from omni_rollout.launch import compose
-    from omni_rollout.validate import validate_model
+    from omni_rollout.validate import validate_scoring
 
     config = compose(parsed.overrides, unused=["prompts"])
-    validate_model(config)
+    validate_scoring(config, {"--json": parsed.json, "--html": parsed.html})
     from omni_rollout.parity.matrix import Matrix
 
     matrix = Matrix.parse(parsed.matrix)  # a typo must not wait for the engine's libraries
@@ -106,19 +120,33 @@ def _parity(parsed: argparse.Namespace) -> int:
 
 def _replay(parsed: argparse.Namespace) -> int:
     from omni_rollout.launch import compose
-    from omni_rollout.validate import validate_model
+    from omni_rollout.validate import validate_scoring
 
-    capsules = [Path(word) for word in parsed.words if "=" not in word]
+    overrides = [word for word in parsed.words if "=" in word and not os.path.isfile(word)]
+    capsules = [Path(word) for word in parsed.words if word not in overrides]
     if not capsules:
         raise UserError("no capsule given: expected one or more *.safetensors files, and model=... for the checkpoint")
-    config = compose([word for word in parsed.words if "=" in word], unused=["prompts"])
-    validate_model(config)
+    config = compose(overrides, unused=["prompts"])
+    validate_scoring(config, {"--json": parsed.json})
     from omni_rollout.parity.command import replay
 
     return replay(capsules, config, json_path=parsed.json)
 
 
+def _check_out(out: Path) -> None:
+    problem = folder_problem(out)
+    if problem is not None:
+        raise UserError(f"--out {out}: {problem}")
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    from omni_rollout.plan.command import plan
+
+    return plan(parsed.overrides, json_path=parsed.json)
+
+
 def _nano_build(parsed: argparse.Namespace) -> int:
+    _check_out(parsed.out)
     from omni_rollout.nano.build import build
 
     build(parsed.out, seed=parsed.seed, threads=parsed.threads)
@@ -126,6 +154,7 @@ def _nano_build(parsed: argparse.Namespace) -> int:
 
 
 def _nano_random(parsed: argparse.Namespace) -> int:
+    _check_out(parsed.out)
     from omni_rollout.nano.random_weights import build_random
 
     build_random(
@@ -165,6 +194,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     rollout.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="prompts=FILE, out=FOLDER and Hydra overrides")
     _add_parity(commands)
+    plan = _add(
+        commands,
+        "plan",
+        _plan,
+        "say what a run needs of GPUs and hosts, and whether it fits (exit status 1 if not); needs no GPU",
+        "example:\n  omni-rollout plan model=qwen_image trainer.engine=fsdp2 trainer.lora_rank=64 gpus=2x8x80\n",
+    )
+    plan.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="gpus=[NODESx]GPUSxGIB, Hydra overrides")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     _add_nano(commands)
     doctor = _add(commands, "doctor", _doctor, "say what is installed, what is broken and what to do", "")
     doctor.add_argument(

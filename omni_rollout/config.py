@@ -41,8 +41,17 @@ class LogProbFormName(Enum):
 
 
 class TrainerEngine(Enum):
-    torch = "torch"
-    deepspeed = "deepspeed"
+    torch = "torch"  # whole on every rank
+    fsdp2 = "fsdp2"  # everything cut over the ranks
+    deepspeed = "deepspeed"  # cut as far as zero_stage says
+
+
+class Offload(Enum):
+    """What the trainer keeps in the memory of the CPU."""
+
+    none = "none"
+    optimizer = "optimizer"  # its state and its step: deepspeed's stages 1 to 3
+    all = "all"  # parameters too: fsdp2, or deepspeed's stage 3
 
 
 class OldLogProbs(Enum):
@@ -97,7 +106,8 @@ class RolloutConfig:
     prompts_per_step: int = 4
     max_num_seqs: int = 8  # requests denoised together
     workers: int = 1  # engines; more than one with backend=verl
-    timeout: float = 600.0  # seconds without a finished image after which backend=verl takes an engine for dead
+    timeout: float = 600.0  # seconds without a finished image after which an engine is taken for dead
+    keep_finished: bool = True  # trajectories on disk until a checkpoint holds what was learned from them
 
 
 @dataclass
@@ -118,7 +128,8 @@ class RewardConfig:
 class TrainerConfig:
     engine: TrainerEngine = TrainerEngine.torch
     ranks: int = 1  # processes that share an update's rows; more than one with backend=verl
-    zero_stage: int = 1  # with engine=deepspeed: 0, 1 or 2; the embedded trainer is a world of one
+    zero_stage: int = 1  # with engine=deepspeed: 0 cuts nothing, 1 the optimizer, 2 gradients too, 3 parameters too
+    offload: Offload = Offload.none
     steps: int = 30
     learning_rate: float = 1e-4
     warmup_steps: int = 5
@@ -134,7 +145,9 @@ class TrainerConfig:
     lora_alpha: int | None = None  # None: twice the rank
     ema_decay: float = 0.0  # 0: no average is kept
     old_log_probs: OldLogProbs = OldLogProbs.rollout
-    save_every: int = 0  # steps between checkpoints; 0: only at the end
+    save_every: int = 0  # steps between checkpoints; 0: only at the end, or when a signal ends the run
+    keep_checkpoints: int = 3  # the newest; 0: all
+    resume: str = "none"  # none: run_dir must be new; auto: from its newest checkpoint that is whole; or a checkpoint's folder
 
 
 @dataclass
@@ -152,11 +165,24 @@ class MonitorConfig:
 
 @dataclass
 class LaunchConfig:
-    """Of backend=verl."""
+    """Of backend=verl. All from `slurm` on: of launch=slurm, passed to sbatch as they are; None: the cluster's default."""
 
     address: str | None = None  # of a Ray cluster, or `auto`; None: one is started here, and ends with the run
     cpus: int = 16  # logical ones of a cluster started here: a place for every process, however few cores there are
     object_store_mb: int = 1024  # of a cluster started here
+    max_restarts: int = 2  # from the newest checkpoint, when a process dies that cannot be replaced in place
+    slurm: bool = False  # write run_dir/job.sbatch instead of training here
+    submit: bool = True  # and give it to sbatch
+    nodes: int = 1
+    gpus_per_node: int = 0  # one for each trainer rank and each engine; 0: they run on CPUs
+    cpus_per_task: int | None = None  # of a node
+    mem: str | None = None  # of a node
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    job_name: str = "omni-rollout"
+    directives: list[str] = field(default_factory=list)  # more of sbatch's options, such as [qos=high, exclusive]
+    setup: list[str] = field(default_factory=list)  # lines of shell before all else, such as ['module load cuda']
 
 
 @dataclass

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+THREADS = 16  # at most; each holds a copy of one tensor when the weights are on an accelerator
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -13,6 +17,13 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def tensor_digests(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """`tensor_digest` of each, several at a time: a sync of large weights waits for sha256, which lets threads run."""
+    names, tensors = zip(*named, strict=True) if (named := list(named)) else ((), ())
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(tensor_digest, tensors), strict=True))
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:

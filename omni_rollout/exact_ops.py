@@ -8,7 +8,8 @@ engine. What each operator cures, and by how much, is in docs/parity.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -116,10 +117,21 @@ def install_layer_norms(layers: Iterable[nn.Module]) -> None:
             layer.__class__ = ExactLayerNorm
 
 
-def effective_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name in the checkpoint, what the forward computes with in `dtype`), for every parameter; detached."""
+def effective_weights(
+    module: nn.Module, dtype: torch.dtype, gathered: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in the checkpoint, what the forward computes with in `dtype`), for every parameter; detached.
+
+    Args:
+        gathered: of a trainer engine that holds parameters in parts: inside, those of a layer are whole. A tensor may be gone
+            when the next one is asked for.
+    """
 
     def walk(layer: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        with gathered(layer):
+            yield from inside(layer, prefix)
+
+    def inside(layer: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         if isinstance(layer, HasEffectiveWeight):  # what lies below it, such as LoRA factors, is in its weight already
             yield f"{prefix}weight", layer.effective_weight()
             bias = layer.effective_bias()

@@ -82,7 +82,8 @@ def _parse(override: str) -> Override:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException as error:
         raise UserError(
-            f"{override}: expected key=value; a value with an equals sign, comma or bracket needs quotes inside the shell's: "
+            f"{override}: expected key=value; a value with an equals sign, comma, bracket or quote, or a letter "
+            f"outside ASCII, needs quotes inside the shell's: "
             f"'key=\"a, b\"'"
         ) from error
     if parsed.is_sweep_override():

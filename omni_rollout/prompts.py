@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omni_rollout import strict_json
 from omni_rollout.errors import UserError
 from omni_rollout.types import Prompt
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+MAX_DEPTH = 32  # of nested metadata: what the next program that reads or pickles it can still follow
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # controls but tab and line ends; lone surrogates
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
@@ -29,7 +33,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix == ".txt":
-        prompts = [Prompt(text=line.strip()) for _, line in _lines(path)]
+        prompts = [Prompt(text=_checked(line.strip(), where)) for where, line in _lines(path)]
     elif path.suffix == ".jsonl":
         prompts = [_prompt(_parse(line, where), where) for where, line in _lines(path)]
     else:
@@ -74,25 +78,27 @@ class PromptStream:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         where = f"{path}, line {number}"
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: byte {raw[error.start]:#04x} is not UTF-8; save the file as UTF-8 text") from error
+        if "\r" in line.removesuffix("\r"):
+            raise UserError(f"{where}: a carriage return inside a line; save the file with \\n line ends")
         if line.strip():
             yield where, line
 
 
 def _parse(line: str, where: str) -> Any:
     try:
-        return json.loads(line, parse_constant=_refuse_constant)
+        return strict_json.loads(line)
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error}); found {line.strip()[:60]!r}, expected one object a line") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -102,38 +108,57 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with path.open("rb") as file:
             rows = pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
         raise UserError(f"{path}: not a parquet file that pyarrow can read ({error})") from error
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
         present = {name: value for name, value in row.items() if value is not None}
-        for name, value in present.items():
-            _require_json(value, f"{where}: column {name!r}")
-        yield where, present
+        yield where, {name: _as_json(value, f"{where}: column {name!r}") for name, value in present.items()}
 
 
-def _require_json(value: Any, where: str) -> None:
+def _as_json(value: Any, where: str) -> Any:
+    """The value as a JSON file would have given it: a parquet map's tuples are lists."""
     try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where} cannot be written as JSON ({error}); expected text, numbers, lists or structs") from error
+
+
+def _check_depth(row: Mapping[str, Any], where: str) -> None:
+    level: list[Any] = [row]
+    for _ in range(MAX_DEPTH):
+        parts = [item.values() if isinstance(item, Mapping) else item for item in level if isinstance(item, Mapping | list)]
+        level = [inside for part in parts for inside in part]
+    if level:
+        raise UserError(f"{where}: metadata nested deeper than {MAX_DEPTH} levels; flatten it")
+
+
+def _checked(text: str, where: str) -> str:
+    found = _UNPRINTABLE.search(text)
+    if found is not None:
+        raise UserError(
+            f"{where}: the prompt holds {found[0]!r} at character {found.start() + 1}; expected text that can be printed"
+        )
+    return text
 
 
 def _prompt(row: Any, where: str) -> Prompt:
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: found {type(row).__name__}, expected an object with a `prompt`")
     if "prompt" not in row:
-        raise UserError(f"{where}: no `prompt`; found {', '.join(map(repr, row)) or 'nothing'}")
+        raise UserError(f"{where}: no `prompt`; found {', '.join(map(repr, row))[:200] or 'nothing'}")
     text = row["prompt"]
     if not isinstance(text, str):
-        raise UserError(f"{where}: `prompt` is {type(text).__name__} {text!r}, expected a string")
+        raise UserError(f"{where}: `prompt` is {type(text).__name__} {repr(text)[:60]}, expected a string")
     if not text.strip():
         raise UserError(f"{where}: `prompt` is empty")
+    _checked(text, where)
+    _check_depth(row, where)
     metadata = {key: value for key, value in row.items() if key not in ("prompt", "metadata")}
     nested = row.get("metadata") or {}
     if not isinstance(nested, Mapping):
         raise UserError(f"{where}: `metadata` is {type(nested).__name__}, expected an object")
     twice = metadata.keys() & nested.keys()
     if twice:
-        raise UserError(f"{where}: {', '.join(sorted(twice))} is given both at the top and inside `metadata`; keep one")
+        raise UserError(f"{where}: {', '.join(sorted(twice))[:200]} is given both at the top and inside `metadata`; keep one")
     return Prompt(text=text, metadata={**metadata, **nested})

@@ -10,7 +10,7 @@ for step in steps:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,55 +19,69 @@ import torch
 from transformers import AutoTokenizer
 
 from omni_rollout import algorithms, monitor
+from omni_rollout.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.collate import Collator, derive_seed
 from omni_rollout.config import TrainConfig
-from omni_rollout.monitor import CaptionedImage
-from omni_rollout.policy.checkpoint import save_policy
+from omni_rollout.journal import Journal
+from omni_rollout.monitor import CaptionedImage, Monitor
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint
 from omni_rollout.prompts import PromptStream, load_prompts
-from omni_rollout.rewards import RewardError, WeightedSum
-from omni_rollout.rollout.engine import RolloutEngine, WeightSyncError
+from omni_rollout.resume import Start, check_weights, enter, find_start, run_state
+from omni_rollout.rewards import WeightedSum
+from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.seeds import SeedLedger
+from omni_rollout.stop import StopFlag
+from omni_rollout.types import RolloutRequest, Trajectory
 
 
 def train(config: TrainConfig) -> None:
-    """Runs `config.trainer.steps` steps in this process; everything it makes lies in `config.run_dir`."""
+    """Runs steps up to `config.trainer.steps` in this process; everything it makes lies in `config.run_dir`.
+
+    SIGTERM, SIGINT and the file `stop` in the run folder end it after a step and a checkpoint, without an error.
+
+    Raises:
+        UserError: the run folder or the checkpoint to go on from does not fit.
+        RunFailedError: the last checkpoint could not be written; or the engine hangs: then this process cannot end by itself.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    steps = config.trainer.steps
-    checkpoint = None
-    with monitor.Monitor(Path(config.run_dir), config, steps) as sight:
-        with Trainer(config) as trainer:
-            if config.evaluation.images:
-                sight.log(0, *trainer.evaluate("before"))
-            for step in range(1, steps + 1):
-                with last_words(sight, step):
-                    report = trainer.step(step)
-                    if trainer.evaluation_due(step):
-                        evaluated, report.images = trainer.evaluate(f"step_{step:05d}")
-                        report.metrics |= evaluated
-                sight.log(step, report.metrics, report.images, report.notes)
-                if step == steps or (config.trainer.save_every and step % config.trainer.save_every == 0):
-                    checkpoint = sight.run_dir / "checkpoints" / f"step_{step:05d}"
-                    save_policy(checkpoint, trainer.learner.policy, step=step, ema=trainer.learner.ema)
-        sight.summary(checkpoint)
+    start, run_dir, stop = find_start(config), Path(config.run_dir), StopFlag(config.run_dir)
+    if start.run is not None and start.step >= config.trainer.steps:
+        print(f"all {config.trainer.steps} steps are done: {start.checkpoint}; more: trainer.steps={config.trainer.steps + 10}")
+        return
+    stop.clear()
+    with stop.signals():
+        enter(config, start)
+        wandb_id = start.run.wandb_id if start.run is not None else None
+        with Monitor(run_dir, config, config.trainer.steps, wandb_id) as sight:
+            with Trainer(config, start) as trainer:
+                checkpoints = _loop(config, start, trainer, sight, stop)
+            sight.summary(checkpoints.last)
+    checkpoints.check()
 
 
-@contextmanager
-def last_words(sight: monitor.Monitor, step: int) -> Iterator[None]:
-    """What stops a run is in its metrics and alerts, too."""
-    try:
-        yield
-    except WeightSyncError as error:
-        sight.log(step, {"parity/weights_equal": 0.0}, notes={"weights/difference": str(error)})
-        raise
-    except RewardError as error:
-        sight.log(step, {}, notes={"rewards/failure": str(error)})
-        raise
-    except monitor.StoppedError as error:
-        sight.log(step, error.metrics, notes={"stopped": str(error)})
-        raise
+def _loop(config: TrainConfig, start: Start, trainer: Trainer, sight: Monitor, stop: StopFlag) -> Checkpoints:
+    checkpoints = Checkpoints(config, trainer.journal)
+    if config.evaluation.images and not start.step:
+        sight.log(0, *trainer.evaluate("before"))
+    for step in range(start.step + 1, config.trainer.steps + 1):
+        stop.stepping()
+        with monitor.last_words(sight, step):
+            report = trainer.step(step)
+            if trainer.evaluation_due(step):
+                evaluated, report.images = trainer.evaluate(f"step_{step:05d}")
+                report.metrics |= evaluated
+        sight.log(step, report.metrics, report.images, {**report.notes, **checkpoints.notes()})
+        stopping = stop.is_set
+        if checkpoints.due(step, stopping=stopping):
+            checkpoints.save(step, trainer.saver(step, sight))
+        else:
+            checkpoints.after(step)
+        if stopping and step < config.trainer.steps:
+            print(f"stopped after step {step}, as asked; {how_to_go_on(config.run_dir)}", flush=True)
+            break
+    return checkpoints
 
 
 @dataclass(kw_only=True)
@@ -82,7 +96,7 @@ class StepReport:
 class Trainer:
     """Engine, policy and optimizer of one run, and what a step does with them."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, start: Start) -> None:
         self.config = config
         self.prompts = load_prompts(config.prompts)
         self.evaluation_prompts = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else self.prompts
@@ -95,7 +109,8 @@ class Trainer:
         self.stream = PromptStream(self.prompts, config.rollout.prompts_per_step, config.sampling.seed)
         self.algorithm = algorithms.get_algorithm(config.algorithm.name)
         self.seeds = SeedLedger(Path(config.run_dir) / "seeds.jsonl")
-        self.version = 0
+        self.journal = Journal(config.run_dir, keep=config.rollout.keep_finished)
+        self.version = start.step
         self.engine = RolloutEngine(
             config.model.path,
             family=config.model.family,
@@ -104,8 +119,9 @@ class Trainer:
             parity=config.parity.value,
         )
         try:
-            self.learner = Learner(config, self.algorithm)
+            self.learner = Learner(config, self.algorithm, checkpoint=start.checkpoint)
             self._sync()  # also proves, before the first rollout, that both sides read the same checkpoint
+            check_weights(start, self.expected["weights"])
         except BaseException:
             self.engine.close()
             raise
@@ -123,7 +139,7 @@ class Trainer:
             with timed(timings, "rollout"):
                 requests = self.collator.groups(self.stream.batch(step), step, config.rollout.group_size)
                 reused = self.seeds.record(requests)
-                trajectories = sorted(self.engine.generate(requests), key=lambda trajectory: trajectory.request_id)
+                kept, trajectories = self._rollout(requests, step)
                 reused += self.seeds.record_noise(trajectories)
             for trajectory in trajectories:
                 check_fingerprint(trajectory, self.expected)
@@ -151,6 +167,7 @@ class Trainer:
             **monitor.reward_metrics(rewards.total, [trajectory.group_id for trajectory in trajectories], rewards.breakdown),
             **{f"timing_s/{stage}": seconds for stage, seconds in timings.items()},
             "perf/throughput": len(trajectories) / timings["step"],  # images per second
+            "rollout/kept": float(kept),
             "actor/lr": rate,
             "parity/weights_equal": 1.0,  # a difference has stopped the run in _sync
             "parity/seed_collisions": float(self.seeds.collisions),
@@ -160,7 +177,24 @@ class Trainer:
         notes = {"weights/digest": sampled_by, monitor.PPO_KL_COMPARES: monitor.old_pair(recomputed)}
         if reused:
             notes["seeds/reused"] = "; ".join(reused)
+        if self.journal.failure:
+            notes["rollout/not_kept"] = self.journal.failure
         return StepReport(metrics=metrics, images=list(zip(captions, images, strict=True)), notes=notes)
+
+    def _rollout(self, requests: Sequence[RolloutRequest], step: int) -> tuple[int, list[Trajectory]]:
+        """How many had been finished before the run was stopped, and all of them in the order of their ids."""
+        trajectories, left = self.journal.take(step, requests, self.expected, self.version)
+        kept = len(trajectories)
+        for trajectory in self.engine.generate(left, timeout=self.config.rollout.timeout):
+            self.journal.keep(step, trajectory)
+            trajectories.append(trajectory)
+        return kept, sorted(trajectories, key=lambda trajectory: trajectory.request_id)
+
+    def saver(self, step: int, sight: Monitor) -> Callable[[Path], None]:
+        """What writes the checkpoint of a step into a folder."""
+        lines = {"metrics.jsonl": sight.lines, "seeds.jsonl": self.seeds.lines}
+        state = run_state(self.config, step=step, weights=self.expected["weights"], wandb_id=sight.wandb_id, lines=lines)
+        return lambda folder: self.learner.save(folder, state)
 
     def evaluation_due(self, step: int) -> bool:
         settings, steps = self.config.evaluation, self.config.trainer.steps
@@ -194,7 +228,8 @@ class Trainer:
             )
             for index in range(settings.images)
         ]
-        trajectories = sorted(self.engine.generate(requests), key=lambda trajectory: trajectory.request_id)
+        sampled = self.engine.generate(requests, timeout=self.config.rollout.timeout)
+        trajectories = sorted(sampled, key=lambda trajectory: trajectory.request_id)
         images = [trajectory.image for trajectory in trajectories]
         prompts = [trajectory.prompt for trajectory in trajectories]
         metrics = {f"evaluation/{key}": value for key, value in self.rewards.evaluate(images, prompts).items()}

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import os
+import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from huggingface_hub import constants, try_to_load_from_cache
+
+from omni_rollout import model_files
 from omni_rollout.config import (
     Backend,
+    Offload,
     OldLogProbs,
     OnMismatch,
     Parity,
     SamplingConfig,
     SDETypeName,
     TrainConfig,
+    TrainerConfig,
     TrainerEngine,
 )
 from omni_rollout.errors import UserError
+from omni_rollout.outputs import file_problem, folder_problem
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_LARGEST, _LARGEST_SIDE = 2**31 - 1, 2**16  # more is a slip of the hand, and would end in some library's overflow
 _WANDB_MODES = ("online", "offline", "disabled")
 
 
@@ -30,18 +40,30 @@ def validate(config: TrainConfig) -> None:
     Raises:
         UserError: one line for each problem: what was given, what is expected, what to do.
     """
-    common = [*_numbers(config), *_sampling(config.sampling), *_files(config)]
-    _raise([*common, *_learning(config), *_trainer(config), *_guard(config), *_processes(config)])
+    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *_prompts(config)]
+    own = [*_learning(config), *_rewards(config), *_trainer(config), *_guard(config), *_processes(config)]
+    _raise([*common, *own, *_folder("run_dir", config.run_dir)])
 
 
-def validate_model(config: TrainConfig) -> None:
-    """`validate` for the checkpoint alone."""
-    _raise([problem for problem in _files(config) if problem.startswith("model.path")])
+def validate_rollout(config: TrainConfig, out: str) -> None:
+    """`validate` for sampling alone, where `ode` and groups of one make sense; `out`: the folder for its images."""
+    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *_prompts(config)]
+    _raise([*common, *_folder("out", out)])
 
 
-def validate_rollout(config: TrainConfig) -> None:
-    """`validate` for sampling alone, where `ode` and groups of one make sense."""
-    _raise([*_numbers(config), *_sampling(config.sampling), *_files(config)])
+def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None]) -> None:
+    """`validate` for `parity` and `replay`, which read no prompts; `files`: option -> what it is to write, if given."""
+    written = [
+        f"{option} {path}: {problem}"
+        for option, path in files.items()
+        if path is not None and (problem := file_problem(path)) is not None
+    ]
+    _raise([*_numbers(config), *_sampling(config.sampling), *_model(config), *written])
+
+
+def validate_plan(config: TrainConfig) -> None:
+    """`validate` for `plan`, which reads neither prompts nor weights."""
+    _raise([*_numbers(config), *_sampling(config.sampling), *_trainer(config), *_processes(config)])
 
 
 def _raise(problems: list[str]) -> None:
@@ -70,14 +92,23 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "trainer.micro_batch_size": (config.trainer.micro_batch_size, 1),
         "trainer.lora_rank": (config.trainer.lora_rank, 0),
         "trainer.save_every": (config.trainer.save_every, 0),
+        "trainer.keep_checkpoints": (config.trainer.keep_checkpoints, 0),
+        "launch.max_restarts": (config.launch.max_restarts, 0),
         "evaluation.every": (config.evaluation.every, 0),
         "evaluation.images": (config.evaluation.images, 0),
         "wandb.images": (config.wandb.images, 0),
+        "launch.cpus": (config.launch.cpus, 1),
+        "launch.nodes": (config.launch.nodes, 1),
+        "launch.gpus_per_node": (config.launch.gpus_per_node, 0),
+        "launch.cpus_per_task": (config.launch.cpus_per_task, 1),
+        "launch.object_store_mb": (config.launch.object_store_mb, 128),
         "threads": (config.threads, 1),
     }
     for key, (value, minimum) in at_least.items():
         if value is not None and not value >= minimum:
             yield f"{key}={value}: expected at least {minimum}"
+        elif value is not None and value > _LARGEST:
+            yield f"{key}={value}: expected at most {_LARGEST}"
     above_zero = {
         "rollout.timeout": config.rollout.timeout,
         "algorithm.advantage_clip": config.algorithm.advantage_clip,
@@ -91,18 +122,21 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
     for key, value in (
         ("trainer.learning_rate", config.trainer.learning_rate),
         ("algorithm.kl_coef", config.algorithm.kl_coef),
+        ("trainer.weight_decay", config.trainer.weight_decay),
     ):
         if not math.isfinite(value):
             yield f"{key}={value}: expected a finite number"
 
 
 def _sampling(sampling: SamplingConfig) -> Iterator[str]:
+    if not 0 <= sampling.seed < 2**63:
+        yield f"sampling.seed={sampling.seed}: expected 0 to 2**63 - 1"
     for key, value in (("noise_level", sampling.noise_level), ("true_cfg_scale", sampling.true_cfg_scale)):
         if value is not None and not math.isfinite(value):
             yield f"sampling.{key}={value}: expected a finite number"
     for key, pixels in (("height", sampling.height), ("width", sampling.width)):
-        if pixels is not None and (pixels < 16 or pixels % 16):
-            yield f"sampling.{key}={pixels}: expected a multiple of 16, at least 16"
+        if pixels is not None and (not 16 <= pixels <= _LARGEST_SIDE or pixels % 16):
+            yield f"sampling.{key}={pixels}: expected a multiple of 16, from 16 to {_LARGEST_SIDE}"
     if sampling.true_cfg_scale is not None and not sampling.true_cfg_scale >= 0:
         yield f"sampling.true_cfg_scale={sampling.true_cfg_scale}: expected 0 or more; 1.0 and below turn guidance off"
     if sampling.sde_type is not SDETypeName.ode and sampling.noise_level == 0:
@@ -127,20 +161,28 @@ def _window(sampling: SamplingConfig) -> Iterator[str]:
 def _learning(config: TrainConfig) -> Iterator[str]:
     if config.sampling.sde_type is SDETypeName.ode:
         yield "sampling.sde_type=ode: draws no noise, so there is nothing to learn from; give sde, cps or dance_sde"
+    yield from _known("algorithm.name", config.algorithm.name, _modules("algorithms"))
     if config.algorithm.name == "flow_grpo" and config.rollout.group_size == 1:
         yield "rollout.group_size=1: flow_grpo compares the images of one prompt; give 2 or more"
     if config.algorithm.advantage_std not in ("global", "group"):
         yield f"algorithm.advantage_std={config.algorithm.advantage_std}: expected global or group"
-    if not any(config.reward.weights.values()):
-        yield f"reward.weights={config.reward.weights}: every weight is 0; give one, such as reward=ocr"
     if config.wandb.mode is not None and config.wandb.mode not in _WANDB_MODES:
         yield f"wandb.mode={config.wandb.mode}: expected one of {', '.join(_WANDB_MODES)}, or null"
 
 
+def _rewards(config: TrainConfig) -> Iterator[str]:
+    weights = config.reward.weights
+    for name, weight in weights.items():
+        yield from _known("reward.weights", name, [known for known in _modules("rewards") if known != "base"])
+        if not math.isfinite(weight):
+            yield f"reward.weights.{name}={weight}: expected a finite number"
+    if not any(weights.values()):
+        yield f"reward.weights={weights}: {'every weight is 0' if weights else 'empty'}; give one, such as reward=ocr"
+
+
 def _trainer(config: TrainConfig) -> Iterator[str]:
     trainer = config.trainer
-    if trainer.engine is TrainerEngine.deepspeed and trainer.zero_stage not in (0, 1, 2):
-        yield f"trainer.zero_stage={trainer.zero_stage}: expected 0, 1 or 2; the embedded trainer is a world of one"
+    yield from trainer_engine(trainer)
     if trainer.lora_alpha is not None and trainer.lora_rank == 0:
         yield f"trainer.lora_alpha={trainer.lora_alpha}: there is no LoRA to scale; give trainer.lora_rank too"
     if trainer.lora_alpha is not None and trainer.lora_alpha < 1:
@@ -152,6 +194,20 @@ def _trainer(config: TrainConfig) -> Iterator[str]:
     images = config.rollout.group_size * config.rollout.prompts_per_step
     if trainer.updates_per_step > images > 0:
         yield f"trainer.updates_per_step={trainer.updates_per_step}: a step has only {images} images to cut"
+
+
+def trainer_engine(trainer: TrainerConfig) -> Iterator[str]:
+    """What is wrong with the choice of engine, ZeRO stage, offload and ranks."""
+    engine, stage, offload = trainer.engine, trainer.zero_stage, trainer.offload
+    deepspeed = engine is TrainerEngine.deepspeed
+    if deepspeed and stage not in (0, 1, 2, 3):
+        yield f"trainer.zero_stage={stage}: expected 0, 1, 2 or 3"
+    if engine is TrainerEngine.fsdp2 and trainer.ranks == 1:
+        yield "trainer.engine=fsdp2: one rank has nothing to cut; give trainer.ranks (backend=verl), or trainer.engine=torch"
+    if offload is Offload.optimizer and not (deepspeed and stage > 0):
+        yield "trainer.offload=optimizer: needs trainer.engine=deepspeed and trainer.zero_stage of 1, 2 or 3"
+    if offload is Offload.all and not (engine is TrainerEngine.fsdp2 or (deepspeed and stage == 3)):
+        yield "trainer.offload=all: needs trainer.engine=fsdp2, or trainer.engine=deepspeed with trainer.zero_stage=3"
 
 
 def _guard(config: TrainConfig) -> Iterator[str]:
@@ -172,20 +228,42 @@ def _processes(config: TrainConfig) -> Iterator[str]:
     for key, number in (("rollout.workers", config.rollout.workers), ("trainer.ranks", config.trainer.ranks)):
         if number > 1 and config.backend is Backend.embedded:
             yield f"{key}={number}: backend=embedded is one process; give backend=verl"
-    if config.trainer.ranks > 1 and config.trainer.engine is not TrainerEngine.torch:
-        yield f"trainer.ranks={config.trainer.ranks}: several ranks need trainer.engine=torch"
 
 
-def _files(config: TrainConfig) -> Iterator[str]:
+def _model(config: TrainConfig) -> Iterator[str]:
+    yield from _known("model.family", config.model.family, _modules("models"))
     model = Path(config.model.path)
-    if not model.is_dir() and (model.is_absolute() or not _HUB_ID.fullmatch(config.model.path)):
+    if os.path.isdir(model):
+        yield from (f"model.path={model}: {problem}" for problem in model_files.problems(model))
+    elif model.is_absolute() or not _HUB_ID.fullmatch(config.model.path):
         yield f"model.path={config.model.path}: no such folder; give a checkpoint in diffusers layout, or a hub id (owner/name)"
-    elif model.is_dir() and not (model / "model_index.json").is_file():
-        yield f"model.path={config.model.path}: has no model_index.json, so it is no checkpoint in diffusers layout"
+    elif constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(config.model.path, model_files.INDEX), str):
+        yield f"model.path={config.model.path}: not in the hub's cache, and HF_HUB_OFFLINE is set; unset it, or give a folder"
+
+
+def _prompts(config: TrainConfig) -> Iterator[str]:
     for key, file in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         if file is None:
             continue
-        if not Path(file).is_file():
-            yield f"{key}={file}: no such file"
+        if not os.path.isfile(file):  # os.path's answers are no errors, however odd the name
+            yield f"{key}={file}: {'it is a folder' if os.path.isdir(file) else 'no such file'}"
         elif Path(file).suffix not in _PROMPT_SUFFIXES:
             yield f"{key}={file}: expected a file that ends in {', '.join(_PROMPT_SUFFIXES)}"
+
+
+def _folder(key: str, path: str) -> Iterator[str]:
+    if not path.strip():
+        yield f"{key} is empty: give {key}=FOLDER"
+    elif (problem := folder_problem(Path(path))) is not None:
+        yield f"{key}={path}: {problem}"
+
+
+def _known(key: str, name: str, known: list[str]) -> Iterator[str]:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        yield f"{key}={name}: {f'did you mean {near[0]}? ' if near else ''}expected one of {', '.join(known)}"
+
+
+def _modules(folder: str) -> list[str]:
+    """The choices of a registry that is a folder, without importing it."""
+    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / folder)]))

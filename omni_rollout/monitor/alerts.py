@@ -41,10 +41,12 @@ def find_alerts(
     - `kl_nonzero`: with parity=exact or reference, any log-prob of other bits; with parity=fast, which promises no equality,
       only |KL| above clip_range, where rounding alone decides what is clipped.
     - `seed_reused`: a request repeated the seed of another.
+    - `checkpoint_failed`, `trajectory_not_kept`: what could not be written; the run goes on.
     - `ratio_leans`: see `leaning`.
 
     Args:
-        notes: the step's texts, see `Monitor.log`; `weights/difference`, `rewards/failure` and `seeds/reused` are quoted.
+        notes: the step's texts, see `Monitor.log`; `weights/difference`, `rewards/failure`, `seeds/reused`, `checkpoint/failed`
+            and `rollout/not_kept` are quoted.
     """
     texts = notes or {}
     return [
@@ -53,6 +55,7 @@ def find_alerts(
         *_reward_failed(step, config, texts),
         *_kl_nonzero(step, metrics, config),
         *_seed_reused(step, metrics, config, texts),
+        *_not_written(step, config, texts),
         *_ratio_leans(step, metrics, config),
     ]
 
@@ -160,6 +163,21 @@ def _seed_reused(step: int, metrics: Mapping[str, float], config: TrainConfig, n
             "the group and the member",
             command=shlex.join(["grep", "seeds/reused", f"{config.run_dir}/metrics.jsonl"]),
         )
+
+
+def _not_written(step: int, config: TrainConfig, notes: Mapping[str, str]) -> Iterator[Alert]:
+    kinds = {
+        "checkpoint_failed": ("checkpoint/failed", "tried again at the next step that is due; earlier ones are still there"),
+        "trajectory_not_kept": ("rollout/not_kept", "what was kept of this step is deleted; a run that dies samples it again"),
+    }
+    for name, (note, consequence) in kinds.items():
+        if note in notes:
+            yield Alert(
+                name=name,
+                sentence=f"step {step}: {notes[note]}; {consequence}",
+                cause="a full disk, a quota, or a file system that is gone",
+                command=shlex.join(["df", "-h", str(config.run_dir)]),
+            )
 
 
 def _ratio_leans(step: int, metrics: Mapping[str, float], config: TrainConfig) -> Iterator[Alert]:

@@ -22,8 +22,11 @@ class StoppedError(UserError):
     """A step that the guard ended before its update; `metrics` are what it found."""
 
     def __init__(self, message: str, metrics: Mapping[str, float]) -> None:
-        super().__init__(message)
+        super().__init__(message, metrics)  # both in `args`: the error may travel from another process
         self.metrics = dict(metrics)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class MismatchError(StoppedError):

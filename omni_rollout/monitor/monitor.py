@@ -27,22 +27,42 @@ HEATMAP_EVERY = 10  # steps; a step with a difference, and the last one, are dra
 class Monitor:
     """Writes `config.yaml`, `metrics.jsonl` and `images/step_XXXX.png` to the run folder, and tells the console and wandb.
 
-    A context manager: what is logged is on disk when `log` returns, and leaving it by an error closes all sinks.
+    A context manager: what is logged is on disk when `log` returns, and leaving it by an error closes all sinks. What the
+    folder holds already is remembered: a resumed run goes on in its files.
+
+    Args:
+        wandb_id: of the wandb run to go on with.
     """
 
-    def __init__(self, run_dir: Path, config: TrainConfig, total_steps: int) -> None:
+    def __init__(self, run_dir: Path, config: TrainConfig, total_steps: int, wandb_id: str | None = None) -> None:
         self.run_dir = run_dir
         self._config, self._total_steps = config, total_steps
         self._image_dir = run_dir / "images"
         self._image_dir.mkdir(parents=True, exist_ok=True)
         text = to_yaml(config)
         (run_dir / "config.yaml").write_text(text, encoding="utf-8")
-        self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")  # a resumed run goes on in its file
+        self._metrics = (run_dir / "metrics.jsonl").open("a+", encoding="utf-8")
         self._written: list[Path] = []
         self._gaps: list[tuple[int, dict[int, float]]] = []
         self._alerts: Counter[str] = Counter()
-        self._wandb = WandbSink(run_dir, config.wandb, yaml.safe_load(text), pairs_of(config))
+        self.lines = 0  # of metrics.jsonl
+        self._remember()
+        self._wandb = WandbSink(run_dir, config.wandb, yaml.safe_load(text), pairs_of(config), wandb_id)
         self._console = ConsoleSink(total_steps)
+
+    def _remember(self) -> None:
+        self._metrics.seek(0)
+        for line in map(json.loads, self._metrics):
+            self.lines += 1
+            gaps = timestep_gaps({key: math.nan if value is None else value for key, value in line.items()})
+            self._gaps += [(line["step"], gaps)] if gaps else []
+            self._alerts.update(line["alerts/names"].split(", ") if "alerts/names" in line else ())
+            image = self._image_dir / f"step_{line['step']:04d}.png"
+            self._written += [image] if image.exists() else []
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self._wandb.run_id
 
     def __enter__(self) -> Monitor:
         return self
@@ -77,6 +97,7 @@ class Monitor:
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         self._metrics.write(json.dumps({"step": step, **finite, **texts}, allow_nan=False) + "\n")
         self._metrics.flush()
+        self.lines += 1
         if images:
             path = self._image_dir / f"step_{step:04d}.png"
             image_grid(images).save(path)

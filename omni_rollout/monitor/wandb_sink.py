@@ -33,9 +33,18 @@ class WandbSink:
 
     Args:
         pairs: metric -> the two programs it compares; in the run's config and in the panel `parity/what_is_compared`.
+        run_id: of the run to go on with; None: a new one.
     """
 
-    def __init__(self, run_dir: Path, settings: WandbConfig, config: Mapping[str, Any], pairs: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: WandbConfig,
+        config: Mapping[str, Any],
+        pairs: Mapping[str, str],
+        run_id: str | None = None,
+    ) -> None:
+        self.run_id = run_id
         self._run: Any = None
         self._pairs: Any = None  # a table, until it is logged
         self._images = settings.images
@@ -48,6 +57,8 @@ class WandbSink:
         try:
             self._run = wandb.init(
                 project=settings.project,
+                id=run_id,
+                resume="allow" if run_id is not None else None,
                 name=run_dir.name,
                 dir=run_dir,
                 mode=mode,  # pyright: ignore[reportArgumentType]  # WANDB_MODE is wandb's own to check
@@ -61,6 +72,7 @@ class WandbSink:
                 file=sys.stderr,
             )
             return
+        self.run_id = self._run.id
         for name, worst in _WORST.items():
             self._run.define_metric(name, summary=worst)
         self._pairs = wandb.Table(columns=["metric", "compares"], data=[list(pair) for pair in pairs.items()])

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 
+from omni_rollout.errors import UserError
 from omni_rollout.nano import evaluate, render
-from omni_rollout.nano.components import make_scheduler, make_text_encoder, make_transformer
+from omni_rollout.nano.components import check_seed, make_scheduler, make_text_encoder, make_transformer
 from omni_rollout.nano.stages import run_stage
 from omni_rollout.nano.tokenizer import make_tokenizer
 from omni_rollout.nano.transformer import TransformerSettings, make_dataset, train_transformer
@@ -55,6 +56,9 @@ def build(out: Path, *, seed: int = 0, threads: int = 1, settings: BuildSettings
         The shipped checkpoint, `out`/checkpoint.
     """
     settings = settings or BuildSettings()
+    check_seed(seed)
+    if threads < 1:
+        raise UserError(f"threads={threads}: expected at least 1")
     torch.set_num_threads(threads)
     vae_asked = {"data": render.digest(), "seed": seed, "threads": threads, "vae": dataclasses.asdict(settings.vae)}
     vae_folder = out / "stages" / "vae"

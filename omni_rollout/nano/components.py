@@ -6,6 +6,8 @@ import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from omni_rollout.errors import UserError
+
 LATENT_CHANNELS = 16
 PATCH_SIZE = 2
 VAE_SCALE = 8
@@ -21,10 +23,15 @@ VISION_TOKENS = {
 """Entries of the text encoder's config -> tokens. Unused without an image input, but the class asks for them."""
 
 
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed}: expected 0 to 2**63 - 1")
+
+
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
     """Split a head's channels over (frame, height, width): even parts, (16, 56, 56) at the real model's 128."""
     if head_dim < 8 or head_dim % 2:
-        raise ValueError(f"head_dim must be even and at least 8 to split over three rotary axes, got {head_dim}")
+        raise UserError(f"head_dim={head_dim}: expected an even number of at least 8, to split over three rotary axes")
     frame = max(4, head_dim // 8 // 2 * 2)
     side = (head_dim - frame) // 4 * 2
     return head_dim - 2 * side, side, side
@@ -60,8 +67,8 @@ def make_vae(*, base_dim: int, dim_mult: tuple[int, ...]) -> AutoencoderKLQwenIm
 def make_text_encoder(tokenizer: Qwen2Tokenizer, *, hidden_size: int, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """Two random layers with a vision tower of minimal size. It stays frozen: the transformer learns to read its embeddings."""
     heads = 4
-    if hidden_size % (8 * heads):
-        raise ValueError(f"hidden_size must be a multiple of {8 * heads} (4 heads, three rotary sections), got {hidden_size}")
+    if hidden_size < 8 * heads or hidden_size % (8 * heads):
+        raise UserError(f"joint_dim={hidden_size}: expected a multiple of {8 * heads} (4 heads, three rotary sections)")
     half_head = hidden_size // heads // 2
     side = 3 * half_head // 8
     vision_tokens: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(token) for name, token in VISION_TOKENS.items()}

@@ -6,8 +6,10 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import nn
 
+from omni_rollout.errors import UserError
 from omni_rollout.nano.components import (
     LATENT_CHANNELS,
+    check_seed,
     make_scheduler,
     make_text_encoder,
     make_transformer,
@@ -44,8 +46,15 @@ def build_random(out: Path, *, layers: int = 2, heads: int = 4, head_dim: int = 
         heads: attention heads of the transformer; its width is heads * head_dim.
         head_dim: even, at least 8.
         joint_dim: width of the text encoder and of the prompt embeddings, a multiple of 32.
-        seed: the same arguments and seed give the same bytes.
+        seed: the same arguments and seed give the same bytes; 0 to 2**63 - 1.
+
+    Raises:
+        UserError: a number that is none of these.
     """
+    for name, number in (("layers", layers), ("heads", heads)):
+        if number < 1:
+            raise UserError(f"{name}={number}: expected at least 1")
+    check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     tokenizer = make_tokenizer()
     text_encoder = make_text_encoder(tokenizer, hidden_size=joint_dim, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -40,7 +41,7 @@ class Matrix:
         """From words such as `dtype=float32`, `guidance=1.0,4.0`, `width=natural,64`, `in_flight=1,staggered`, `causes=false`.
 
         Raises:
-            UserError: an unknown name or a value that fits none of the above.
+            UserError: an unknown name, a value that fits none of the above, or one that is given twice.
         """
         values: dict[str, Any] = {}
         known = [item.name for item in fields(cls)]
@@ -48,6 +49,8 @@ class Matrix:
             name, _, text = word.partition("=")
             if name not in known or not text:
                 raise UserError(f"{word}: expected NAME=VALUE[,VALUE...] with a name of {', '.join(known)}")
+            if name in values:
+                raise UserError(f"{word}: {name} is given twice; give it once, as {name}=VALUE,VALUE")
             values[name] = _value(name, text)
         return cls(**values)
 
@@ -119,6 +122,8 @@ def _plain(value: Any) -> Any:
 
 def _value(name: str, text: str) -> Any:
     words = text.split(",")
+    if len({float(word) if _scale(word) else word for word in words}) < len(words):
+        raise UserError(f"{name}={text}: expected each value once")
     if name == "dtype" and set(words) <= {"float32", "bfloat16"}:
         return tuple(words)
     if name == "width" and all(word == NATURAL or _positive(word) for word in words):
@@ -129,23 +134,28 @@ def _value(name: str, text: str) -> Any:
         return int(text)
     if name in ("causes", "compile") and text in ("true", "false"):
         return text == "true"
-    if name == "guidance":
-        try:
-            return tuple(float(word) for word in words)
-        except ValueError as error:
-            raise UserError(f"guidance={text}: expected numbers, such as guidance=1.0,4.0") from error
+    if name == "guidance" and all(_scale(word) for word in words):
+        return tuple(float(word) for word in words)
     raise UserError(f"{name}={text}: {_EXPECTED[name]}")
 
 
 _EXPECTED = {
+    "guidance": "expected numbers of 0 or more, such as guidance=1.0,4.0",
     "dtype": "expected float32, bfloat16 or both",
     "width": f"expected {NATURAL} or numbers of text tokens, such as width={NATURAL},64",
     "in_flight": f"expected {STAGGERED} or numbers of images, such as in_flight=1,8,{STAGGERED}",
-    "images": "expected 1 or more",
+    "images": "expected 1 or more, below 2**31",
     "causes": "expected true or false",
     "compile": "expected true or false",
 }
 
 
 def _positive(word: str) -> bool:
-    return word.isdecimal() and int(word) > 0
+    return word.isdecimal() and word.isascii() and 0 < int(word[:20]) < 2**31
+
+
+def _scale(word: str) -> bool:
+    try:
+        return 0 <= float(word) < math.inf
+    except ValueError:
+        return False

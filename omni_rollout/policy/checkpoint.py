@@ -1,10 +1,11 @@
 """Checkpoints: a folder that is complete or absent, that diffusers can load, and whose every file is checked.
 
-state.json                 step, kind (full or lora), sha256 of every other file
+state.json                 kind (full or lora), RunState, sha256 of every other file, and of itself
 transformer/               kind full: fp32 master weights, QwenImageTransformer2DModel.from_pretrained reads it
 lora/                      kind lora: QwenImagePipeline.load_lora_weights reads it
 ema/transformer|lora/      the same for the averaged weights, where an average is kept
-optimizer.safetensors      what TrainerEngine.state_dict() gave, where it was given
+optimizer.safetensors      what TrainerEngine.state_dict() gave
+rng.safetensors            the process's generators, see `rng.py`
 """
 
 from __future__ import annotations
@@ -14,113 +15,128 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from omni_rollout.errors import UserError
-from omni_rollout.policy.ema import ExponentialAverage
-from omni_rollout.policy.lora import check_fit, has_lora, load_lora, save_lora
+from omni_rollout.policy.lora import check_fit, has_lora, load_lora, read_lora, save_lora
+from omni_rollout.policy.rng import restore_rng, rng_state
 
-FORMAT_VERSION = 1
-STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+FORMAT_VERSION = 2
+STATE, OPTIMIZER, RNG = "state.json", "optimizer.safetensors", "rng.safetensors"
+WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"  # diffusers' name; {suffix} numbers the parts of a large model
+FILE_SIZE = "5GB"
 
 
-@dataclass(frozen=True)
-class SavedState:
-    """What a checkpoint holds beside the policy."""
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Where a run stands after a step, beside its tensors."""
 
-    step: int
-    optimizer: dict[str, torch.Tensor] | None  # for TrainerEngine.load_state_dict
+    step: int  # also the policy's version, the data's position and the learning rate's
+    weights: str  # digest of what the rollout engine holds
+    prompts: str = ""  # sha256 of the training prompts' file
+    wandb_id: str | None = None
+    lines: Mapping[str, int] = field(default_factory=dict)  # file of the run folder -> lines it had
+    config: Mapping[str, Any] = field(default_factory=dict)  # key -> value, flat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What a checkpoint holds beside the policy; tensors are whole, on the CPU."""
+
+    run: RunState
+    average: dict[str, torch.Tensor] | None  # by parameter name, for ExponentialAverage.load
+    optimizer: dict[str, torch.Tensor]  # for TrainerEngine.load_state_dict
 
 
 def save_policy(
     folder: Path,
     transformer: nn.Module,
+    weights: Mapping[str, torch.Tensor],
     *,
-    step: int,
-    ema: ExponentialAverage | None = None,
-    optimizer: Mapping[str, torch.Tensor] | None = None,
+    run: RunState,
+    optimizer: Mapping[str, torch.Tensor],
+    average: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes a checkpoint beside `folder` and renames it at the end; an older one of that name is replaced.
 
-    Saves the LoRA factors where the transformer has an adapter, all weights otherwise.
+    Args:
+        transformer: asked for its configuration alone; its parameters may be shards.
+        weights: the trained parameters by name, whole, as `Learner.state` gives them; `average` likewise.
+
+    Raises:
+        OSError: it could not be written; nothing of it is left, and an older one of that name is still there.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _save_weights(partial, transformer)
-    if ema is not None:
-        with ema.swapped():
-            _save_weights(partial / "ema", transformer)
-    if optimizer is not None:
+    try:
+        partial.mkdir(parents=True)
+        _save_weights(partial, transformer, weights)
+        if average is not None:
+            _save_weights(partial / "ema", transformer, average)
         save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, partial / OPTIMIZER)
-    digests = {str(path.relative_to(partial)): _digest(path) for path in sorted(partial.rglob("*")) if path.is_file()}
-    state = {"format_version": FORMAT_VERSION, "step": step, "kind": _kind(transformer), "files": digests}
-    (partial / STATE).write_text(json.dumps(state, indent=2))
-    for path in [*partial.rglob("*"), partial]:
-        _sync(path)
-    _replace(partial, folder)
+        save_file(rng_state(), partial / RNG)
+        digests = {str(path.relative_to(partial)): _digest(path) for path in sorted(partial.rglob("*")) if path.is_file()}
+        state = {"format_version": FORMAT_VERSION, "kind": _kind(transformer), "run": asdict(run), "files": digests}
+        (partial / STATE).write_text(json.dumps({**state, "sha256": _digest_of(state)}, indent=2))
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        _replace(partial, folder)
+    except SafetensorError as error:  # what a full disk is to safetensors
+        raise OSError(f"{partial}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_policy(folder: Path, transformer: nn.Module, *, ema: ExponentialAverage | None = None) -> SavedState:
-    """Loads a checkpoint into a transformer, in place; do it before a trainer engine is made, which may copy the weights.
+def load_policy(folder: Path, transformer: nn.Module) -> Saved:
+    """Loads a checkpoint into a transformer, in place; do it before a trainer engine is made, which may cut the weights.
 
-    A LoRA checkpoint attaches its adapter where the transformer has none. `ema` is loaded too, or starts at the loaded
-    weights where the checkpoint keeps no average.
+    A LoRA checkpoint attaches its adapter where the transformer has none.
 
     Raises:
         UserError: no checkpoint, a file that is missing or changed, or weights that do not fit the transformer.
     """
-    state = _checked_state(folder)
-    if state["kind"] == "full" and has_lora(transformer):
+    verify(folder)
+    if _checked_state(folder)["kind"] == "full" and has_lora(transformer):
         raise UserError(
             f"{folder} holds full weights, this run trains a LoRA adapter; set trainer.lora_rank=0, or resume from another"
         )
-    if ema is not None and (folder / "ema").is_dir():
-        _load_weights(folder / "ema", transformer)
-        ema.restart()
-    _load_weights(folder, transformer)
-    if ema is not None and not (folder / "ema").is_dir():
-        ema.restart()
-    optimizer = load_file(folder / OPTIMIZER) if OPTIMIZER in state["files"] else None
-    return SavedState(step=state["step"], optimizer=optimizer)
-
-
-def _kind(transformer: nn.Module) -> str:
-    return "lora" if has_lora(transformer) else "full"
-
-
-def _save_weights(folder: Path, transformer: Any) -> None:
-    if has_lora(transformer):
-        save_lora(transformer, folder / "lora")
-    else:
-        transformer.save_pretrained(folder / "transformer")
-
-
-def _load_weights(folder: Path, transformer: nn.Module) -> None:
     if (folder / "lora").is_dir():
         load_lora(transformer, folder / "lora")
-        return
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted((folder / "transformer").glob("*.safetensors")):
-        tensors.update(load_file(path))
-    check_fit(folder / "transformer", tensors, transformer.state_dict())
-    transformer.load_state_dict(tensors)
+    else:
+        tensors = _read_full(folder)
+        check_fit(folder / "transformer", tensors, transformer.state_dict())
+        transformer.load_state_dict(tensors)
+    average = None
+    if (folder / "ema").is_dir():
+        average = read_lora(folder / "ema" / "lora") if (folder / "ema" / "lora").is_dir() else _read_full(folder / "ema")
+    return Saved(run=read_state(folder), average=average, optimizer=load_file(folder / OPTIMIZER))
 
 
-def _checked_state(folder: Path) -> dict[str, Any]:
-    if not (folder / STATE).is_file():
-        raise UserError(
-            f"{folder / STATE} does not exist: expected the folder of a checkpoint, such as checkpoints/step_000010"
-        )
-    state = json.loads((folder / STATE).read_text())
-    if state["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{folder / STATE} has format_version {state['format_version']}: this version reads {FORMAT_VERSION}")
+def load_generators(folder: Path) -> None:
+    """Sets this process's generators to what they were."""
+    restore_rng(load_file(folder / RNG))
+
+
+def read_state(folder: Path) -> RunState:
+    """Raises UserError: no checkpoint there, one of another format, or a state.json that is not what was saved."""
+    return RunState(**_checked_state(folder)["run"])
+
+
+def verify(folder: Path) -> RunState:
+    """Reads every file of a checkpoint.
+
+    Raises:
+        UserError: the first that is missing or not what was saved.
+    """
+    state = _checked_state(folder)
     for name, digest in state["files"].items():
         path = folder / name
         if not path.is_file():
@@ -129,7 +145,44 @@ def _checked_state(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path} is not what was saved (its sha256 differs from {STATE}): it is damaged or was edited; use another"
             )
+    return RunState(**state["run"])
+
+
+def _kind(transformer: nn.Module) -> str:
+    return "lora" if has_lora(transformer) else "full"
+
+
+def _save_weights(folder: Path, transformer: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    if has_lora(transformer):
+        save_lora(transformer, folder / "lora", weights)
+        return
+    transformer.save_config(folder / "transformer")
+    save_torch_state_dict(dict(weights), folder / "transformer", filename_pattern=WEIGHTS, max_shard_size=FILE_SIZE)
+
+
+def _read_full(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted((folder / "transformer").glob("*.safetensors"))
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def _checked_state(folder: Path) -> dict[str, Any]:
+    path = folder / STATE
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: expected the folder of a checkpoint, such as checkpoints/step_00010")
+    try:
+        state = json.loads(path.read_text())
+        version, digest = state["format_version"], state.pop("sha256", None)
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is not what was saved ({error}): it is damaged or was edited; use another") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format_version {version}: this version reads {FORMAT_VERSION}")
+    if _digest_of(state) != digest:
+        raise UserError(f"{path} is not what was saved (its own sha256 differs): it is damaged or was edited; use another")
     return state
+
+
+def _digest_of(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:
@@ -152,6 +205,10 @@ def _replace(partial: Path, folder: Path) -> None:
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
-        os.rename(partial, folder)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            os.rename(old, folder)
+            raise
         shutil.rmtree(old)
     _sync(folder.parent)

@@ -2,47 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from omni_rollout.errors import UserError
+from omni_rollout.policy.engines import TrainerEngine
 
 
 class ExponentialAverage:
-    """average <- decay * average + (1 - decay) * parameter, in the parameters' dtype and on their device."""
+    """average <- decay * average + (1 - decay) * parameter, of the parts that this rank holds, where the engine holds them."""
 
-    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+    def __init__(self, engine: TrainerEngine, decay: float) -> None:
         if not 0 < decay < 1:
             raise UserError(f"ema_decay={decay}: expected a number between 0 and 1, such as 0.95")
-        self._parameters = list(parameters)
+        self._engine = engine
         self._decay = decay
-        self._averages = [parameter.detach().clone() for parameter in self._parameters]
+        self.parts = _copies(engine)  # by parameter name
 
     @torch.no_grad()
     def update(self) -> None:
-        for average, parameter in zip(self._averages, self._parameters, strict=True):
-            average.lerp_(parameter, 1 - self._decay)
+        for name, part in self._engine.parts().items():
+            self.parts[name].lerp_(part, 1 - self._decay)
 
-    @torch.no_grad()
     def restart(self) -> None:
         """The average becomes what the parameters are now."""
-        for average, parameter in zip(self._averages, self._parameters, strict=True):
-            average.copy_(parameter)
+        self.parts = _copies(self._engine)
+
+    @torch.no_grad()
+    def load(self, whole: Mapping[str, torch.Tensor]) -> None:
+        """Takes the average from whole tensors, those that `Learner.average_state` gave.
+
+        Raises:
+            UserError: a parameter is missing, or has another shape.
+        """
+        for name, part in self.parts.items():
+            if name not in whole:
+                raise UserError(f"the average has no {name}: it was saved for another set of trainable parameters")
+            part.copy_(self._engine.part(name, whole[name]))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """The parameters are the average inside, and bit for bit themselves again after, whatever happens inside."""
-        own = [parameter.detach().clone() for parameter in self._parameters]
-        self._write(self._averages)
+        own = _copies(self._engine)
+        self._write(self.parts)
         try:
             yield
         finally:
             self._write(own)
 
     @torch.no_grad()
-    def _write(self, values: list[torch.Tensor]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
-            parameter.copy_(value)
+    def _write(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, part in self._engine.parts().items():
+            part.copy_(values[name])
+
+
+def _copies(engine: TrainerEngine) -> dict[str, torch.Tensor]:
+    return {name: part.detach().clone() for name, part in engine.parts().items()}

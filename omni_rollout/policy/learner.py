@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import nn
 
 from omni_rollout.collate import derive_seed
-from omni_rollout.config import TrainConfig
+from omni_rollout.config import TrainConfig, TrainerEngine
 from omni_rollout.exact_ops import effective_weights
 from omni_rollout.models import family_module
+from omni_rollout.policy.checkpoint import RunState, load_generators, load_policy, save_policy
 from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
-from omni_rollout.policy.lora import attach_lora
+from omni_rollout.policy.engines.torch_engine import first_rank, on_first_rank
+from omni_rollout.policy.lora import attach_lora, base_alone
 from omni_rollout.policy.recompute import recompute
+from omni_rollout.policy.rng import seed_generators
 from omni_rollout.policy.update import PolicyUpdate, Update
 from omni_rollout.types import Trajectory
 
@@ -26,20 +32,24 @@ class Learner:
 
     Args:
         algorithm: a module of `omni_rollout.algorithms`, the one that `config` names.
-        rank, ranks: of torch's process group, which must exist when there is more than one. Every rank holds the whole
-            policy and is given all rows; it scores its share of them, and the gradients are summed.
+        rank, ranks: of torch's process group, which must exist when there is more than one. Every rank loads the whole
+            policy and is given all rows; it scores its share of them, and the gradients are summed. What it keeps of the
+            policy is the trainer engine's matter.
+        checkpoint: to go on from; the reference of a KL term stays the policy that `config` names.
     """
 
-    def __init__(self, config: TrainConfig, algorithm: ModuleType, *, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self, config: TrainConfig, algorithm: ModuleType, *, rank: int = 0, ranks: int = 1, checkpoint: Path | None = None
+    ) -> None:
         self.config = config
         trainer = config.trainer
         self.dtype: torch.dtype = getattr(torch, config.model.dtype.value)
-        torch.manual_seed(config.sampling.seed)
+        seed_generators(config.sampling.seed)
         load = family_module(config.model.family, "policy").load_policy
         self.policy = load(config.model.path, self.dtype, config.parity.value)
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and trainer.engine is not TrainerEngine.fsdp2:
             self.policy.to("cuda")
-        reference = copy.deepcopy(self.policy).requires_grad_(False) if config.algorithm.kl_coef else None
+        start = copy.deepcopy(self.policy).requires_grad_(False) if config.algorithm.kl_coef and not trainer.lora_rank else None
         if trainer.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         if trainer.lora_rank:
@@ -47,25 +57,45 @@ class Learner:
             self.parameters = attach_lora(self.policy, rank=trainer.lora_rank, alpha=trainer.lora_alpha, seed=seed)
         else:
             self.parameters = list(self.policy.parameters())
+        saved = load_policy(checkpoint, self.policy) if checkpoint is not None else None
+        self.engine = make_trainer_engine(trainer, self.policy, self.parameters)
         self.update = PolicyUpdate(
-            make_trainer_engine(trainer, self.policy, self.parameters),
+            self.engine,
             algorithm,
             trainer,
             config.algorithm,
             family=config.model.family,
             dtype=self.dtype,
-            reference=reference,
+            reference=self._reference(start) if config.algorithm.kl_coef else None,
             rank=rank,
             ranks=ranks,
         )
-        self.ema = ExponentialAverage(self.parameters, trainer.ema_decay) if trainer.ema_decay else None
+        self.ema = ExponentialAverage(self.engine, trainer.ema_decay) if trainer.ema_decay else None
+        if saved is not None and checkpoint is not None:
+            self.engine.load_state_dict(saved.optimizer)
+            if self.ema is not None and saved.average is not None:  # else it starts at the weights
+                self.ema.load(saved.average)
+            load_generators(checkpoint)
+
+    def _reference(self, start: nn.Module | None) -> Callable[[], AbstractContextManager[nn.Module]]:
+        """The policy the run started from: a copy, or under LoRA the base that the adapter is added to."""
+        if start is not None:
+            frozen = self.engine.frozen(start)
+            return lambda: nullcontext(frozen)
+
+        @contextmanager
+        def base() -> Iterator[nn.Module]:
+            with base_alone(self.policy):
+                yield self.engine.module
+
+        return base
 
     def old_log_probs(self, trajectories: Sequence[Trajectory], *, recomputed: bool) -> list[torch.Tensor]:
         """What the ratio is taken to: the rollout's log-probs, or the trainer's own, by another forward pass."""
         if not recomputed:
             return [trajectory.log_probs for trajectory in trajectories]
         size, family = self.config.trainer.micro_batch_size, self.config.model.family
-        return recompute(self.policy, trajectories, family=family, dtype=self.dtype, micro_batch_size=size)
+        return recompute(self.engine.module, trajectories, family=family, dtype=self.dtype, micro_batch_size=size)
 
     def step(
         self, trajectories: Sequence[Trajectory], advantages: torch.Tensor, old: Sequence[torch.Tensor], step: int
@@ -74,13 +104,38 @@ class Learner:
         rate = learning_rate_at(self.config.trainer, step - 1)
         seed = derive_seed(self.config.sampling.seed, step, "mini-batches")
         update = self.update(trajectories, advantages, old, learning_rate=rate, seed=seed)
-        if self.ema is not None:
-            self.ema.update()
+        if self.ema is not None and any(math.isfinite(norm) for norm in update.grad_norms):
+            self.ema.update()  # of weights that did not change, the average does not either
         return update, rate
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What a rollout engine must hold to sample from this policy."""
-        return effective_weights(self.policy, self.dtype)
+        """What a rollout engine must hold to sample from this policy. Collective, tensor by tensor."""
+        named = effective_weights(self.policy, self.dtype, self.engine.gathered)
+        # What was gathered goes when the next is asked for.
+        return named if self.config.trainer.ranks == 1 else ((name, tensor.clone()) for name, tensor in named)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The trained parameters by their name in the policy: whole, fp32, on the CPU.
+
+        Collective, like the two below: every rank calls them, in the same order; ranks other than the first get none.
+        """
+        return self._whole(self.engine.parts())
+
+    def average_state(self) -> dict[str, torch.Tensor] | None:
+        """The same of the average, where one is kept."""
+        return None if self.ema is None else self._whole(self.ema.parts)
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        return self.engine.state_dict()
+
+    def save(self, folder: Path, run: RunState) -> None:
+        """Collective; the first rank writes, and alone raises OSError where that fails."""
+        weights, average, optimizer = self.state(), self.average_state(), self.optimizer_state()
+        if first_rank():
+            save_policy(folder, self.policy, weights, run=run, optimizer=optimizer, average=average)
+
+    def _whole(self, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return on_first_rank((name, self.engine.whole(name, part)) for name, part in parts.items())
 
     def averaged(self, wanted: bool) -> AbstractContextManager[None]:
         """Inside, the policy is its average, if that is wanted and one is kept."""

@@ -7,7 +7,8 @@ which holds one merged weight; so each wrapper gets another class, in place.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,8 +33,11 @@ class MergedLoraLinear(lora.Linear):
     """x (W + s B A)^T + b, with the sum in fp32 and rounded once to the compute dtype."""
 
     compute_dtype: torch.dtype
+    merges: bool = True  # False: the base alone
 
     def effective_weight(self) -> torch.Tensor:
+        if not self.merges:
+            return _base(self).effective_weight()
         factor_a, factor_b = _factors(self)
         merged = _base(self).weight.float() + self.scaling[ADAPTER] * (factor_b.float() @ factor_a.float())
         return merged.to(self.compute_dtype)
@@ -78,20 +82,51 @@ def attach_lora(transformer: Any, *, rank: int, alpha: int | None = None, seed: 
     return [factor for layer in _wrappers(transformer) for factor in _merge_in_forward(layer)]
 
 
+@contextmanager
+def base_alone(transformer: nn.Module) -> Iterator[None]:
+    """Inside, the transformer computes what it did before `attach_lora`, bit for bit."""
+    wrappers = cast(list[MergedLoraLinear], _wrappers(transformer))
+    for layer in wrappers:
+        layer.merges = False
+    try:
+        yield
+    finally:
+        for layer in wrappers:
+            layer.merges = True
+
+
 def has_lora(transformer: nn.Module) -> bool:
     return bool(_wrappers(transformer))
 
 
-def save_lora(transformer: Any, folder: Path) -> None:
-    """Writes what `QwenImagePipeline.load_lora_weights(folder)` reads, rank and alpha included."""
+def save_lora(transformer: Any, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Writes what `QwenImagePipeline.load_lora_weights(folder)` reads, rank and alpha included.
+
+    Args:
+        weights: the factors by parameter name; those of `transformer` may be shards.
+    """
     if folder.is_file():
         raise UserError(f"{folder} is a file: expected a folder to save LoRA weights in")
-    factors: dict[str, Any] = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    factors: dict[str, Any] = get_peft_model_state_dict(transformer, state_dict=weights, adapter_name=ADAPTER)
+    adapter = transformer.peft_config[ADAPTER].to_dict()
     QwenImagePipeline.save_lora_weights(
         folder,
         transformer_lora_layers=factors,
-        transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),
+        # A set has another order in every process, and the same factors shall be the same bytes.
+        transformer_lora_adapter_metadata={k: sorted(v) if isinstance(v, set) else v for k, v in adapter.items()},
     )
+    _sort_header(folder / LORA_WEIGHT_NAME_SAFE)
+
+
+def _sort_header(path: Path) -> None:
+    """safetensors writes its metadata in another order each time, and the same factors shall be the same bytes."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def load_lora(transformer: Any, folder: Path) -> list[nn.Parameter]:
@@ -114,6 +149,12 @@ def load_lora(transformer: Any, folder: Path) -> list[nn.Parameter]:
     check_fit(path, tensors, own)
     set_peft_model_state_dict(transformer, tensors, adapter_name=ADAPTER)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def read_lora(folder: Path) -> dict[str, torch.Tensor]:
+    """The factors that `save_lora` wrote, by parameter name."""
+    tensors, _, _ = _read(folder / LORA_WEIGHT_NAME_SAFE)
+    return {f"{name.removesuffix('.weight')}.{ADAPTER}.weight": tensor for name, tensor in tensors.items()}
 
 
 def check_fit(path: Path, tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from omni_rollout.models import family_module
 from omni_rollout.sde import SDEStep, sde_step
@@ -66,7 +67,7 @@ def score(
         pairs: B steps that may share a forward pass (see `micro_batches`).
     """
     policy, velocity = family_module(family, "policy"), family_module(family, "velocity").velocity
-    device = next(network.parameters()).device
+    device = _device(network)
     chosen = [trajectories[pair.row] for pair in pairs]
     spec = chosen[0].spec
 
@@ -93,6 +94,12 @@ def score(
         prev_sample=prev_sample,
         log_prob_form=spec.log_prob_form,
     )
+
+
+def _device(network: nn.Module) -> torch.device:
+    """Where it computes; the parts of its parameters may lie elsewhere."""
+    parameter = next(network.parameters())
+    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
 
 @torch.no_grad()

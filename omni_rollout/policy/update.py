@@ -7,7 +7,8 @@ trajectories, advantages ─► mini-batches ─► micro_batches ─► score �
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -53,7 +54,7 @@ class PolicyUpdate:
     """Binds what stays the same over a run; call it once per rollout.
 
     Args:
-        reference: the policy the run started from, when the loss has a KL term.
+        reference: inside, gives the policy the run started from, when the loss has a KL term.
         rank, ranks: which share of the rows to score. All ranks are given all rows, so the mean is over all of them; an engine
             for several ranks sums their gradients.
     """
@@ -67,7 +68,7 @@ class PolicyUpdate:
         *,
         family: str,
         dtype: torch.dtype,
-        reference: nn.Module | None = None,
+        reference: Callable[[], AbstractContextManager[nn.Module]] | None = None,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
@@ -100,15 +101,29 @@ class PolicyUpdate:
             share = 1.0 / sum(len(trajectories[row].step_indices) for row in chosen)
             # No advantage and no KL term: no gradient. Such rows still count in the mean.
             used = [row for row in chosen if advantages[row] != 0 or self._reference is not None]
-            mine = used[self._rank :: self._ranks]
-            batches = list(micro_batches(trajectories, keys, mine, self._trainer.micro_batch_size))
-            for number, pairs in enumerate(batches):
-                self._accumulate(trajectories, pairs, advantages, old_log_probs, share, number == len(batches) - 1, result)
+            passes = self._passes(trajectories, keys, used)
+            for number, (pairs, own) in enumerate(passes):
+                last = number == len(passes) - 1
+                self._accumulate(trajectories, pairs, advantages, old_log_probs, share, own, last, result)
             if start == 0:
-                self._keep_first(trajectories, keys, chosen, old_log_probs, result)
+                self._keep_first(trajectories, keys, chosen, old_log_probs, used, result)
             if used:
                 result.grad_norms.append(self._engine.step(learning_rate))
         return result
+
+    def _passes(
+        self, trajectories: Sequence[Trajectory], keys: Sequence[object], used: Sequence[int]
+    ) -> list[tuple[list[Pair], bool]]:
+        """This rank's micro-batches, filled up to as many as any rank has: forward and backward may gather weights from all.
+
+        False beside one that only fills up: the first of the update, which weighs nothing then.
+        """
+        shares = [
+            list(micro_batches(trajectories, keys, used[rank :: self._ranks], self._trainer.micro_batch_size))
+            for rank in range(self._ranks)
+        ]
+        own, most = shares[self._rank], max(len(share) for share in shares)
+        return [(pairs, True) for pairs in own] + [(pairs, False) for pairs in shares[0][:1] * (most - len(own))]
 
     def _accumulate(
         self,
@@ -117,22 +132,26 @@ class PolicyUpdate:
         advantages: torch.Tensor,
         old_log_probs: Sequence[torch.Tensor],
         share: float,
+        own: bool,
         last: bool,
         result: Update,
     ) -> None:
+        reference = None
+        if self._reference is not None:
+            with torch.no_grad(), self._reference() as network:
+                reference = score(network, trajectories, pairs, self._family, self._dtype)
         step = score(self._engine.module, trajectories, pairs, self._family, self._dtype)
         device = step.log_prob.device
         old = torch.stack([old_log_probs[pair.row][pair.index] for pair in pairs]).to(device)
         advantage = torch.stack([advantages[pair.row] for pair in pairs]).to(device)
-        ref_kl = None
-        if self._reference is not None:
-            with torch.no_grad():
-                reference = score(self._reference, trajectories, pairs, self._family, self._dtype)
-            ref_kl = gaussian_kl(step.mean, reference.mean, step.step_std)
-            result.ref_kls.append(float(ref_kl.detach().mean()))
+        ref_kl = None if reference is None else gaussian_kl(step.mean, reference.mean, step.step_std)
         clip_range, kl_coef = self._trainer.clip_range, self._weights.kl_coef
         loss = self._algorithm.loss(step.log_prob, old, advantage, clip_range, kl=ref_kl, kl_coef=kl_coef).loss
-        self._engine.backward(loss * (len(pairs) * share), last=last)
+        self._engine.backward(loss * (len(pairs) * share if own else 0.0), last=last)
+        if not own:
+            return
+        if ref_kl is not None:
+            result.ref_kls.append(float(ref_kl.detach().mean()))
         result.losses.append(float(loss.detach()))
         result.all.add(trajectories, pairs, old, step.log_prob)
 
@@ -142,9 +161,13 @@ class PolicyUpdate:
         keys: Sequence[object],
         chosen: Sequence[int],
         old_log_probs: Sequence[torch.Tensor],
+        used: Sequence[int],
         result: Update,
     ) -> None:
-        """The pairs scored so far, all before the first optimizer step; when none had an advantage, one micro-batch."""
+        """The pairs scored so far, all before the first optimizer step; when none had an advantage, one micro-batch.
+
+        That one is scored by every rank, and counted by the first.
+        """
         first = result.all
         result.first = Scores(
             step_indices=list(first.step_indices),
@@ -152,11 +175,11 @@ class PolicyUpdate:
             old_log_probs=list(first.old_log_probs),
             log_probs=list(first.log_probs),
         )
-        if first.log_probs:
+        if used:
             return
         pairs = next(micro_batches(trajectories, keys, chosen, self._trainer.micro_batch_size))
         with torch.no_grad():
             step = score(self._engine.module, trajectories, pairs, self._family, self._dtype)
         old = torch.stack([old_log_probs[pair.row][pair.index] for pair in pairs])
-        for scores in (result.first, result.all):
+        for scores in (result.first, result.all) if self._rank == 0 else ():
             scores.add(trajectories, pairs, old, step.log_prob)

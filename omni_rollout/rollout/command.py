@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from omni_rollout.capsule import save_capsule, save_png
+from omni_rollout.capsule import CapsuleError, save_capsule, save_png
 from omni_rollout.collate import Collator
 from omni_rollout.config import TrainConfig
 from omni_rollout.prompts import load_prompts
@@ -49,6 +49,10 @@ def rollout_to_folder(config: TrainConfig, prompts: Path, out: Path) -> int:
         parity=config.parity.value,
     ) as engine:
         for trajectory in engine.generate(requests, on_error=report):
-            save_capsule(trajectory, out / f"{trajectory.request_id}.safetensors")
-            save_png(trajectory, out / f"{trajectory.request_id}.png")
+            try:
+                save_capsule(trajectory, out / f"{trajectory.request_id}.safetensors")
+                save_png(trajectory, out / f"{trajectory.request_id}.png")
+            except CapsuleError as error:  # numbers that overflowed, in this image alone
+                failed += 1
+                print(f"failed: {error}", file=sys.stderr)
     return failed

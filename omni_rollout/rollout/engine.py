@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version as package_version
 from typing import Any
@@ -19,10 +21,10 @@ from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-from omni_rollout.digest import combined_digest, tensor_digest
-from omni_rollout.errors import PinnedKnobError
+from omni_rollout.digest import combined_digest, tensor_digests
+from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobError, WeightSyncError
 from omni_rollout.models import family_module
-from omni_rollout.rollout.guards import check_distinct, close_at_exit
+from omni_rollout.rollout.guards import check_alone, check_distinct, close_at_exit
 from omni_rollout.types import RolloutRequest, Trajectory
 
 PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")
@@ -37,16 +39,8 @@ LIVENESS_SECONDS = 5.0  # between looks at whether the engine's thread still run
 OnError = Callable[[RolloutRequest, Exception], None]
 
 
-class EngineDiedError(RuntimeError):
-    """vllm-omni's thread in this process has ended; what was in flight is lost."""
-
-
-class WeightSyncError(RuntimeError):
-    """The engine does not hold the weights it was given."""
-
-
 class RolloutEngine:
-    """Samples trajectories with continuous batching. One at a time per process; close it before making another.
+    """Samples trajectories with continuous batching. One at a time per process (UserError): close it before making another.
 
     Args:
         path: a checkpoint in diffusers layout.
@@ -68,6 +62,7 @@ class RolloutEngine:
         max_num_seqs: int = 8,
         parity: str = "exact",
     ) -> None:
+        check_alone()
         pipeline = family_module(family, "spec").ROLLOUT_PIPELINE
         threads = torch.get_num_threads()
         settings: dict[str, Any] = {
@@ -109,11 +104,14 @@ class RolloutEngine:
                     "look for environment variables that set it, or choose parity=fast and watch parity/ppo_kl_mb0"
                 )
 
-    def generate(self, requests: Iterable[RolloutRequest], on_error: OnError | None = None) -> Iterator[Trajectory]:
+    def generate(
+        self, requests: Iterable[RolloutRequest], on_error: OnError | None = None, *, timeout: float | None = None
+    ) -> Iterator[Trajectory]:
         """Submits all requests at once and yields trajectories as they finish.
 
         A request that fails does not touch the others. `on_error` is told of it; without one, an ExceptionGroup of
-        all failures is raised after the last trajectory.
+        all failures is raised after the last trajectory. After `timeout` seconds without a finished one EngineHungError is
+        raised; `close` then leaves the engine's thread as it is.
         """
         self._check_open()
         requests = list(requests)
@@ -125,7 +123,7 @@ class RolloutEngine:
             task.add_done_callback(self._in_flight.discard)
         failures: list[Exception] = []
         for _ in requests:
-            request, result = self._next(finished)
+            request, result = self._next(finished, timeout)
             if isinstance(result, Trajectory):
                 yield result
             elif on_error is not None:
@@ -135,11 +133,16 @@ class RolloutEngine:
         if failures:
             raise ExceptionGroup(f"{len(failures)} of {len(requests)} rollout requests failed", failures)
 
-    def _next(self, finished: asyncio.Queue[Any]) -> Any:
+    def _next(self, finished: asyncio.Queue[Any], timeout: float | None) -> Any:
+        end = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             try:
-                return self._loop.run_until_complete(asyncio.wait_for(finished.get(), LIVENESS_SECONDS))
+                patience = min(LIVENESS_SECONDS, max(end - time.monotonic(), 0))
+                return self._loop.run_until_complete(asyncio.wait_for(finished.get(), patience))
             except TimeoutError:
+                if time.monotonic() >= end:
+                    self._closed = True  # there is nobody to drain, or to close
+                    raise EngineHungError(f"no image for {timeout:g} s (rollout.timeout): the engine hangs") from None
                 if not self._alive:
                     raise EngineDiedError(
                         "the engine's thread has ended, see its error above; make a new RolloutEngine"
@@ -165,7 +168,7 @@ class RolloutEngine:
         self._check_open()
         self._drain()
         tensors = dict(named)
-        sent = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        sent = tensor_digests(tensors.items())
         held = self._rpc("load_policy", list(tensors.items()), version)
         for name in sorted(sent.keys() | held.keys()):
             if sent.get(name) != held.get(name):

@@ -7,17 +7,31 @@ import weakref
 from collections.abc import Sequence
 from typing import Protocol
 
+from omni_rollout.errors import UserError
 from omni_rollout.types import RequestError, RolloutRequest
 
 
 class Closable(Protocol):
+    _closed: bool
+
     def close(self) -> None: ...
+
+
+_latest: list[weakref.ref[Closable]] = []  # the engine of this process, the last that was made
+
+
+def check_alone() -> None:
+    """Raises UserError while an engine of this process is open."""
+    engine = _latest[-1]() if _latest else None
+    if engine is not None and not engine._closed:
+        raise UserError("a RolloutEngine is open in this process, and there is room for one: close() it before making another")
 
 
 def close_at_exit(engine: Closable) -> None:
     # The engine's thread is no daemon: a program that ends without `close` would wait for it for ever. An ordinary
     # atexit handler runs after that wait; this hook, which concurrent.futures uses for the same purpose, before it.
     reference = weakref.ref(engine)
+    _latest[:] = [reference]
 
     def close() -> None:
         left = reference()

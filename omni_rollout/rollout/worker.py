@@ -9,7 +9,7 @@ import torch
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.worker.diffusion_worker import CustomPipelineWorkerExtension
 
-from omni_rollout.digest import tensor_digest
+from omni_rollout.digest import tensor_digests
 from omni_rollout.rollout.platform.linear import pack_linears
 
 PREFIX = "transformer."
@@ -58,7 +58,7 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         return self.policy_digests()
 
     def policy_digests(self) -> dict[str, str]:
-        return {name: tensor_digest(tensor) for name, tensor in self._named_weights()}
+        return tensor_digests(self._named_weights())
 
     def _named_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         for name, parameter in self.model_runner.pipeline.transformer.named_parameters():

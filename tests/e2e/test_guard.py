@@ -14,11 +14,11 @@ import torch
 from omni_rollout.config import TrainerConfig
 from omni_rollout.launch import compose
 from omni_rollout.models.qwen_image import rollout
-from omni_rollout.monitor import MismatchError, Monitor
+from omni_rollout.monitor import MismatchError, Monitor, last_words
 from omni_rollout.policy.engines import make_trainer_engine
 from omni_rollout.rewards import RewardError
 from omni_rollout.rollout.engine import WeightSyncError
-from omni_rollout.train import last_words, train
+from omni_rollout.train import train
 
 SHIFT = 1e-3
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "metrics.md"

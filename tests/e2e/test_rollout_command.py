@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from omni_rollout.capsule import load_capsule
 from omni_rollout.collate import Collator
+from omni_rollout.errors import UserError
 from omni_rollout.launch import compose
 from omni_rollout.models.qwen_image.policy import load_policy
 from omni_rollout.nano.random_weights import build_random
@@ -70,6 +71,8 @@ def test_this_process_samples_the_same_bits(rolled_out):
     prompts = load_prompts(config.prompts)
     requests = [request for position in (0, 2) for request in collator.groups([prompts[position]], position, 2)]
     with RolloutEngine(config.model.path, dtype="bfloat16", max_num_seqs=3) as engine:
+        with pytest.raises(UserError, match=r"there is room for one: close\(\) it before making another"):
+            RolloutEngine(config.model.path)
         for trajectory in engine.generate(requests):
             other = load_capsule(folder / "out" / f"{trajectory.request_id}.safetensors")
             assert torch.equal(trajectory.latents, other.latents)

@@ -174,9 +174,8 @@ def test_a_command_composes_to_what_the_run_was_given(text: str) -> None:
     ],
 )
 def test_a_guard_that_cannot_guard_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
-    (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "prompts.txt").write_text("a red square\n")
-    sound = [f"model.path={tmp_path}", f"prompts={tmp_path}/prompts.txt"]
+    sound = ["model=nano", f"prompts={tmp_path}/prompts.txt"]
     validate(compose([*sound, overrides[0]]))
     with pytest.raises(UserError, match=message):
         validate(compose([*sound, *overrides]))

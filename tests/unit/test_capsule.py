@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from omni_rollout.capsule import FORMAT_VERSION, CapsuleError, load_capsule, save_capsule, save_png
+from omni_rollout.capsule import FORMAT_VERSION, KEYS, CapsuleError, load_capsule, save_capsule, save_png
 from omni_rollout.types import Prompt, SamplingSpec, Trajectory
 
 VALUES = st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | st.lists(st.integers())
@@ -26,7 +26,7 @@ METADATA = st.dictionaries(st.text(max_size=4), VALUES, max_size=3)
 
 
 def trajectory(
-    *, stochastic: int = 2, steps: int = 4, tokens: int = 3, channels: int = 8, width: int = 5, guided: bool = True,
+    *, stochastic: int = 2, steps: int = 4, columns: int = 3, channels: int = 8, width: int = 5, guided: bool = True,
     dtype: torch.dtype = torch.bfloat16, seed: int = 0, metadata: dict[str, Any] | None = None,
 ) -> Trajectory:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
@@ -36,12 +36,12 @@ def trajectory(
         return torch.randn(shape, generator=generator)
 
     spec = SamplingSpec(
-        height=6, width=4, num_inference_steps=steps, true_cfg_scale=4.0 if guided else 1.0,
+        height=16, width=16 * columns, num_inference_steps=steps, true_cfg_scale=4.0 if guided else 1.0,
         negative_prompt=" " if guided else None, noise_level=0.1 + 0.2, sde_type="sde", log_prob_form="gaussian",
         step_indices=tuple(range(stochastic)), prompt_width=width, negative_prompt_width=negative_width,
     )  # fmt: skip
     return Trajectory(
-        latents=randn(stochastic + 1, tokens, channels),
+        latents=randn(stochastic + 1, columns, channels),
         log_probs=randn(stochastic),
         step_indices=torch.arange(stochastic),
         sigmas=torch.linspace(1, 0, steps + 1),
@@ -50,7 +50,7 @@ def trajectory(
         prompt_embeds_mask=torch.arange(width) < max(1, width - 2),
         negative_prompt_embeds=randn(negative_width, 7).to(dtype) if guided else None,
         negative_prompt_embeds_mask=torch.arange(negative_width) < 1 if guided else None,
-        image=np.random.default_rng(seed).integers(0, 256, (6, 4, 3), np.uint8),
+        image=np.random.default_rng(seed).integers(0, 256, (16, 16 * columns, 3), np.uint8),
         prompt=Prompt(text='ein Schild "42" ✓', metadata={"text": "42"} if metadata is None else metadata),
         spec=spec,
         seed=seed + 2**40,
@@ -73,7 +73,7 @@ def assert_same_bits(one: Trajectory, other: Trajectory) -> None:
 
 
 @given(
-    stochastic=st.integers(0, 4), steps=st.integers(4, 6), tokens=st.integers(1, 5), channels=st.integers(1, 9),
+    stochastic=st.integers(0, 4), steps=st.integers(4, 6), columns=st.integers(1, 5), channels=st.integers(1, 9),
     width=st.integers(1, 6), guided=st.booleans(), dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     seed=st.integers(0, 2**20), metadata=METADATA,
 )  # fmt: skip
@@ -94,7 +94,7 @@ def test_the_file_has_the_public_names(tmp_path: Path) -> None:
         }  # fmt: skip
         header = {key: json.loads(value) for key, value in file.metadata().items()}
     assert header == {
-        "height": 6, "width": 4, "num_inference_steps": 4, "true_cfg_scale": 4.0, "negative_prompt": " ",
+        "height": 16, "width": 48, "num_inference_steps": 4, "true_cfg_scale": 4.0, "negative_prompt": " ",
         "noise_level": 0.1 + 0.2, "sde_type": "sde", "log_prob_form": "gaussian", "prompt_width": 5,
         "negative_prompt_width": 6, "seed": 2**40, "group_id": "0a1b", "member": 3, "policy_version": 17,
         "fingerprint": dict(trajectory().fingerprint), "format_version": 1, "prompt": 'ein Schild "42" ✓',
@@ -164,15 +164,23 @@ def poked(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
         ("negative_prompt_embeds", None, "missing, though guidance was on"),
         ("extra", torch.zeros(1), "unexpected"),
         ("latents", lambda t: t.bfloat16(), "torch.bfloat16, expected torch.float32"),
-        ("latents", lambda t: t[1:].clone(), r"shape \[2, 3, 8\], expected \[3, any, any\]"),
+        ("latents", lambda t: t[1:].clone(), r"shape \[2, 3, 8\], expected \[3, 3, any\]"),
         ("latents", lambda t: t[:, 0].clone(), r"shape \[3, 8\]"),
         ("latents", poked(math.nan), "not finite"),
+        ("latents", lambda t: t[:, :2].clone(), r"shape \[3, 2, 8\], expected \[3, 3, any\]"),
+        ("latents", lambda t: t[:, :, :0].clone(), r"shape \[3, 3, 0\], expected \[3, 3, any\]"),
         ("log_probs", poked(-math.inf), "not finite"),
         ("log_probs", lambda t: t.reshape(2, 1), r"shape \[2, 1\], expected \[2\]"),
         ("step_indices", lambda t: t.float(), "torch.float32, expected torch.int64"),
         ("step_indices", poked(4), r"\[0, 4\], expected rising positions"),
+        ("step_indices", poked(-1), r"\[0, -1\], expected rising positions"),
         ("step_indices", poked(0), r"\[0, 0\], expected rising positions"),
-        ("sigmas", lambda t: t.flip(0), "expected numbers that fall to 0"),
+        ("sigmas", lambda t: t.flip(0), "expected numbers that fall from at most 1 to 0"),
+        ("sigmas", lambda t: 2 * t, "expected numbers that fall from at most 1 to 0"),
+        ("sigmas", poked(math.nan), "not finite"),
+        ("timesteps", lambda t: t / 1000, "expected 1000 times the sigmas"),
+        ("prompt_embeds", poked(math.nan), "not finite"),
+        ("prompt_embeds", lambda t: t.double(), "torch.float64, expected a float type of 16 or 32 bits"),
         ("sigmas", lambda t: t[:-1].clone(), r"shape \[4\], expected \[5\]"),
         ("timesteps", poked(math.nan), "not finite"),
         ("prompt_embeds", lambda t: t.int(), "torch.int32, expected a float type"),
@@ -182,7 +190,7 @@ def poked(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
         ("prompt_embeds_mask", lambda t: t & False, "not right padded"),
         ("negative_prompt_embeds_mask", lambda t: t[:5].clone(), r"shape \[5\], expected \[6\]"),
         ("image", lambda t: t.float(), "torch.float32, expected torch.uint8"),
-        ("image", lambda t: t[:, :, :1].clone(), r"shape \[6, 4, 1\], expected \[6, 4, 3\]"),
+        ("image", lambda t: t[:, :, :1].clone(), r"shape \[16, 48, 1\], expected \[16, 48, 3\]"),
     ],
 )
 def test_wrong_tensors_are_refused_by_file_and_field(tmp_path: Path, field: str, tensor: Any, message: str) -> None:
@@ -200,6 +208,13 @@ def test_wrong_tensors_are_refused_by_file_and_field(tmp_path: Path, field: str,
         ("fingerprint", "[" * 100_000, "is not JSON"),
         ("fingerprint", '"x"', "is str, expected dict"),
         ("noise_level", "NaN", "is not JSON"),
+        ("noise_level", "1e999", r"is not JSON \(1e999 is not a finite number\)"),
+        ("noise_level", "0", "0, expected more than 0 with sde_type sde"),
+        ("noise_level", "-0.5", "-0.5, expected more than 0 with sde_type sde"),
+        ("true_cfg_scale", "1.0", "1.0, with negative_prompt ' ': above 1 exactly with one"),
+        ("fingerprint", '{"x": [1e999]}', "is not JSON"),
+        ("width", "47", "47, expected a multiple of 16"),
+        ("height", "0", "0, expected a multiple of 16"),
         ("seed", "1.5", "is float, expected int"),
         ("member", "true", "is bool, expected int"),
         ("group_id", "7", "is int, expected str"),
@@ -216,8 +231,28 @@ def test_wrong_headers_are_refused_by_file_and_field(tmp_path: Path, field: str,
         load_capsule(tmp_path / "a.safetensors")
 
 
+def test_tensors_and_header_must_agree_about_the_size(tmp_path: Path) -> None:
+    tamper(tmp_path / "a.safetensors", {}, {"height": "32"})
+    with pytest.raises(CapsuleError, match=r"a\.safetensors: latents: shape \[3, 3, 8\], expected \[3, 6, any\]"):
+        load_capsule(tmp_path / "a.safetensors")
+
+
+def test_deterministic_and_cps_capsules_keep_their_own_rules(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tamper(path, {}, {"sde_type": '"ode"'})
+    with pytest.raises(CapsuleError, match="step_indices: 2 stochastic steps, expected none with sde_type ode"):
+        load_capsule(path)
+    tamper(path, {}, {"sde_type": '"cps"', "noise_level": "1.1"})
+    with pytest.raises(CapsuleError, match=r"noise_level: 1\.1, expected at most 1 with sde_type cps"):
+        load_capsule(path)
+    still = trajectory(stochastic=0)
+    still = replace(still, spec=replace(still.spec, sde_type="ode", noise_level=0.0))
+    save_capsule(still, path)
+    assert_same_bits(still, load_capsule(path))
+
+
 def test_tensors_and_header_must_agree_about_guidance(tmp_path: Path) -> None:
-    tamper(tmp_path / "a.safetensors", {}, {"negative_prompt": "null"})
+    tamper(tmp_path / "a.safetensors", {}, {"negative_prompt": "null", "true_cfg_scale": "1.0"})
     with pytest.raises(CapsuleError, match=r"negative_prompt_embeds.*: unexpected, since guidance was off"):
         load_capsule(tmp_path / "a.safetensors")
 
@@ -242,7 +277,7 @@ def test_a_damaged_file_gives_a_capsule_error_or_a_sound_record(tmp_path: Path, 
     content = bytearray(path.read_bytes())
     header_end = 8 + int.from_bytes(content[:8], "little")
     for _ in range(data.draw(st.integers(0, 3))):
-        content[data.draw(st.integers(0, header_end + 50))] = data.draw(st.integers(0, 255))
+        content[data.draw(st.integers(0, header_end + 50) | st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
     try:
         loaded = load_capsule(path)
@@ -250,6 +285,21 @@ def test_a_damaged_file_gives_a_capsule_error_or_a_sound_record(tmp_path: Path, 
         assert "a.safetensors" in str(error)
     else:
         save_capsule(loaded, path)
+        assert_same_bits(loaded, load_capsule(path))
+
+
+@given(field=st.sampled_from(sorted(KEYS)), value=VALUES | st.integers() | METADATA)
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_in_a_header_gives_a_capsule_error_or_a_sound_record(tmp_path: Path, field: str, value: Any) -> None:
+    path = tmp_path / "a.safetensors"
+    tamper(path, {}, {field: json.dumps(value)})
+    try:
+        loaded = load_capsule(path)
+    except CapsuleError as error:
+        assert "a.safetensors" in str(error)
+    else:
+        save_capsule(loaded, path)
+        assert_same_bits(loaded, load_capsule(path))
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
@@ -270,7 +320,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         ({"step_indices": torch.tensor([1, 2])}, r"step_indices: \[1, 2\], but the spec says \(0, 1\)"),
         ({"prompt_embeds_mask": torch.tensor([False, True, True, True, True])}, "prompt_embeds_mask: not right padded"),
         ({"negative_prompt_embeds": None}, "negative_prompt_embeds: missing, though guidance was on"),
-        ({"image": np.zeros((6, 4, 3), np.float32)}, "image: torch.float32"),
+        ({"image": np.zeros((16, 48, 3), np.float32)}, "image: torch.float32"),
         ({"fingerprint": {"widths": (5, 6)}}, "fingerprint: .*would come back from JSON as"),
         ({"fingerprint": {"digest": object()}}, "fingerprint: .*cannot be written as JSON"),
         ({"prompt": Prompt(text="a", metadata={"x": math.nan})}, "prompt_metadata: .*cannot be written as JSON"),

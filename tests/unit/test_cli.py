@@ -12,6 +12,7 @@ import pytest
 
 from omni_rollout.cli import main
 from omni_rollout.errors import UserError
+from omni_rollout.paths import recipe_dir
 from omni_rollout.types import RequestError
 
 HEAVY = ("torch", "numpy", "hydra", "omegaconf", "diffusers", "vllm", "vllm_omni", "rich", "wandb")
@@ -100,3 +101,101 @@ def test_interrupting_ends_with_130_and_one_line() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--heads", "0"], "heads=0: expected at least 1"),
+        (["--layers", "0"], "layers=0: expected at least 1"),
+        (["--head-dim", "7"], "head_dim=7: expected an even number"),
+        (["--joint-dim", "0"], "joint_dim=0: expected a multiple of 32"),
+        (["--seed", "-1"], "seed=-1: expected 0 to 2**63 - 1"),
+    ],
+)
+def test_nano_random_refuses_sizes_that_make_no_model(
+    tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["nano", "random", "--out", str(tmp_path / "model"), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("command", [["random"], ["build"]])
+def test_nano_asks_whether_it_can_write_first(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("kept")
+    assert main(["nano", *command, "--out", str(tmp_path / "file" / "model")]) == 2
+    assert capsys.readouterr().err == f"error: --out {tmp_path}/file/model: {tmp_path}/file is no folder; give another path\n"
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_nano_build_refuses_no_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nano", "build", "--out", str(tmp_path), "--threads", "0"]) == 2
+    assert capsys.readouterr().err == "error: threads=0: expected at least 1\n"
+
+
+def test_parity_asks_whether_it_can_write_before_it_loads_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from omni_rollout.cli import main\n"
+        f"print(main(['parity', 'model=nano', '--json', {str(tmp_path)!r}, '--html', '/proc/p.html']), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n"
+    assert [line.split(":")[1] for line in done.stderr.splitlines()] == [f" --json {tmp_path}", " --html /proc/p.html"]
+
+
+def test_replay_checks_numbers_and_takes_a_file_with_an_equals_sign_for_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["replay", "lr=1.safetensors", "model=nano"]) == 2
+    assert "no capsule given" in capsys.readouterr().err
+    Path("lr=1.safetensors").write_bytes(b"")
+    assert main(["replay", "lr=1.safetensors", "model=nano", "trainer.micro_batch_size=0", "sampling.height=17"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: trainer.micro_batch_size=0: expected at least 1",
+        "error: sampling.height=17: expected a multiple of 16, from 16 to 65536",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("guidance=nan", "guidance=nan: expected numbers of 0 or more"),
+        ("guidance=1.0,inf", "expected numbers of 0 or more"),
+        ("guidance=-1", "expected numbers of 0 or more"),
+        ("guidance=1,4,1", "guidance=1,4,1: expected each value once"),
+        ("guidance=1,1.0", "guidance=1,1.0: expected each value once"),
+        ("width=64,64", "width=64,64: expected each value once"),
+        ("in_flight=\u00b2", "expected staggered or numbers"),
+        ("images=99999999999999999999", "expected 1 or more"),
+    ],
+)
+def test_matrix_words_that_mean_nothing_are_refused(word: str, message: str) -> None:
+    from omni_rollout.parity.matrix import Matrix
+
+    with pytest.raises(UserError, match=message):
+        Matrix.parse([word])
+    with pytest.raises(UserError, match="causes is given twice"):
+        Matrix.parse(["causes=true", "causes=false"])
+
+
+@pytest.mark.parametrize("command", [["train"], ["rollout", "out=rollouts"], ["parity"], ["replay", "a.safetensors"]])
+def test_a_checkpoint_without_weights_is_told_before_torch_is_loaded(command: list[str], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    for part in (recipe_dir("nano") / "checkpoint").iterdir():
+        target = model / part.name
+        target.parent.mkdir(exist_ok=True)
+        if part.name != "transformer":
+            target.symlink_to(part)
+    (tmp_path / "prompts.txt").write_text("a\n")
+    words = [
+        *command,
+        f"model.path={model}",
+        *([f"prompts={tmp_path}/prompts.txt"] if command[0] in ("train", "rollout") else []),
+    ]
+    code = f"import sys; from omni_rollout.cli import main; print(main({words!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "2 False\n"
+    assert done.stderr == f"error: model.path={model}: has no folder transformer/; was it copied whole?\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "prompts.txt"]

@@ -14,7 +14,7 @@ from omni_rollout.config import Backend, DType, OldLogProbs, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.launch import compose, to_yaml
 from omni_rollout.paths import config_dir, recipe_dir
-from omni_rollout.validate import validate, validate_rollout
+from omni_rollout.validate import validate, validate_rollout, validate_scoring
 
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 MINIMAL = ("model=nano", "prompts=prompts.txt")
@@ -23,9 +23,12 @@ MINIMAL = ("model=nano", "prompts=prompts.txt")
 @pytest.fixture
 def sound(tmp_path: Path) -> TrainConfig:
     """A configuration that `validate` accepts."""
-    (tmp_path / "model_index.json").write_text("{}")
+    model = tmp_path / "model"
+    model.mkdir()
+    for part in (recipe_dir("nano") / "checkpoint").iterdir():
+        (model / part.name).symlink_to(part)
     (tmp_path / "prompts.txt").write_text("a red square\n")
-    return compose([f"model.path={tmp_path}", f"prompts={tmp_path}/prompts.txt"])
+    return compose([f"model.path={model}", f"prompts={tmp_path}/prompts.txt", f"run_dir={tmp_path}/runs/a"])
 
 
 def test_defaults_are_those_of_the_dataclasses() -> None:
@@ -116,6 +119,7 @@ def test_reward_groups_name_rewards_that_exist(path: Path) -> None:
         ("experiment=nano_orc", "experiment=nano_orc: no such choice; did you mean experiment=nano_ocr?"),
         ("model=nan", "model=nan: no such choice; did you mean model=nano?"),
         ("trainer.steps", "trainer.steps: expected key=value"),
+        ("prompts=ü.txt", "prompts=ü.txt: expected key=value; a value with an equals sign"),
         ("trainer.steps=1,2", "trainer.steps=1,2: several values start no sweep here"),
         ("evaluation.prompts=${recipe:nan}", "recipe nan does not exist"),
     ],
@@ -180,7 +184,9 @@ def _set(key: str, value: object) -> Callable[[TrainConfig], None]:
 
 def test_a_sound_configuration_passes(sound: TrainConfig) -> None:
     validate(sound)
-    validate_rollout(sound)
+    validate_rollout(sound, "rollouts")
+    validate_scoring(sound, {"--json": Path("nowhere/p.json"), "--html": None})
+    assert not Path(sound.run_dir).parent.exists() and not Path("nowhere").exists()  # asked, not made
 
 
 @pytest.mark.parametrize(
@@ -205,11 +211,30 @@ def test_a_sound_configuration_passes(sound: TrainConfig) -> None:
         ("sampling.sde_window_range", [4, 4], "first < end"),
         ("sampling.sde_window_range", [0], "first < end"),
         ("algorithm.advantage_std", "batch", "expected global or group"),
-        ("reward.weights", {}, "every weight is 0"),
+        ("reward.weights", {}, "empty; give one"),
+        ("reward.weights", {"ocr": 0.0}, "every weight is 0"),
+        ("reward.weights", {"orc": 1.0}, "did you mean ocr? expected one of jpeg_compressibility, ocr"),
+        ("reward.weights", {"base": 1.0}, "expected one of jpeg_compressibility, ocr"),
+        ("model.family", "qwenimage", "did you mean qwen_image?"),
+        ("algorithm.name", "grpo", "did you mean flow_grpo?"),
+        ("launch.cpus", 0, "expected at least 1"),
+        ("launch.object_store_mb", 1, "expected at least 128"),
+        ("trainer.weight_decay", float("inf"), "expected a finite number"),
+        ("sampling.seed", -1, "expected 0 to 2**63 - 1"),
+        ("sampling.seed", 2**63, "expected 0 to 2**63 - 1"),
+        ("run_dir", "/dev/null", "/dev/null is no folder"),
+        ("run_dir", "/dev/null/runs", "/dev/null is no folder"),
+        ("run_dir", "/proc/runs", "cannot be written"),
+        ("run_dir", "a" * 300, "cannot be written (File name too long)"),
+        ("prompts", "/tmp", "it is a folder"),
+        ("prompts", "a" * 300, "no such file"),
         ("wandb.mode", "on", "expected one of online"),
         ("model.path", "/nowhere", "no such folder"),
         ("model.path", "nowhere", "or a hub id"),
-        ("model.path", "Qwen/Qwen-Image", None),
+        ("model.path", "owner/never-downloaded", "not in the hub's cache, and HF_HUB_OFFLINE is set"),
+        ("sampling.noise_level", 1e300, "expected at most 2147483647"),
+        ("rollout.group_size", 10**20, "expected at most 2147483647"),
+        ("sampling.width", 16 * 10**20, "multiple of 16, from 16 to 65536"),
         ("prompts", "/nowhere.txt", "no such file"),
         ("evaluation.prompts", "/nowhere.txt", "no such file"),
     ],
@@ -242,22 +267,23 @@ def test_windows_are_checked_against_the_steps(sound: TrainConfig) -> None:
 
 
 def test_zero_stages_matter_only_to_deepspeed(sound: TrainConfig) -> None:
-    sound.trainer.zero_stage = 3
+    sound.trainer.zero_stage = 4
+    validate(sound)
     sound.trainer.engine = type(sound.trainer.engine).deepspeed
-    with pytest.raises(UserError, match="zero_stage=3: expected 0, 1 or 2"):
+    with pytest.raises(UserError, match="zero_stage=4: expected 0, 1, 2 or 3"):
         validate(sound)
 
 
 def test_sampling_alone_may_be_deterministic_and_single(sound: TrainConfig) -> None:
     sound.sampling.sde_type = type(sound.sampling.sde_type).ode
     sound.rollout.group_size = 1
-    validate_rollout(sound)
+    validate_rollout(sound, "rollouts")
     with pytest.raises(UserError, match=r"(?s)sde_type=ode.*group_size=1"):
         validate(sound)
 
 
 def test_a_folder_that_is_no_checkpoint_and_a_file_that_is_no_prompt_list(sound: TrainConfig, tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").unlink()
+    (tmp_path / "model" / "model_index.json").unlink()
     (tmp_path / "prompts.csv").write_text("")
     sound.prompts = str(tmp_path / "prompts.csv")
     with pytest.raises(UserError, match=r"(?s)has no model_index\.json.*ends in \.txt, \.jsonl, \.parquet"):
@@ -277,3 +303,18 @@ def test_infinity_is_refused(sound: TrainConfig, key: str) -> None:
 def test_a_group_cannot_be_null() -> None:
     with pytest.raises(UserError, match="reward=None: no such choice"):
         compose([*MINIMAL, "reward=null"])
+
+
+def test_a_weight_that_is_no_number_and_an_empty_run_dir(sound: TrainConfig) -> None:
+    sound.reward.weights = {"ocr": float("nan")}
+    sound.run_dir = " "
+    with pytest.raises(UserError, match=r"reward\.weights\.ocr=nan: expected a finite number\nrun_dir is empty"):
+        validate(sound)
+
+
+def test_scoring_is_checked_like_sampling_but_needs_no_prompts(sound: TrainConfig, tmp_path: Path) -> None:
+    sound.prompts = ""
+    validate_scoring(sound, {"--json": None})
+    sound.sampling.height, sound.rollout.max_num_seqs = 65, 0
+    with pytest.raises(UserError, match=r"(?s)max_num_seqs=0.*height=65.*--json .*it is a folder"):
+        validate_scoring(sound, {"--json": tmp_path})

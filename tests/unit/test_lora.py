@@ -156,7 +156,7 @@ def stock_pipeline() -> QwenImagePipeline:
 @torch.no_grad()
 def test_a_stock_pipeline_loads_what_was_saved(tmp_path: Path) -> None:
     transformer, _ = trained(rank=3, alpha=7)
-    save_lora(transformer, tmp_path / "lora")
+    save_lora(transformer, tmp_path / "lora", transformer.state_dict())
     pipeline = stock_pipeline()
     pipeline.load_lora_weights(tmp_path / "lora")
     expected = velocity(transformer)
@@ -167,7 +167,7 @@ def test_a_stock_pipeline_loads_what_was_saved(tmp_path: Path) -> None:
 
 def test_load_brings_back_every_bit_with_or_without_an_adapter(tmp_path: Path) -> None:
     transformer, parameters = trained(rank=3, alpha=7)
-    save_lora(transformer, tmp_path)
+    save_lora(transformer, tmp_path, transformer.state_dict())
     fresh, attached = exact_transformer(), exact_transformer()
     attach_lora(attached, rank=3, alpha=7, seed=9)
     for other in (fresh, attached):
@@ -178,7 +178,7 @@ def test_load_brings_back_every_bit_with_or_without_an_adapter(tmp_path: Path) -
 
 def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     transformer, _ = trained(rank=3, alpha=7)
-    save_lora(transformer, tmp_path)
+    save_lora(transformer, tmp_path, transformer.state_dict())
     other_rank = exact_transformer()
     attach_lora(other_rank, rank=2, alpha=7)
     with pytest.raises(ValueError, match=r"rank 3 and alpha 7.*rank 2 and alpha 7"):
@@ -191,7 +191,7 @@ def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
         load_lora(exact_transformer(), tmp_path / "nowhere")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
-        save_lora(transformer, tmp_path / "file")
+        save_lora(transformer, tmp_path / "file", {})
 
 
 def test_where_an_adapter_cannot_go_it_is_refused() -> None:

@@ -135,7 +135,7 @@ def test_rope_axes_are_even_and_fill_the_head(head_dim: int) -> None:
 
 def test_rope_axes_are_the_real_models_at_128_and_refuse_odd_heads() -> None:
     assert rope_axes(128) == (16, 56, 56)
-    with pytest.raises(ValueError, match="got 33"):
+    with pytest.raises(ValueError, match="head_dim=33"):
         rope_axes(33)
 
 

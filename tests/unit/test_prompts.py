@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from omni_rollout.errors import UserError
@@ -53,6 +53,16 @@ def test_parquet_equals_jsonl(tmp_path: Path) -> None:
         ("p.jsonl", "", r"p\.jsonl: holds no prompts"),
         ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": ', r"p\.jsonl, line 3: not JSON .* found '{\"prompt\":'"),
         ("p.jsonl", '{"prompt": "a", "x": NaN}', r"p\.jsonl, line 1: not JSON \(NaN is not"),
+        ("p.jsonl", '{"prompt": "a", "x": [-1e999]}', r"p\.jsonl, line 1: not JSON \(-1e999 is not a finite number"),
+        ("p.jsonl", '{"prompt": "a", "x": ' + "1" * 5000 + "}", r"p\.jsonl, line 1: not JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "a", "x": ' + "[" * 100_000, r"line 2: not JSON \(nested too deep\)"),
+        ("p.jsonl", '{"prompt": "a", "x": ' + "[" * 40 + "]" * 40 + "}", r"line 1: metadata nested deeper than 32 levels"),
+        ("p.jsonl", '{"prompt": "a", "x": ' + '{"y":' * 40 + "1" + "}" * 41, r"line 1: metadata nested deeper than 32 levels"),
+        ("p.jsonl", '{"prompt": "a"}\r{"prompt": "b"}', r"p\.jsonl, line 1: a carriage return inside a line"),
+        ("p.txt", "first\rsecond\r", r"p\.txt, line 1: a carriage return inside a line; save the file with \\n"),
+        ("p.txt", "good\na\0b", r"p\.txt, line 2: the prompt holds '\\x00' at character 2"),
+        ("p.jsonl", '{"prompt": "a\\ud800"}', r"p\.jsonl, line 1: the prompt holds '\\ud800' at character 2"),
+        ("p.jsonl", '{"prompt": "\\u001b[2J"}', r"p\.jsonl, line 1: the prompt holds '\\x1b' at character 1"),
         ("p.jsonl", "[1]", r"p\.jsonl, line 1: found list, expected an object"),
         ("p.jsonl", '{"promt": "a", "text": "b"}', r"p\.jsonl, line 1: no `prompt`; found 'promt', 'text'"),
         ("p.jsonl", '{"prompt": 7}', r"p\.jsonl, line 1: `prompt` is int 7, expected a string"),
@@ -70,6 +80,48 @@ def test_bad_files_are_refused_by_line(tmp_path: Path, name: str, content: str |
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"p\.txt: no such file"):
         load_prompts(tmp_path / "p.txt")
+
+
+def test_windows_line_ends_tabs_and_line_breaks_inside_a_json_prompt_are_kept(tmp_path: Path) -> None:
+    assert [prompt.text for prompt in load_prompts(write(tmp_path, "p.txt", "a\tb\r\nc\r\n"))] == ["a\tb", "c"]
+    assert load_prompts(write(tmp_path, "p.jsonl", '{"prompt": "a\\nb"}\r\n')) == [Prompt(text="a\nb")]
+
+
+PIECES = st.sampled_from(
+    [b"{", b"}", b"[", b'"prompt"', b":", b'"a"', b",", b"\n", b"\r", b"1e999", b"\\ud800", b"\xff", b"\0"]
+)
+
+
+@given(suffix=st.sampled_from([".txt", ".jsonl", ".parquet"]), content=st.binary() | st.lists(PIECES).map(b"".join))
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_give_prompts_or_a_user_error(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = write(tmp_path, f"p{suffix}", content)
+    try:
+        prompts = load_prompts(path)
+    except UserError as error:
+        assert str(error).startswith(str(path)) and len(str(error)) < 1000
+    else:
+        assert prompts and all(group_id(prompt) and prompt.text.strip() for prompt in prompts)
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_parquet_file_gives_prompts_or_a_user_error(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "a dog", "x": 1.5}]), path)
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
+    try:
+        load_prompts(path)
+    except UserError as error:
+        assert str(error).startswith(str(path))
+
+
+def test_a_parquet_map_is_what_json_would_give(tmp_path: Path) -> None:
+    table = pyarrow.table({"prompt": ["a"], "x": pyarrow.array([[("k", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))})
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    assert load_prompts(tmp_path / "p.parquet") == [Prompt(text="a", metadata={"x": [["k", 1]]})]
 
 
 @pytest.mark.parametrize(

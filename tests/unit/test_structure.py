@@ -17,18 +17,19 @@ MAX_FILE, MAX_FUNCTION = 300, 60
 # Left to right, the way the data flows: a module imports only what stands in rows above its own, or belongs to its own stage.
 STAGES = (
     ("errors",),
-    ("types", "config", "paths"),
-    ("schedule", "sde", "guidance", "exact_ops", "digest", "seeds", "launch", "validate"),
+    ("types", "config", "paths", "outputs", "strict_json"),
+    ("schedule", "sde", "guidance", "exact_ops", "digest", "seeds", "stop", "launch", "model_files"),
+    ("validate",),
     ("prompts", "capsule"),
     ("models",),  # before collate, which asks a family's spec.py what a request means
-    ("collate",),
+    ("collate", "dispatch", "journal"),
     ("rollout",),
     ("rewards", "algorithms", "policy"),
-    ("weight_sync",),
-    ("parity",),
+    ("weight_sync", "checkpoints"),
+    ("parity", "resume"),
     ("monitor",),
     ("train",),
-    ("integrations", "nano", "doctor"),
+    ("integrations", "nano", "doctor", "plan"),
     ("cli",),
 )
 RANK = {stage: rank for rank, row in enumerate(STAGES) for stage in row}

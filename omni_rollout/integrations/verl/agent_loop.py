@@ -1,6 +1,6 @@
 """Requests -> engines -> rewards -> TransferQueue, while the trainer waits.
 
-order ─► assign (by work) ─► one stream for each server ─► reward worker ─► TransferQueue, trajectory by trajectory
+order ─► Dispatcher ─► chunks ─► server, one after another ─► reward worker ─► TransferQueue, trajectory by trajectory
              ▲                        │ it died, or was silent for too long
              └── unfinished requests ─┘
 """
@@ -11,8 +11,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import ray
 import transfer_queue as tq
@@ -20,37 +21,18 @@ from ray.exceptions import RayActorError
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager as VerlAgentLoopManager
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from omni_rollout.dispatch import ATTEMPTS, Dispatcher
 from omni_rollout.integrations.verl import NAME
 from omni_rollout.integrations.verl.records import NO_TRAINER, Order, run_config, to_fields
 from omni_rollout.integrations.verl.reward import to_score
+from omni_rollout.journal import Journal
 from omni_rollout.types import RolloutRequest, Trajectory
 
-ATTEMPTS = 5  # of one request, each after the death of the server that had it
 logger = logging.getLogger(__name__)
-Server = TypeVar("Server")
 
 
 class RolloutFailed(RuntimeError):
     """Requests that no server could finish."""
-
-
-def work(request: RolloutRequest) -> int:
-    """What a request costs, in tokens passed through the transformer."""
-    spec = request.spec
-    tokens = (spec.height // 16) * (spec.width // 16) + spec.prompt_width
-    guidance = (spec.height // 16) * (spec.width // 16) + spec.negative_prompt_width if spec.guided else 0
-    return spec.num_inference_steps * (tokens + guidance)
-
-
-def assign(requests: Sequence[RolloutRequest], servers: Sequence[Server]) -> list[tuple[Server, list[RolloutRequest]]]:
-    """Each request to the server with the least work so far, the costly ones first; servers left without any are left out."""
-    load = [0] * len(servers)
-    shares: list[list[RolloutRequest]] = [[] for _ in servers]
-    for request in sorted(requests, key=work, reverse=True):
-        least = load.index(min(load))
-        load[least] += work(request)
-        shares[least].append(request)
-    return [(server, share) for server, share in zip(servers, shares, strict=True) if share]
 
 
 class AgentLoopWorker:
@@ -59,88 +41,58 @@ class AgentLoopWorker:
     def __init__(self, config: Any, servers: Sequence[Any], teacher: Any, reward_workers: Sequence[Any]) -> None:
         tq.init()
         self._servers, self._reward_workers = list(servers), list(reward_workers)
-        self._timeout = run_config(config[NAME]).rollout.timeout
+        self._config = run_config(config[NAME])
+        self._rollout = self._config.rollout
+        self._journal = Journal(self._config.run_dir, keep=self._rollout.keep_finished)
         self._next_reward = 0
 
-    async def generate(self, order: Order) -> dict[str, int]:
-        """Returns when every trajectory lies in TransferQueue; says how many requests had to be sent again.
+    async def generate(self, order: Order) -> dict[str, Any]:
+        """Returns when every trajectory lies in TransferQueue; says how many requests had to be sent again, how many had been
+        finished before the run was stopped, and why some could not be kept.
 
         Raises:
-            RolloutFailed: requests that were tried `ATTEMPTS` times; the finished ones are kept.
+            RolloutFailed: requests that were tried `ATTEMPTS` times, or all servers are lost; the finished ones are kept.
         """
         left: dict[str, dict[int, RolloutRequest]] = {}
         for request in order.requests:
             left.setdefault(request.group_id, {})[request.member] = request
         await tq.async_kv_batch_put(keys=list(left), partition_id=order.partition, tags=[{"status": "running"} for _ in left])
-        todo, servers, retried = list(order.requests), self._servers, 0
-        for _ in range(ATTEMPTS):
-            shares = assign(todo, servers)
-            unfinished = await asyncio.gather(*[self._drain(server, share, left, order) for server, share in shares])
-            todo = [request for requests in unfinished for request in requests]
-            if not todo:
-                return {"retried": retried}
-            retried += len(todo)
-            dead = [server for (server, _), requests in zip(shares, unfinished, strict=True) if requests]
-            servers = [server for server in self._servers if server not in dead]
-            if not servers:
-                await asyncio.gather(*[self._revived(server) for server in dead])
-                servers = self._servers
-        names = ", ".join(request.request_id for request in todo)
-        raise RolloutFailed(f"{len(todo)} requests were tried {ATTEMPTS} times, the last server died each time: {names}")
-
-    async def _drain(
-        self, server: Any, requests: list[RolloutRequest], left: dict[str, dict[int, RolloutRequest]], order: Order
-    ) -> list[RolloutRequest]:
-        """Has one server sample `requests`; returns those it did not finish before it died."""
-        unfinished = {request.request_id: request for request in requests}
         storing: list[asyncio.Task[None]] = []
-        try:
-            stream = server.generate.options(num_returns="streaming").remote(requests, order.weights)
-            while unfinished:
-                trajectory = await asyncio.wait_for(_next(stream), self._timeout)
-                del unfinished[trajectory.request_id]
-                storing.append(asyncio.create_task(self._store(trajectory, left, order)))
-        except (RayActorError, TimeoutError) as error:
-            logger.warning("%d requests go to another server: %s", len(unfinished), error or "no answer")
-            if isinstance(error, TimeoutError):
-                ray.kill(server, no_restart=False)
-        await asyncio.gather(*storing)
-        return list(unfinished.values())
+        kept, todo = self._kept(order)
+        for trajectory in kept:
+            storing.append(asyncio.create_task(self._store(trajectory, left, order)))
 
-    async def _store(self, trajectory: Trajectory, left: dict[str, dict[int, RolloutRequest]], order: Order) -> None:
-        score = await self._score(trajectory)
-        sample = {
-            "prompt": {"text": trajectory.prompt.text, "metadata": dict(trajectory.prompt.metadata)},
-            "image": trajectory.image,
-            "fingerprint": dict(trajectory.fingerprint),
-            "elements": math.prod(trajectory.latents.shape[1:]),
-            "reward": score["reward_score"],
-            "breakdown": score["reward_extra_info"],
-        }
-        learned_from = {"trajectory": to_fields(trajectory)} if order.partition == "train" else {}
-        version = trajectory.policy_version
-        await tq.async_kv_batch_put(
-            keys=[f"{trajectory.group_id}_{trajectory.member}_0"],
-            fields=list_of_dict_to_tensordict([{**learned_from, "sample": sample}]),
-            tags=[
-                {
-                    "status": "success",
-                    "request_id": trajectory.request_id,
-                    "group_id": trajectory.group_id,
-                    "global_steps": order.step,
-                    "min_global_steps": version,
-                    "max_global_steps": version,
-                }
-            ],
-            partition_id=order.partition,
-        )
+        def store(trajectory: Trajectory) -> None:
+            storing.append(asyncio.create_task(self._store(trajectory, left, order, keep=order.partition == "train")))
+
+        order = replace(order, requests=tuple(todo))
+        sampling = Sampling(self._servers, order, self._rollout.max_num_seqs, self._rollout.timeout, store)
+        try:
+            await sampling.run()
+        finally:
+            await asyncio.gather(*storing)
+        return {"retried": sampling.retried, "kept": len(kept), "not_kept": self._journal.failure}
+
+    def _kept(self, order: Order) -> tuple[Sequence[Trajectory], Sequence[RolloutRequest]]:
+        if order.partition != "train":
+            return [], order.requests
+        model, weights = self._config.model, order.weights
+        expected = {"dtype": model.dtype.value, "parity": self._config.parity.value, "weights": weights.digest}
+        return self._journal.take(order.step, order.requests, expected, weights.version)
+
+    async def _store(
+        self, trajectory: Trajectory, left: dict[str, dict[int, RolloutRequest]], order: Order, *, keep: bool = False
+    ) -> None:
+        if keep:
+            await asyncio.to_thread(self._journal.keep, order.step, trajectory)
+        await tq.async_kv_batch_put(**to_sample(trajectory, await self._score(trajectory), order.step, order.partition))
         group = left[trajectory.group_id]
         del group[trajectory.member]
         if not group:
             await tq.async_kv_put(key=trajectory.group_id, partition_id=order.partition, tag={"status": "finished"})
 
     async def _score(self, trajectory: Trajectory) -> dict[str, Any]:
-        end = time.monotonic() + self._timeout
+        end = time.monotonic() + self._rollout.timeout
         while True:
             worker = self._reward_workers[self._next_reward % len(self._reward_workers)]
             self._next_reward += 1
@@ -152,17 +104,117 @@ class AgentLoopWorker:
                     raise
                 await asyncio.sleep(1)
 
-    async def _revived(self, server: Any) -> None:
-        """Waits until Ray has started a dead server again."""
-        end = time.monotonic() + self._timeout
+
+class Sampling:
+    """One order under way: what the Dispatcher says goes to the servers, what becomes of it goes back to the Dispatcher."""
+
+    def __init__(
+        self,
+        servers: Sequence[Any],
+        order: Order,
+        max_num_seqs: int,
+        timeout: float,
+        store: Callable[[Trajectory], None],
+    ) -> None:
+        self._servers, self._order, self._timeout, self._store = servers, order, timeout, store
+        self._dispatcher = Dispatcher(order.requests, range(len(servers)), max_num_seqs)
+        self._sent: list[asyncio.Queue[tuple[int, Any]]] = [asyncio.Queue() for _ in servers]
+        self._done = asyncio.Event()
+        self.retried = 0
+
+    async def run(self) -> None:
+        self._send()
+        done = asyncio.create_task(self._done.wait())
+        serving = {asyncio.create_task(self._serve(server)) for server in range(len(self._servers))}
+        try:
+            while serving and not done.done():
+                ended, _ = await asyncio.wait({done, *serving}, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended & serving:
+                    task.result()
+                serving -= ended
+        finally:
+            for task in (done, *serving):
+                task.cancel()
+        if given_up := [request.request_id for request in self._dispatcher.given_up]:
+            names = ", ".join(given_up)
+            raise RolloutFailed(f"{len(given_up)} requests were tried {ATTEMPTS} times, the server died each time: {names}")
+        if names := ", ".join(self._dispatcher.left):
+            raise RolloutFailed(f"no server came back within {self._timeout:g} s; not sampled: {names}")
+
+    def _send(self) -> None:
+        for server, chunk in self._dispatcher.assign():
+            stream = self._servers[server].generate.options(num_returns="streaming").remote(chunk, self._order.weights)
+            self._sent[server].put_nowait((len(chunk), stream))
+        if self._dispatcher.done:
+            self._done.set()
+
+    async def _serve(self, server: int) -> None:
+        """Reads what one server finishes, chunk by chunk; returns when it died and does not come back."""
         while True:
+            size, stream = await self._sent[server].get()
             try:
-                await server.ready.remote()
-                return
+                for _ in range(size):
+                    trajectory = await asyncio.wait_for(_next(stream), self._timeout)
+                    if self._dispatcher.finished(server, trajectory.request_id):
+                        self._store(trajectory)
+                    self._send()
+            except (RayActorError, TimeoutError) as error:
+                self._sent[server] = asyncio.Queue()
+                again = self._dispatcher.died(server)
+                self.retried += len(again)
+                logger.warning("%d requests go to another server: %s", len(again), error or "no answer")
+                if isinstance(error, TimeoutError):
+                    ray.kill(self._servers[server], no_restart=False)
+                self._send()
+                if not await self._revived(server):
+                    return
+                self._dispatcher.back(server)
+                self._send()
+
+    async def _revived(self, server: int) -> bool:
+        """Waits until Ray has started a dead server again; False if that takes longer than the time-out."""
+        end = time.monotonic() + self._timeout
+        while (rest := end - time.monotonic()) > 0:
+            try:
+                await asyncio.wait_for(_ready(self._servers[server]), rest)
+                return True
             except RayActorError:
-                if time.monotonic() > end:
-                    raise
                 await asyncio.sleep(1)
+            except TimeoutError:
+                break
+        logger.error("server %d did not come back within %g s", server, self._timeout)
+        return False
+
+
+def to_sample(trajectory: Trajectory, score: dict[str, Any], step: int, partition: str) -> dict[str, Any]:
+    """What TransferQueue is asked to put. What is not learned from leaves its tensors behind."""
+    sample = {
+        "prompt": {"text": trajectory.prompt.text, "metadata": dict(trajectory.prompt.metadata)},
+        "image": trajectory.image,
+        "fingerprint": dict(trajectory.fingerprint),
+        "elements": math.prod(trajectory.latents.shape[1:]),
+        "reward": score["reward_score"],
+        "breakdown": score["reward_extra_info"],
+    }
+    learned_from = {"trajectory": to_fields(trajectory)} if partition == "train" else {}
+    tag = {
+        "status": "success",
+        "request_id": trajectory.request_id,
+        "group_id": trajectory.group_id,
+        "global_steps": step,
+        "min_global_steps": trajectory.policy_version,
+        "max_global_steps": trajectory.policy_version,
+    }
+    return {
+        "keys": [f"{trajectory.group_id}_{trajectory.member}_0"],
+        "fields": list_of_dict_to_tensordict([{**learned_from, "sample": sample}]),
+        "tags": [tag],
+        "partition_id": partition,
+    }
+
+
+async def _ready(server: Any) -> None:
+    await server.ready.remote()
 
 
 async def _next(stream: Any) -> Trajectory:
@@ -178,6 +230,7 @@ class AgentLoopManager(VerlAgentLoopManager):
         super().__init__(*args, **kwargs)
         self._running: list[ray.ObjectRef] = []
         self.retried = 0  # requests that were sent again, over the run
+        self._told: dict[str, Any] = {}  # what the order that ended last said
 
     def generate_sequences(self, prompts: Order) -> None:  # type: ignore[override]  # verl: "fully replaceable"
         self._running.append(self.agent_loop_workers[0].generate.remote(prompts))
@@ -189,4 +242,11 @@ class AgentLoopManager(VerlAgentLoopManager):
             return
         done, self._running = ray.wait(self._running, timeout=seconds)
         for reference in done:
-            self.retried += ray.get(reference)["retried"]
+            self._told = ray.get(reference)
+            self.retried += self._told["retried"]
+
+    def settle(self) -> dict[str, Any]:
+        """What the last order says of itself, once all have ended; their trajectories are there before that."""
+        while self._running:
+            self.wait(1.0)
+        return self._told

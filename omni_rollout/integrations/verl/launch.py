@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
@@ -14,10 +14,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ray.exceptions import RayTaskError
 from verl.plugin.platform import PlatformRegistry, get_platform
 
+from omni_rollout.checkpoints import how_to_go_on
 from omni_rollout.config import TrainConfig
-from omni_rollout.errors import UserError
+from omni_rollout.errors import RunFailedError, UserError
 from omni_rollout.integrations.verl import NAME
+from omni_rollout.integrations.verl.deaths import DEATHS, cause_of, describe, note_restart
 from omni_rollout.integrations.verl.records import to_section
+from omni_rollout.resume import find_start
+from omni_rollout.stop import StopFlag
 
 CONFIG_DIR = Path(__file__).parent / "config"
 CONFIG_NAME = "omni_rollout_trainer"
@@ -25,23 +29,67 @@ PASSED_ON = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "HF
 
 
 def train(config: TrainConfig) -> None:
-    """Runs `config.trainer.steps` steps on Ray; what it makes lies in `config.run_dir`, as with backend=embedded.
+    """Runs steps up to `config.trainer.steps` on Ray; what it makes lies in `config.run_dir`, as with backend=embedded.
+
+    When a process dies that cannot be replaced in place, all of them are started again, `launch.max_restarts` times, from the
+    newest checkpoint.
 
     Raises:
         UserError: what verl's plug-in loader kept to itself, or what a process found wrong with the configuration.
+        RunFailedError: the last checkpoint could not be written, or one process too many died.
     """
     check_platform()
-    composed = verl_config(config)
-    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+    config = _for_every_process(config)
+    stop = StopFlag(config.run_dir)
+    stop.clear()
+    with stop.signals():
+        for restart in range(config.launch.max_restarts + 1):
+            start = find_start(config)
+            if start.run is not None and start.step >= config.trainer.steps:
+                print(f"all {config.trainer.steps} steps are done: {start.checkpoint}")
+                return
+            try:
+                _run(_with_resume(config, str(start.checkpoint)) if start.checkpoint is not None else config, stop)
+                return
+            except DEATHS as error:
+                what = describe(error)
+                if stop.is_set or restart == config.launch.max_restarts:
+                    raise RunFailedError(f"a process of the run died: {what}; {how_to_go_on(config.run_dir)}") from error
+                note_restart(config.run_dir, what)
+                config = _with_resume(config, "auto")
+                print(f"a process of the run died: {what}; restart {restart + 1} of {config.launch.max_restarts}", flush=True)
+
+
+def _run(config: TrainConfig, stop: StopFlag) -> None:
+    from verl.trainer.main_ppo import run_ppo
 
     try:
-        run_ppo(composed, task_runner_class=TaskRunnerV1)
+        run_ppo(verl_config(config), task_runner_class=_Runner(stop))
     except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from error
+        cause = cause_of(error)
+        if isinstance(cause, (UserError, RunFailedError, *DEATHS)):
+            raise cause from error
         raise
     finally:
         ray.shutdown()
+        stop.idle()
+
+
+class _Runner:
+    """What run_ppo asks for a task runner once Ray has started, and has taken SIGTERM for itself."""
+
+    def __init__(self, stop: StopFlag) -> None:
+        self._stop = stop
+
+    def remote(self) -> Any:
+        from verl.trainer.main_ppo import TaskRunnerV1
+
+        self._stop.listen()
+        return cast(Any, TaskRunnerV1).remote()
+
+
+def _with_resume(config: TrainConfig, resume: str) -> TrainConfig:
+    return replace(config, trainer=replace(config.trainer, resume=resume))
 
 
 def check_platform() -> None:
@@ -60,7 +108,7 @@ def verl_config(config: TrainConfig) -> DictConfig:
         composed = compose(CONFIG_NAME, overrides=["hydra.searchpath=[pkg://verl.trainer.config]", f"{NAME}={{}}"])
     platform = os.environ.get("VERL_PLATFORM") or get_platform().device_name
     with open_dict(composed):
-        composed[NAME] = to_section(_for_every_process(config))
+        composed[NAME] = to_section(config)
         composed.trainer.device = platform
         start: Any = composed.ray_kwargs.ray_init
         start.runtime_env.env_vars = {
@@ -73,6 +121,7 @@ def verl_config(config: TrainConfig) -> DictConfig:
             start.pop("num_cpus")
             start.address = config.launch.address
         else:
+            start.address = "local"  # without, Ray joins a cluster that somebody else started on this machine
             start.num_cpus = config.launch.cpus
             start.object_store_memory = config.launch.object_store_mb << 20
     OmegaConf.resolve(composed)

@@ -16,9 +16,9 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 
 from omni_rollout import algorithms, monitor
-from omni_rollout.digest import combined_digest, tensor_digest
+from omni_rollout.digest import combined_digest, tensor_digests
 from omni_rollout.integrations.verl.records import Weights, buckets, column, from_fields, run_config
-from omni_rollout.policy.checkpoint import save_policy
+from omni_rollout.policy.checkpoint import RunState
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint
 from omni_rollout.policy.update import Update
@@ -44,14 +44,14 @@ class TrainerRank(Worker):
         self._expected: dict[str, Any] = {}
 
     @every_rank
-    def init_model(self) -> None:
+    def init_model(self, checkpoint: Path | None = None) -> None:
         if self.world_size > 1:
             device = get_platform()
             backend = "gloo" if device.device_name == "cpu" else f"cpu:gloo,{device.device_name}:nccl"
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size)
         tq.init()
         algorithm = algorithms.get_algorithm(self._config.algorithm.name)
-        self._learner = Learner(self._config, algorithm, rank=self.rank, ranks=self.world_size)
+        self._learner = Learner(self._config, algorithm, rank=self.rank, ranks=self.world_size, checkpoint=checkpoint)
 
     @every_rank
     def update_policy(self, keys: Sequence[str], partition: str, advantages: torch.Tensor, step: int) -> RankUpdate:
@@ -71,7 +71,7 @@ class TrainerRank(Worker):
             check_fingerprint(trajectory, self._expected)
         monitor.check_finite(step, trajectories)
         # Every rank looks at the same sample of all rows, so all decide alike.
-        recompute_old = monitor.must_recompute(self._learner.policy, trajectories, self._config, step)
+        recompute_old = monitor.must_recompute(self._learner.engine.module, trajectories, self._config, step)
         old = self._learner.old_log_probs(trajectories, recomputed=recompute_old)
         update, rate = self._learner.step(trajectories, advantages, old, step)
         return RankUpdate(update=update, learning_rate=rate, recomputed=recompute_old)
@@ -79,18 +79,26 @@ class TrainerRank(Worker):
     @every_rank
     def publish(self, version: int, averaged: bool = False) -> Weights:
         """What the servers shall hold from now on; every rank digests its own, only the first puts them up."""
+        digests: dict[str, str] = {}
+        put: list[ray.ObjectRef] = []
         with self._learner.averaged(averaged):
-            named = list(self._learner.weights())
-            digest = combined_digest({name: tensor_digest(tensor) for name, tensor in named})
-            self._expected = {
-                "dtype": self._config.model.dtype.value,
-                "parity": self._config.parity.value,
-                "weights": digest,
-            }
-            put = [ray.put([(n, t.cpu()) for n, t in bucket]) for bucket in buckets(named)] if self.rank == 0 else []
+            for bucket in buckets(self._learner.weights()):  # never the whole policy at once
+                digests |= tensor_digests(bucket)
+                if self.rank == 0:
+                    put.append(ray.put([(name, tensor.cpu()) for name, tensor in bucket]))
+        digest = combined_digest(digests)
+        self._expected = {
+            "dtype": self._config.model.dtype.value,
+            "parity": self._config.parity.value,
+            "weights": digest,
+        }
         return Weights(version=version, digest=digest, buckets=tuple(put))
 
     @every_rank
-    def save_checkpoint(self, folder: str, step: int) -> None:
-        if self.rank == 0:
-            save_policy(Path(folder), self._learner.policy, step=step, ema=self._learner.ema)
+    def save_checkpoint(self, folder: Path, run: RunState) -> str | None:
+        """Why it could not be written, on the rank that writes."""
+        try:
+            self._learner.save(folder, run)
+        except OSError as error:
+            return str(error)
+        return None

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import ray
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 
 from omni_rollout.config import RewardConfig, TrainConfig
+from omni_rollout.integrations.verl import NAME
 from omni_rollout.launch import compose
 from omni_rollout.types import Prompt, RolloutRequest, SamplingSpec, Trajectory
 from omni_rollout.validate import validate
 
 BUCKET_BYTES = 256 << 20
-# Of an actor: verl loads the trainer in every process of the job; most have no use for it.
-NO_TRAINER: dict[str, Any] = {"env_vars": {"VERL_USE_EXTERNAL_MODULES": ""}}
+# Of an actor: verl loads the trainer in every process of the job; most have no use for it. Ray pickles tensors, at 1 GB/s,
+# unless told to share their memory; nothing writes into weights or trajectories that it received.
+NO_TRAINER: dict[str, Any] = {"env_vars": {"VERL_USE_EXTERNAL_MODULES": "", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,23 @@ def to_section(config: TrainConfig) -> DictConfig:
     return OmegaConf.create(cast(dict[str, Any], container))
 
 
+def adopt(config: DictConfig) -> TrainConfig:
+    """Sets verl's keys that follow from our section, in place, and returns the section."""
+    run = run_config(config[NAME])
+    with open_dict(config):
+        config[NAME] = to_section(run)
+        config.trainer.total_epochs = 1
+        config.trainer.total_training_steps = run.trainer.steps
+        config.trainer.test_freq = (run.evaluation.every or run.trainer.steps or 1) if run.evaluation.images else -1
+        config.trainer.save_freq = -1  # ours are written when the step is in metrics.jsonl
+        config.trainer.nnodes, config.trainer.n_gpus_per_node = run.trainer.ranks, 1  # wherever there is room for one
+        config.data.train_batch_size = run.rollout.prompts_per_step
+        config.actor_rollout_ref.rollout.n = run.rollout.group_size
+        config.actor_rollout_ref.model.path = run.model.path
+        config.actor_rollout_ref.model.tokenizer_path = os.path.join(run.model.path, "tokenizer")
+    return run
+
+
 def to_fields(trajectory: Trajectory) -> dict[str, Any]:
     """A trajectory in types that TransferQueue carries as they are; it would turn a dataclass into a dictionary."""
     values = {field.name: getattr(trajectory, field.name) for field in fields(Trajectory)}
@@ -84,14 +104,15 @@ def column(data: TensorDict, name: str) -> list[Any]:
     return cast(list[Any], values.tolist() if hasattr(values, "tolist") else list(values))
 
 
-def buckets(named: Sequence[tuple[str, torch.Tensor]], limit: int = BUCKET_BYTES) -> list[list[tuple[str, torch.Tensor]]]:
-    """Cut into runs of at most `limit` bytes; a tensor larger than that is a bucket of its own."""
-    result: list[list[tuple[str, torch.Tensor]]] = []
-    free = 0
+def buckets(named: Iterable[tuple[str, torch.Tensor]], limit: int = BUCKET_BYTES) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Cut into runs of at most `limit` bytes, each when it is asked for; a tensor larger than that is a bucket of its own."""
+    bucket: list[tuple[str, torch.Tensor]] = []
+    free = limit
     for name, tensor in named:
-        if tensor.nbytes > free or not result:
-            result.append([])
-            free = limit
-        result[-1].append((name, tensor))
+        if tensor.nbytes > free and bucket:
+            yield bucket
+            bucket, free = [], limit
+        bucket.append((name, tensor))
         free -= tensor.nbytes
-    return result
+    if bucket:
+        yield bucket

@@ -42,8 +42,13 @@ class RewardWorkers(RewardLoopManager):
     """verl's reward workers, which Ray starts again when they die."""
 
     def _init_reward_loop_workers(self) -> None:
-        self.reward_loop_workers_class = ray.remote(runtime_env=NO_TRAINER, max_restarts=-1)(RewardLoopWorker)
-        super()._init_reward_loop_workers()
+        # Ray gives up large arguments of a constructor after the first start, and could not start it again without them.
+        self._kept = ray.put(self.config)
+        worker: Any = ray.remote(runtime_env=NO_TRAINER, max_restarts=-1, scheduling_strategy="SPREAD")(RewardLoopWorker)
+        self.reward_loop_workers = [
+            worker.options(name=f"reward_loop_worker_{index}").remote(self._kept, self.reward_router_address)
+            for index in range(self.config.reward.num_workers)
+        ]
 
 
 def to_score(trajectory: Trajectory) -> DataProto:

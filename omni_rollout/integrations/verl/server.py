@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from omni_rollout.errors import EngineDiedError
 from omni_rollout.integrations.verl.records import Weights, run_config
 from omni_rollout.types import RolloutRequest, Trajectory
+
+logger = logging.getLogger(__name__)
 
 
 class RolloutServer:
@@ -42,6 +47,11 @@ class RolloutServer:
         return self._engine.weights_digest
 
     def generate(self, requests: Sequence[RolloutRequest], weights: Weights) -> Iterator[Trajectory]:
-        """Trajectories as they finish, all of them under `weights`."""
+        """Trajectories as they finish, all of them under `weights`. Where the engine is lost, this process ends, too."""
         self.load(weights)
-        yield from self._engine.generate(requests)
+        try:
+            yield from self._engine.generate(requests)
+        except EngineDiedError:
+            logger.exception("this server ends, to be started again")
+            logging.shutdown()
+            os._exit(1)

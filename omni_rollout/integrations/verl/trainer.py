@@ -10,14 +10,13 @@ _compute_metrics      Monitor.log
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, cast
 
 import ray
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from transfer_queue import KVBatchMeta
 from transformers import AutoTokenizer
 from verl.plugin.platform import get_platform
@@ -27,18 +26,23 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.debug import marked_timer
 
 from omni_rollout import algorithms
+from omni_rollout.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.collate import Collator, derive_seed
-from omni_rollout.config import TrainConfig
+from omni_rollout.errors import WeightSyncError
 from omni_rollout.integrations.verl import NAME, replica
 from omni_rollout.integrations.verl.agent_loop import AgentLoopManager
+from omni_rollout.integrations.verl.deaths import find_dead, restarts
 from omni_rollout.integrations.verl.metrics import Samples, captioned, step_metrics
 from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank
-from omni_rollout.integrations.verl.records import NO_TRAINER, Order, Weights, column, run_config, to_section
+from omni_rollout.integrations.verl.records import NO_TRAINER, Order, Weights, adopt, column
 from omni_rollout.integrations.verl.reward import RewardWorkers
-from omni_rollout.monitor import CaptionedImage, Monitor
+from omni_rollout.journal import Journal
+from omni_rollout.monitor import CaptionedImage, Monitor, last_words
 from omni_rollout.prompts import PromptStream, load_prompts
+from omni_rollout.resume import check_weights, enter, find_start, run_state
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.seeds import SeedLedger
+from omni_rollout.stop import StopFlag
 from omni_rollout.types import Prompt, RolloutRequest
 
 POLL_SECONDS = 0.2
@@ -54,24 +58,6 @@ class WatchedReplayBuffer(ReplayBuffer):
         return last_debug_time
 
 
-def adopt(config: DictConfig) -> TrainConfig:
-    """Sets verl's keys that follow from our section, in place, and returns the section."""
-    run = run_config(config[NAME])
-    with open_dict(config):
-        config[NAME] = to_section(run)
-        config.trainer.total_epochs = 1
-        config.trainer.total_training_steps = run.trainer.steps
-        config.trainer.val_before_train = run.evaluation.images > 0
-        config.trainer.test_freq = (run.evaluation.every or run.trainer.steps or 1) if run.evaluation.images else -1
-        config.trainer.save_freq = run.trainer.save_every or run.trainer.steps or 1  # the last step is always saved
-        config.trainer.nnodes, config.trainer.n_gpus_per_node = run.trainer.ranks, 1  # wherever there is room for one
-        config.data.train_batch_size = run.rollout.prompts_per_step
-        config.actor_rollout_ref.rollout.n = run.rollout.group_size
-        config.actor_rollout_ref.model.path = run.model.path
-        config.actor_rollout_ref.model.tokenizer_path = os.path.join(run.model.path, "tokenizer")
-    return run
-
-
 @register_trainer(NAME)
 class OmniTrainer(PPOTrainer):
     actor_rollout_wg: Any  # its methods are those of TrainerRank, added at run time
@@ -80,6 +66,8 @@ class OmniTrainer(PPOTrainer):
 
     def __init__(self, config: DictConfig) -> None:
         self.run = adopt(config)
+        self.start = find_start(self.run)  # before anything is started
+        config.trainer.val_before_train = self.run.evaluation.images > 0 and not self.start.step
         super().__init__(config)
         self.trainer_mode = "sync"  # verl takes every name but this for an asynchronous trainer
 
@@ -87,6 +75,9 @@ class OmniTrainer(PPOTrainer):
         return WatchedReplayBuffer("sync", self.config.trainer.v1, None, "wait", sampler_kwargs=DictConfig({}))
 
     def _setup(self) -> None:
+        self.stop = StopFlag(self.run.run_dir)
+        self.stop.clear()
+        enter(self.run, self.start)
         self._init_dump_executor()
         self._init_dataloader()
         ranks = self.run.trainer.ranks
@@ -102,8 +93,8 @@ class OmniTrainer(PPOTrainer):
         )
         self.reward_loop_manager = RewardWorkers(config=self.config)
         self.servers = replica.launch(self.config.actor_rollout_ref.rollout, section, self.run.rollout.workers)
-        self.actor_rollout_wg.init_model()
-        self.global_steps = 0
+        self.actor_rollout_wg.init_model(self.start.checkpoint)
+        self.global_steps = self.start.step
 
     def _init_dataloader(self) -> None:
         run = self.run
@@ -129,13 +120,26 @@ class OmniTrainer(PPOTrainer):
 
     def on_init_end(self) -> None:
         self._publish()  # also proves, before the first rollout, that all sides read the same checkpoint
+        check_weights(self.start, self.weights.digest)
 
     def fit(self, agent_loop_manager: AgentLoopManager) -> None:
+        run, start = self.run, self.start
         self.replay_buffer.agent_loop = agent_loop_manager
-        self.checkpoint: Path | None = None
-        with Monitor(Path(self.run.run_dir), self.run, self.run.trainer.steps) as self.sight:
+        self.checkpoints = Checkpoints(run, Journal(run.run_dir))
+        wandb_id = start.run.wandb_id if start.run is not None else None
+        with Monitor(Path(run.run_dir), run, run.trainer.steps, wandb_id) as self.sight:
             super().fit(agent_loop_manager)
-            self.sight.summary(self.checkpoint)
+            self.sight.summary(self.checkpoints.last)
+        self.checkpoints.check()
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, Any]) -> KVBatchMeta:
+        self.stop.stepping()
+        with last_words(self.sight, self.global_steps):
+            try:
+                return super().step(metrics, timing_raw)
+            except Exception as error:
+                find_dead(self.actor_rollout_wg.workers, error)
+                raise
 
     def prepare_step(self) -> dict[str, float]:
         step, size = self.global_steps, self.run.rollout.group_size
@@ -167,6 +171,7 @@ class OmniTrainer(PPOTrainer):
         return batch  # the ranks have the rollout's, or recompute them
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        self.told = self.agent_loop_manager.settle()
         self.samples = self._samples(batch)
         self.reused += self.seeds.record_noise(cast(Any, self.samples.sources))
         self.advantages = self.algorithm.advantages(
@@ -187,7 +192,7 @@ class OmniTrainer(PPOTrainer):
     def on_sample_end(self) -> None: ...
 
     def on_step_end(self) -> None:
-        with marked_timer("update_weights", self.timing_raw):
+        with marked_timer("update_weights", self.timing_raw), last_words(self.sight, self.global_steps):
             self._publish()
 
     def _publish(self, averaged: bool = False) -> None:
@@ -195,7 +200,7 @@ class OmniTrainer(PPOTrainer):
         published: list[Weights] = self.actor_rollout_wg.publish(self.global_steps, averaged)
         digests = {weights.digest for weights in published}
         if len(digests) > 1:
-            raise RuntimeError(f"step {self.global_steps}: the trainer ranks hold different weights, {sorted(digests)}")
+            raise WeightSyncError(f"step {self.global_steps}: the trainer ranks hold different weights, {sorted(digests)}")
         self.weights = published[0]
         self.servers_in_step = replica.push(self.servers, self.weights)
 
@@ -247,14 +252,39 @@ class OmniTrainer(PPOTrainer):
             "parity/seed_collisions": float(self.seeds.collisions),
             "rollout/servers": float(self.servers_in_step),
             "rollout/retried": float(self.agent_loop_manager.retried),
+            "rollout/kept": float(self.told["kept"]),
+            "perf/restarts": float(restarts(self.run.run_dir)),
             **evaluated,
         }
-        notes = {"weights/digest": self.sampled_by, **notes}
+        notes = {"weights/digest": self.sampled_by, **notes, **self.checkpoints.notes()}
+        if self.told["not_kept"]:
+            notes["rollout/not_kept"] = self.told["not_kept"]
         if self.reused:
             notes["seeds/reused"] = "; ".join(self.reused)
         metrics.update(ours)
         self.sight.log(global_steps, ours, self.images if evaluated else captioned(self.samples), notes)
 
-    def _save_checkpoint(self) -> None:
-        self.checkpoint = Path(self.run.run_dir) / "checkpoints" / f"step_{self.global_steps:05d}"
-        self.actor_rollout_wg.save_checkpoint(str(self.checkpoint), self.global_steps)
+        self._finish(global_steps)
+
+    def _finish(self, step: int) -> None:
+        """What follows a step that is in metrics.jsonl: a checkpoint, if one is due, and the end, if it was asked for."""
+        stopping = self.stop.is_set
+        if self.checkpoints.due(step, stopping=stopping):
+            self.checkpoints.save(step, self._write)
+        else:
+            self.checkpoints.after(step)
+        if stopping and step < self.run.trainer.steps:
+            print(f"stopped after step {step}, as asked; {how_to_go_on(self.run.run_dir)}", flush=True)
+            self.total_training_steps = step  # ends verl's loop
+
+    def _write(self, folder: Path) -> None:
+        state = run_state(
+            self.run,
+            step=self.global_steps,
+            weights=self.weights.digest,
+            wandb_id=self.sight.wandb_id,
+            lines={"metrics.jsonl": self.sight.lines, "seeds.jsonl": self.seeds.lines},
+        )
+        for failure in self.actor_rollout_wg.save_checkpoint(folder, state):
+            if failure is not None:
+                raise OSError(failure)

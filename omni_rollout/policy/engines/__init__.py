@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from omni_rollout import config as configs
+from omni_rollout.errors import UserError
+from omni_rollout.validate import trainer_engine
 
 
 class TrainerEngine(Protocol):
@@ -36,8 +40,35 @@ class TrainerEngine(Protocol):
         """
         ...
 
+    def parts(self) -> dict[str, torch.Tensor]:
+        """What this rank holds of each trained parameter, by its name in the policy; what is written there is computed with."""
+        ...
+
+    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """The tensor of which each rank holds a part that lies like its part of parameter `name`. Collective."""
+        ...
+
+    def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's cut of a tensor shaped like parameter `name`.
+
+        Raises:
+            UserError: it has another shape.
+        """
+        ...
+
+    def gathered(self, layer: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the parameters that `layer` itself computes with are whole. Collective; to be nested as layers are."""
+        ...
+
+    def frozen(self, module: nn.Module) -> nn.Module:
+        """A module that is never trained, held as the policy is: in parts where the policy is. Call what is returned."""
+        ...
+
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state: `step` [] int64, `<parameter>.exp_avg|exp_avg_sq`; every engine reads every other's."""
+        """The optimizer's state, whole, on the CPU: `step` [] int64, `<parameter>.exp_avg|exp_avg_sq`.
+
+        Every engine reads every other's. Collective; ranks other than the first get an empty one.
+        """
         ...
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -46,11 +77,25 @@ class TrainerEngine(Protocol):
 
 
 def make_trainer_engine(config: configs.TrainerConfig, policy: nn.Module, parameters: list[nn.Parameter]) -> TrainerEngine:
-    """The engine that `config.engine` names, over the trainable `parameters` of `policy`."""
+    """The engine that `config.engine` names, over the trainable `parameters` of `policy`.
+
+    With `config.ranks` above 1 torch's process group must be there, the policy the same on every rank; each is given losses of
+    its own share of the rows, with the same number of forward and backward passes on every rank, and takes the same step.
+    """
+    problems = list(trainer_engine(config))
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if config.ranks != ranks:
+        problems.append(f"trainer.ranks={config.ranks}: torch's process group has {ranks}; start as many processes as ranks")
+    if problems:
+        raise UserError("\n".join(problems))
     if config.engine is configs.TrainerEngine.deepspeed:
         from omni_rollout.policy.engines.deepspeed_engine import DeepSpeedEngine  # its import takes seconds
 
         return DeepSpeedEngine(config, policy, parameters)
+    if config.engine is configs.TrainerEngine.fsdp2:
+        from omni_rollout.policy.engines.fsdp2_engine import FSDP2Engine
+
+        return FSDP2Engine(config, policy, parameters)
     if config.ranks > 1:
         from omni_rollout.policy.engines.data_parallel_engine import DataParallelEngine
 

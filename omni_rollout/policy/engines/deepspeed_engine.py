@@ -1,7 +1,7 @@
-"""AdamW under DeepSpeed's ZeRO stages 0, 1 and 2, on a CPU or one GPU, in a world of one.
+"""AdamW under DeepSpeed's ZeRO stages 0 to 3, on the ranks of torch's process group, on CPUs or GPUs.
 
-DeepSpeed keeps the optimizer's state and the gradients; the norm, the clipping and the moments' names are those of
-`torch_engine`, through DeepSpeed's own accessors, so both engines give the same numbers and read each other's state.
+DeepSpeed keeps the optimizer's state, the gradients, and in stage 3 the parameters; the norm, the clipping and the moments'
+names are those of `torch_engine`, so all engines give the same numbers and read each other's state.
 """
 
 from __future__ import annotations
@@ -10,57 +10,61 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
-from omni_rollout.config import TrainerConfig
-from omni_rollout.errors import UserError
+from omni_rollout.config import Offload, TrainerConfig
+from omni_rollout.exact_ops import HasEffectiveWeight
 from omni_rollout.policy.engines.torch_engine import (
     MOMENTS,
     adamw,
+    check_shape,
     check_state,
     clip_scale,
     fill_missing_gradients,
+    on_first_rank,
     require_ready,
     set_learning_rate,
     total_norm,
+    total_norm_of_parts,
     trainable_by_name,
 )
+from omni_rollout.policy.lora import MergedLoraLinear
 
 
 class DeepSpeedEngine:
-    """Takes the process group that is there, and makes one of its own only where there is none.
+    """Takes the process group that is there, and makes one of its own, of one rank, only where there is none.
 
-    Raises:
-        UserError: a ZeRO stage above 2, or a process group of more than one rank.
+    The policy was loaded before: in stage 3, too, every rank holds all of it for a moment, in the memory where it lies.
     """
 
     def __init__(self, config: TrainerConfig, policy: nn.Module, parameters: list[nn.Parameter]) -> None:
-        if config.zero_stage not in (0, 1, 2):
-            raise UserError(
-                f"trainer.zero_stage={config.zero_stage}: expected 0, 1 or 2. This trainer is a world of one, where sharding "
-                "the weights (stage 3) saves nothing; for several GPUs use backend=verl"
-            )
         self._named = trainable_by_name(policy, parameters)
+        self._shapes = {name: parameter.shape for name, parameter in self._named.items()}
         _join_world_of_one()
-        deepspeed = _import_deepspeed()
-        _forget_destroyed_groups(deepspeed)
+        self._deepspeed = _import_deepspeed()
+        _forget_destroyed_groups(self._deepspeed)
+        if config.zero_stage == 3:
+            _gather_factors_with_their_layer(self._deepspeed, policy)
         self._optimizer = adamw(config, parameters)
-        self._engine, *_ = deepspeed.initialize(
-            model=policy, optimizer=self._optimizer, config=_deepspeed_config(config.zero_stage), dist_init_required=False
+        self._settings = _deepspeed_config(config.zero_stage, config.offload)
+        self._engine, *_ = self._deepspeed.initialize(
+            model=policy, optimizer=self._optimizer, config=self._settings, dist_init_required=False
         )
         self.module: nn.Module = self._engine
-        self._zero_stage = config.zero_stage
+        self._zero_stage, self._ranks = config.zero_stage, dist.get_world_size()
         self._max_grad_norm = config.max_grad_norm
         self._ready = False
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
+        self._engine.backward(loss * self._ranks)  # DeepSpeed takes the mean over the ranks
         self._ready = last
 
     def step(self, learning_rate: float) -> float:
@@ -68,31 +72,65 @@ class DeepSpeedEngine:
         self._ready = False
         if self._zero_stage == 0:
             fill_missing_gradients(self._named.values())
-        norm = total_norm(_gradient(parameter) for parameter in self._named.values())
+        gradients = [self._gradient(parameter) for parameter in self._named.values()]
+        cut = self._zero_stage > 0 and self._ranks > 1
+        norm = total_norm_of_parts(gradients) if cut else total_norm(gradients)
         if not math.isfinite(norm) and self._zero_stage == 0:
             self._engine.zero_grad()
-            return norm  # stages 1 and 2 see for themselves that it is not finite, and skip the update in step()
+            return norm  # the other stages see for themselves that it is not finite, and skip the update in step()
         scale = clip_scale(norm, self._max_grad_norm)
         if math.isfinite(norm) and scale < 1:
-            from deepspeed.utils import safe_set_full_grad
-
-            for parameter in self._named.values():
-                safe_set_full_grad(parameter, _gradient(parameter) * scale)
+            for parameter, gradient in zip(self._named.values(), gradients, strict=True):
+                self._set_gradient(parameter, gradient * scale)
         set_learning_rate(self._optimizer, learning_rate)
         self._engine.step()
         return norm
 
+    def parts(self) -> dict[str, torch.Tensor]:
+        if self._zero_stage < 3:
+            return {name: parameter.detach() for name, parameter in self._named.items()}
+        return {name: cast(Any, parameter).ds_tensor.detach() for name, parameter in self._named.items()}
+
+    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        if self._zero_stage < 3:
+            return part
+        flat = part.new_empty(part.numel() * self._ranks)
+        dist.all_gather_into_tensor(flat, part.contiguous())
+        shape = self._shapes[name]
+        return flat[: shape.numel()].view(shape)
+
+    def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        check_shape(name, whole, self._shapes[name])
+        if self._zero_stage < 3:
+            return whole
+        size = cast(Any, self._named[name]).ds_tensor.numel()
+        return F.pad(whole.flatten(), (0, size * self._ranks - whole.numel())).narrow(0, size * dist.get_rank(), size)
+
+    def gathered(self, layer: nn.Module) -> AbstractContextManager[None]:
+        if self._zero_stage < 3:
+            return nullcontext()
+        read = layer.parameters(recurse=isinstance(layer, HasEffectiveWeight))
+        return self._deepspeed.zero.GatheredParameters(list(read))
+
+    def frozen(self, module: nn.Module) -> nn.Module:
+        if self._zero_stage < 3:
+            return module
+        engine, *_ = self._deepspeed.initialize(model=module, config=self._settings, dist_init_required=False)
+        return engine
+
     def state_dict(self) -> dict[str, torch.Tensor]:
-        states = list(self._optimizer.state.values())
-        if not any(states):
-            return {"step": torch.tensor(0)}
-        flat = {f"{name}.{key}": self._moment(parameter, key) for name, parameter in self._named.items() for key in MOMENTS}
-        return {"step": states[0]["step"].long().cpu(), **flat}
+        return on_first_rank(self._state())
+
+    def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        states = [state for state in self._optimizer.state.values() if state]
+        yield "step", states[0]["step"].long() if states else torch.tensor(0)
+        for name, parameter in self._named.items() if states else ():
+            yield from ((f"{name}.{key}", self._moment(parameter, key)) for key in MOMENTS)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        check_state(state, self._named)
+        check_state(state, self._shapes)
         step = int(state["step"])
         if step == 0 and not self._optimizer.state:
             return
@@ -109,41 +147,88 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if self._zero_stage == 0:
-            return self._optimizer.state[parameter][key].detach().clone()
+            return self._optimizer.state[parameter][key]
         return cast(torch.Tensor, safe_get_full_optimizer_state(parameter, key))
 
     def _allocate_moments(self, step: int) -> None:
         """Makes AdamW's state as its first step would, and shows it to ZeRO, which learns of it only in a step."""
-        for group in self._optimizer.param_groups:
-            for tensor in group["params"]:  # under ZeRO: the flat fp32 partitions
-                state = self._optimizer.state[tensor]
-                if not state:
-                    state.update({key: torch.zeros_like(tensor) for key in MOMENTS})
-                for key in MOMENTS:
-                    state[key].zero_()
-                state["step"] = torch.tensor(float(step))
-        if self._zero_stage > 0:
+        if self._zero_stage == 3:
+            tensors = list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        else:  # under ZeRO: the flat fp32 partitions
+            tensors = [tensor for group in self._optimizer.param_groups for tensor in group["params"]]
+        for tensor in tensors:
+            state = self._optimizer.state[tensor]
+            if not state:
+                state.update({key: torch.zeros_like(tensor) for key in MOMENTS})
+            for key in MOMENTS:
+                state[key].zero_()
+            state["step"] = torch.tensor(float(step))
+        if self._zero_stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
+    def _gradient(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Of the whole update, what this rank holds."""
+        from deepspeed.utils import safe_get_local_grad
 
-def _gradient(parameter: nn.Parameter) -> torch.Tensor:
-    """Of the whole update, wherever the stage keeps it: a copy or the thing itself."""
-    from deepspeed.utils import safe_get_full_grad
+        if self._zero_stage == 0:
+            return cast(torch.Tensor, parameter.grad)
+        if self._zero_stage == 3:
+            return cast(torch.Tensor, safe_get_local_grad(parameter))
+        place = cast(Any, parameter)
+        if place._hp_mapping is None:  # all of it lies on other ranks
+            return torch.zeros(0, device=parameter.device)
+        return place._hp_mapping.get_lp_grad_fragment(place._index_in_param_group)
 
-    return cast(torch.Tensor, safe_get_full_grad(parameter))
+    def _set_gradient(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_local_grad
+
+        if self._zero_stage == 3:
+            safe_set_local_grad(parameter, value)
+        else:
+            self._gradient(parameter).copy_(value)
 
 
-def _deepspeed_config(zero_stage: int) -> dict[str, Any]:
+def _deepspeed_config(zero_stage: int, offload: Offload) -> dict[str, Any]:
+    zero: dict[str, Any] = {
+        "stage": zero_stage,
+        # The memory-efficient linear replaces F.linear for the whole process, the rollout's included.
+        "memory_efficient_linear": False,
+    }
+    if zero_stage == 3:
+        # Every parameter is given back after its layer: else what is written to the parts is not seen by the next forward.
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    if offload is not Offload.none:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if offload is Offload.all:
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,  # required, and unused: the caller weighs its micro-batches
         "gradient_accumulation_steps": 1,  # the boundary is set before each backward
-        # A torch optimizer is not on DeepSpeed's list; one that DeepSpeed builds is compiled for minutes.
+        # A torch optimizer is not on DeepSpeed's list; one that DeepSpeed builds is compiled for minutes, on the CPU too.
         "zero_allow_untested_optimizer": True,
-        # The memory-efficient linear replaces F.linear for the whole process, the rollout's included.
-        "zero_optimization": {"stage": zero_stage, "memory_efficient_linear": False},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
         "gradient_clipping": 0.0,  # clipped in step(); left out, it would be 1.0
         "steps_per_print": 10**9,
     }
+
+
+def _gather_factors_with_their_layer(deepspeed: Any, policy: nn.Module) -> None:
+    """A LoRA layer reads its factors, which are modules of their own, without calling them.
+
+    ZeRO gives a layer's parameters back in backward when the gradient of its input is there, or at once, too early, where the
+    input has none: as in the first block, with nothing to train before it. So every input gets one.
+    """
+    for layer in policy.modules():
+        if isinstance(layer, MergedLoraLinear):
+            layer.register_forward_pre_hook(_input_with_gradient)
+            for parameter in layer.parameters():
+                deepspeed.zero.register_external_parameter(layer, parameter)
+
+
+def _input_with_gradient(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    x, *rest = inputs
+    return (x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x, *rest)
 
 
 def _import_deepspeed() -> Any:
@@ -159,7 +244,7 @@ def _import_deepspeed() -> Any:
             f"deepspeed was imported earlier and chose the device {chosen!r}, but torch sees no GPU; "
             "set DS_ACCELERATOR=cpu in the environment"
         )
-    # A shared-memory all-reduce, compiled for a minute at start-up; there is nobody to share with.
+    # A shared-memory all-reduce, compiled for a minute at start-up; torch's own is there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     return deepspeed
@@ -179,8 +264,3 @@ def _join_world_of_one() -> None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]: in torch's documentation
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    if dist.get_world_size() != 1:
-        raise UserError(
-            f"the process group has {dist.get_world_size()} ranks: this trainer is a world of one; "
-            "start one process, or use backend=verl for several"
-        )

@@ -1,0 +1,119 @@
+"""Faults of a run of many processes: one run with all of them, each in a step of its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Collection
+
+import psutil
+
+from benchmarks.faults.scene import PER_STEP, STEPS, TIMEOUT, Scene, Strike
+from benchmarks.faults.witness import metrics
+
+SERVER, REWARD, RANK, AGENT_LOOP = "ray::RolloutServer", "ray::RewardLoopWorker", "ray::TrainerRank", "ray::AgentLoopWorker"
+
+
+def undisturbed(scene: Scene) -> None:
+    scene.start()
+    scene.finish()
+
+
+def many(scene: Scene, wanted: Collection[str]) -> None:
+    """The faults that are wanted, in one run; after the last, the run ends by itself."""
+    scene.start()
+    for step, (name, fault) in enumerate(FAULTS.items(), start=2):
+        if name in wanted:
+            fault(scene, name, step)
+            scene.after_step(step)
+    scene.finish()
+
+
+def engine_hangs(scene: Scene, name: str, step: int) -> None:
+    scene.in_rollout(step, images=2)
+    busy(scene, f"{SERVER}.generate").send_signal(signal.SIGSTOP)
+    scene.strike(name, f"SIGSTOP of one of 2 engines in a rollout (rollout.timeout={TIMEOUT['verl']})", step)
+    retried(scene, step)
+
+
+def engine_dies(scene: Scene, name: str, step: int) -> None:
+    scene.in_rollout(step, images=2)
+    busy(scene, f"{SERVER}.generate").kill()
+    scene.strike(name, "kill -9 of one of 2 engines in a rollout", step)
+    retried(scene, step)
+
+
+def retried(scene: Scene, step: int) -> None:
+    """The run says itself how many requests went to another engine: more than none, or the fault came too late."""
+    strike = scene.strikes[-1]
+    scene.after_step(step)
+    counts = {line["step"]: line["rollout/retried"] for line in metrics(scene.run_dir)}
+    strike.unfinished = round(counts[step] - counts[step - 1])
+    if strike.unfinished <= 0:
+        strike.broken.append("rollout/retried did not count")
+
+
+def reward_worker_dies(scene: Scene, name: str, step: int) -> None:
+    scene.in_rollout(step, images=2)
+    busy(scene, REWARD).kill()
+    scene.strike(name, "kill -9 of the reward worker in a rollout", step, unfinished=0)
+
+
+def rank_dies(scene: Scene, name: str, step: int) -> None:
+    scene.in_rollout(step, images=PER_STEP)
+    dies_and_the_run_starts_again(scene, RANK, name, "kill -9 of the trainer rank, the rollout done, its step not", step)
+
+
+def agent_loop_dies(scene: Scene, name: str, step: int) -> None:
+    scene.in_rollout(step)
+    dies_and_the_run_starts_again(scene, AGENT_LOOP, name, "kill -9 of the agent loop in a rollout", step)
+
+
+def dies_and_the_run_starts_again(scene: Scene, title: str, name: str, what: str, step: int) -> None:
+    before = restarts(scene)
+    busy(scene, title).kill()
+    strike = scene.strike(name, f"{what}; the driver starts all again", step)
+    scene.after_step(step)
+    if restarts(scene) != before + 1:
+        strike.broken.append("restarts.jsonl has not one line more")
+    resumed(scene, strike)
+
+
+def driver_dies(scene: Scene, name: str, step: int) -> None:
+    scene.in_rollout(step)
+    scene.processes()
+    scene.send(signal.SIGKILL)
+    strike = scene.strike(name, "kill -9 of the driver in a rollout; resume=auto", step)
+    scene.wait()
+    strike.unfinished = PER_STEP - len(scene.witness.of_step(step))  # engines may go on until they notice
+    scene.start("trainer.resume=auto")
+    scene.after_step(step)
+    resumed(scene, strike)
+
+
+def resumed(scene: Scene, strike: Strike) -> None:
+    scene.must_say(
+        strike, f"step {strike.logged}: {PER_STEP - strike.unfinished} finished trajectories kept, 0 steps to repeat"
+    )
+
+
+def restarts(scene: Scene) -> int:
+    path = scene.run_dir / "restarts.jsonl"
+    return len([json.loads(line) for line in path.read_text().splitlines()]) if path.exists() else 0
+
+
+def busy(scene: Scene, title: str) -> psutil.Process:
+    """A process of the run with that title, as soon as there is one."""
+    scene.until(lambda: scene.processes(title), title)
+    return scene.processes(title)[0]
+
+
+FAULTS: dict[str, Callable[[Scene, str, int], None]] = {
+    "engine hangs": engine_hangs,
+    "reward worker": reward_worker_dies,
+    "trainer rank": rank_dies,
+    "engine": engine_dies,
+    "agent loop": agent_loop_dies,
+    "driver": driver_dies,
+}
+assert len(FAULTS) < STEPS["verl"]

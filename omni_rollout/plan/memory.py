@@ -1,0 +1,228 @@
+"""Bytes per trainer rank, per rollout engine and per node: each line of the plan, with its formula in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from omni_rollout.config import DType, Offload, TrainConfig, TrainerEngine
+from omni_rollout.models.qwen_image import activations
+from omni_rollout.models.qwen_image.activations import Pass
+from omni_rollout.models.qwen_image.sizes import Sizes
+from omni_rollout.types import SamplingSpec
+
+CONTEXT_BYTES = 1 << 30  # what CUDA itself takes of a GPU, for each process on it. A round guess
+RESERVE_BYTES = 4 << 30  # that, NCCL's buffers, and what fragmentation wastes. A round guess
+DEEPSPEED_BUCKET = 500_000_000  # numbers, DeepSpeed's own default: gradients are reduced in pieces of this size
+ZERO3_LIVE = 1_000_000_000  # numbers, DeepSpeed's own default: parameters that stage 3 may hold gathered at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    name: str
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What of a configuration decides about memory."""
+
+    config: TrainConfig
+    spec: SamplingSpec
+    sizes: Sizes
+
+    @property
+    def item(self) -> int:
+        return 2 if self.config.model.dtype is DType.bfloat16 else 4
+
+    @property
+    def rank(self) -> int:
+        """Of LoRA; 0: full weights."""
+        return self.config.trainer.lora_rank
+
+    @property
+    def parameters(self) -> int:
+        return self.sizes.transformer.parameters
+
+    @property
+    def trained(self) -> int:
+        return self.sizes.transformer.lora_parameters(self.rank) if self.rank else self.parameters
+
+    @property
+    def held(self) -> int:
+        """Parameters of the policy, the frozen ones included."""
+        return self.parameters + (self.trained if self.rank else 0)
+
+    @property
+    def widths(self) -> list[int]:
+        """Text tokens of each guidance branch."""
+        return [self.spec.prompt_width] + ([self.spec.negative_prompt_width] if self.spec.negative_prompt is not None else [])
+
+    def passes(self, rows: int) -> list[Pass]:
+        image = (self.spec.height // 16) * (self.spec.width // 16)
+        return [Pass(rows=rows, image_tokens=image, text_tokens=width, item=self.item) for width in self.widths]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """Over how many ranks a trainer engine cuts what."""
+
+    weights: int
+    gradients: int
+    moments: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, ranks: int) -> Sharing:
+        engine, stage = config.trainer.engine, config.trainer.zero_stage
+        if engine is TrainerEngine.fsdp2:  # sums over the ranks once an update: gradients are whole until then
+            return cls(weights=ranks, gradients=1, moments=ranks)
+        if engine is TrainerEngine.torch:
+            return cls(weights=1, gradients=1, moments=1)
+        return cls(weights=ranks if stage == 3 else 1, gradients=ranks if stage >= 2 else 1, moments=ranks if stage >= 1 else 1)
+
+
+def total(parts: list[Part]) -> int:
+    return sum(part.bytes for part in parts)
+
+
+def rank_parts(run: Run, ranks: int) -> list[Part]:
+    """On the GPU of one of `ranks` trainer ranks, at the widest moment of an update."""
+    return [*_state(run, ranks), *_gathered(run, ranks), *_update(run), _reserve()]
+
+
+def _state(run: Run, ranks: int) -> Iterator[Part]:
+    """Parameters, gradients, optimizer, average, reference: what stays from micro-batch to micro-batch."""
+    config, trainer, share = run.config, run.config.trainer, Sharing.of(run.config, ranks)
+    trained, on_gpu = run.trained, trainer.offload is not Offload.all
+    cut = f" / {ranks} ranks" if share.weights > 1 else ""
+    if on_gpu:
+        frozen = f"; {_billions(run.parameters)} of them frozen" if run.rank else ""
+        why = f"4 bytes x {_billions(run.held)} parameters, fp32{frozen}{cut}"
+        yield Part(name="master weights", bytes=4 * run.held // share.weights, why=why)
+    if trainer.engine is TrainerEngine.deepspeed and trainer.zero_stage > 0 and trainer.offload is Offload.none:
+        why = f"4 bytes x {_billions(trained)} trained / {ranks} ranks: ZeRO's flat fp32 partition beside the parameters"
+        yield Part(name="optimizer's copy", bytes=4 * trained // share.moments, why=why)
+    why = f"4 bytes x {_billions(trained)} trained" + (
+        f" / {ranks} ranks" if share.gradients > 1 else ", whole until the update"
+    )
+    if trainer.offload is Offload.none or trainer.engine is TrainerEngine.fsdp2:
+        yield Part(name="gradients", bytes=4 * trained // share.gradients, why=why)
+    if trainer.offload is Offload.none:
+        why = f"8 bytes x {_billions(trained)} trained" + (f" / {ranks} ranks" if share.moments > 1 else "")
+        yield Part(name="AdamW's moments", bytes=8 * trained // share.moments, why=why)
+    if trainer.ema_decay and on_gpu:
+        yield Part(name="average (EMA)", bytes=4 * trained // share.weights, why=f"4 bytes x {_billions(trained)} trained{cut}")
+    if config.algorithm.kl_coef and not run.rank and on_gpu:
+        why = f"4 bytes x {_billions(run.parameters)}, the policy the run started from{cut}"
+        yield Part(name="reference policy", bytes=4 * run.parameters // share.weights, why=why)
+
+
+def _gathered(run: Run, ranks: int) -> Iterator[Part]:
+    """What engines that cut the policy put together again as they compute."""
+    trainer, model = run.config.trainer, run.sizes.transformer
+    if trainer.engine is TrainerEngine.fsdp2 and ranks > 1:
+        outside = run.parameters - model.layers * model.block_parameters
+        why = "4 bytes x (2 blocks, of which one is fetched ahead, and what lies outside the blocks)"
+        yield Part(name="gathered weights", bytes=4 * (2 * model.block_parameters + outside), why=why)
+    if trainer.engine is TrainerEngine.deepspeed and trainer.zero_stage > 0:
+        if trainer.zero_stage == 3:
+            live = min(run.held, ZERO3_LIVE)
+            yield Part(name="gathered weights", bytes=4 * live, why=f"4 bytes x {_billions(live)}, stage3_max_live_parameters")
+        why = f"4 bytes x {_billions(DEEPSPEED_BUCKET)}, reduce_bucket_size"
+        yield Part(name="reduce bucket", bytes=4 * DEEPSPEED_BUCKET, why=why)
+
+
+def _update(run: Run) -> Iterator[Part]:
+    """What one micro-batch needs, forward and backward."""
+    trainer, model, lora = run.config.trainer, run.sizes.transformer, bool(run.rank)
+    rows, checkpointing = trainer.micro_batch_size, trainer.gradient_checkpointing
+    branches = run.passes(rows)
+    tokens = " and ".join(f"{one.image_tokens} + {one.text_tokens}" for one in branches)
+    what = f"{rows} rows of {tokens} tokens, {model.layers} blocks of width {model.width}"
+    saved = sum(activations.saved(model, one, lora=lora, checkpointing=checkpointing) for one in branches)
+    if checkpointing:
+        yield Part(name="block inputs", bytes=saved, why=f"kept by gradient checkpointing: {what}")
+        widest = max(activations.saved_in_block(model, one, lora=lora) for one in branches)
+        why = "activations and cast weights of the block that backward computes again"
+        yield Part(name="one block", bytes=widest, why=why)
+    else:
+        cast = " and all weights cast or merged" if run.item == 2 or lora else ""
+        yield Part(name="activations", bytes=saved, why=f"what backward needs{cast}: {what}")
+    working = max(activations.backward_working(model, one, lora=lora) for one in branches)
+    yield Part(name="backward", bytes=working, why="gradients within one block, as backward passes it")
+    if len(branches) > 1 and not lora:
+        why = f"4 bytes x {_billions(run.trained)}: gradients of one guidance branch wait for the other's"
+        yield Part(name="branch gradients", bytes=4 * run.trained, why=why)
+
+
+def start_parts(run: Run) -> list[Part]:
+    """On a rank's GPU before training: it holds the whole policy when the trainer engine starts to cut it."""
+    parts = [
+        Part(name="whole policy", bytes=4 * run.parameters, why=f"4 bytes x {_billions(run.parameters)}, before it is cut")
+    ]
+    if run.config.algorithm.kl_coef and not run.rank:
+        parts.append(Part(name="reference policy", bytes=4 * run.parameters, why="a copy, before it is cut"))
+    return [*parts, Part(name="reserve", bytes=CONTEXT_BYTES, why="CUDA context: a guess, not derived")]
+
+
+def engine_parts(run: Run) -> list[Part]:
+    """On the GPU of one rollout engine, with `rollout.max_num_seqs` images in flight."""
+    sizes, model, spec, rows = run.sizes, run.sizes.transformer, run.spec, run.config.rollout.max_num_seqs
+    kept = len(spec.step_indices) + 1
+    image = run.passes(1)[0].image_tokens
+    latents = rows * image * model.channels * 4 * (kept + 1)
+    embeddings = rows * sum(run.widths) * model.text_width * run.item
+    forward = max(activations.forward_working(model, one) for one in run.passes(rows))
+    decode = activations.decode_working(sizes.vae_config, spec.height, spec.width, sizes.vae_item)
+    encoder, vae = sizes.text_encoder_parameters, sizes.vae_parameters
+    return [
+        Part(name="transformer", bytes=run.item * model.parameters, why=f"{run.item} bytes x {_billions(model.parameters)}"),
+        Part(
+            name="text encoder",
+            bytes=sizes.text_encoder_item * encoder,
+            why=f"{sizes.text_encoder_item} bytes x {_billions(encoder)}, without its vision tower",
+        ),
+        Part(name="VAE", bytes=sizes.vae_item * vae, why=f"{sizes.vae_item} bytes x {_billions(vae)}"),
+        Part(
+            name="requests",
+            bytes=latents + embeddings,
+            why=f"{rows} x ({kept} kept latents and the present one in fp32, prompt embeddings)",
+        ),
+        Part(
+            name="working memory",
+            bytes=max(forward, decode),
+            why=f"the larger of a forward pass over {rows} rows ({_gib(forward)}) and decoding an image ({_gib(decode)})",
+        ),
+        _reserve(),
+    ]
+
+
+def host_parts(run: Run, ranks: int, engines: int, shared: int) -> list[Part]:
+    """In the memory of one node that has `ranks` trainer ranks and `engines` of them; `shared`: ranks of the whole run."""
+    share, trainer = Sharing.of(run.config, shared), run.config.trainer
+    weights = run.item * run.parameters
+    why = f"{ranks} ranks x 4 bytes x {_billions(run.parameters)}: each loads the whole checkpoint in fp32"
+    parts = [Part(name="loading the policy", bytes=ranks * 4 * run.parameters, why=why)] if ranks else []
+    if trainer.offload is not Offload.none and ranks:
+        each = (4 + 8 + 4) * run.trained // share.moments
+        if trainer.offload is Offload.all:
+            each += 4 * (run.held + (run.trained if trainer.ema_decay else 0)) // share.weights
+        parts.append(Part(name="offloaded state", bytes=ranks * each, why=f"{ranks} ranks x {_gib(each)} (trainer.offload)"))
+    if engines:
+        why = f"{engines} engines x {_gib(weights)}: the new weights as they arrive"
+        parts.append(Part(name="weight sync", bytes=engines * weights, why=why))
+    why = f"2 versions of the weights, {_gib(weights)} each: Ray needs that much object store on every node"
+    return [*parts, Part(name="object store", bytes=2 * weights, why=why)]
+
+
+def _reserve() -> Part:
+    return Part(name="reserve", bytes=RESERVE_BYTES, why="CUDA context, NCCL, fragmentation: a guess, not derived")
+
+
+def _billions(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e7 else f"{number / 1e6:.2f} M"
+
+
+def _gib(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB"

@@ -1,0 +1,53 @@
+"""What `omni-rollout plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from omni_rollout.config import TrainConfig
+from omni_rollout.plan.command import Plan
+from omni_rollout.plan.memory import Part, total
+
+
+def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    gpus, size = made.gpus, gib(made.gpus.bytes)
+    console.print(f"{config.model.path} on {gpus}; figures are derived, not measured on a GPU")
+    console.print(_table(f"a trainer rank (of {made.ranks}, trainer.engine={config.trainer.engine.value})", made.rank))
+    if total(made.start) > total(made.rank):
+        console.print(_table("a trainer rank as it starts, which is more", made.start))
+    console.print(_table("a rollout engine", made.engine))
+    console.print(_table("memory of a node, at most", made.hosts))
+    if gpus.count > 1:
+        where = f"trainer.ranks={made.ranks} rollout.workers={made.engines}"
+        rank, engine = gib(made.rank_bytes), gib(total(made.engine))
+        console.print(f"apart ({where}): rank {rank}, engine {engine} of {size}: {_verdict(made.fits)}")
+    together = max(total(made.together), total(made.start))
+    note = "one process, backend=embedded" if gpus.count == 1 else "not built: arithmetic alone"
+    console.print(f"a rank and an engine on every GPU ({note}): {gib(together)} of {size}: {_verdict(made.fits_together)}")
+    if not made.fits:
+        console.print("closest that fit:" if better else f"no change that is known here makes it fit {gpus}")
+    for text, one in better:
+        console.print(f"  {text}: ranks {one.ranks}, engines {one.engines}; rank {gib(one.rank_bytes)}")
+
+
+def _table(title: str, parts: Sequence[Part]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("part", no_wrap=True)
+    table.add_column("GiB", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for part in parts:
+        table.add_row(part.name, f"{part.bytes / 2**30:.2f}", part.why)
+    table.add_row("sum", f"{total(list(parts)) / 2**30:.2f}", "", style="bold")
+    return table
+
+
+def gib(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB"
+
+
+def _verdict(fits: bool) -> str:
+    return "fits" if fits else "does not fit"
