@@ -8,7 +8,7 @@ INSTALLED := .venv/installed-$(EXTRA)
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench doctor clean
+.PHONY: demo test lint slow equality faults simulation bench doctor clean
 
 demo: $(INSTALLED)
 	$(BIN)/omni-rollout train experiment=nano_ocr
@@ -21,6 +21,22 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# What takes longer than CI may: more of verl on Ray, resumed and killed runs.
+slow: $(INSTALLED)
+	$(BIN)/pytest -q -m "slow and not gpu"
+
+# One process, and verl with one and two ranks under every trainer engine, over the same steps: prints the table.
+equality: $(INSTALLED)
+	$(BIN)/pytest -q -s -m slow tests/e2e/test_equality.py
+
+# Kills, hangs, full disks, damaged checkpoints: prints what was kept, repeated, and how long it took.
+faults: $(INSTALLED)
+	$(BIN)/python -m benchmarks.faults
+
+# The scheduler with 8 to 512 simulated engines: rewrites the tables and plots of docs/scaling.md.
+simulation: $(INSTALLED)
+	$(BIN)/python -m benchmarks.simulation
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/parity_cost.py --model recipes/nano/checkpoint

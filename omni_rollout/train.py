@@ -154,7 +154,7 @@ class Trainer:
                 clip=config.algorithm.advantage_clip,
             )
             with timed(timings, "old_log_probs"):
-                recomputed = monitor.must_recompute(self.learner.policy, trajectories, config, step)
+                recomputed = monitor.must_recompute(self.learner.engine.module, trajectories, config, step)
                 old = self.learner.old_log_probs(trajectories, recomputed=recomputed)
             with timed(timings, "update"):
                 update, rate = self.learner.step(trajectories, advantages, old, step)

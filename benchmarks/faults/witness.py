@@ -82,6 +82,8 @@ class Witness:
                 continue
             self._seen.add(key)
             self.finished.append(Finished(request_id=path.stem, time=status.st_mtime_ns / 1e9, copy=copy))
+        if not (self.run_dir / "metrics.jsonl").exists():
+            return
         last = max((line["step"] for line in metrics(self.run_dir)), default=0)
         if last > self._last_step:
             self.steps.append((time.time(), last))

@@ -23,8 +23,8 @@ SEEDS = range(5)
 STORE = 0.006  # seconds of the agent loop for a trajectory of 3.4 MB: measure.py store
 BASE = Cluster(workers=64, engine=QWEN_ENGINE, slowdown=0.1, store=STORE)
 PICKLED = Sync(threads=1, put=0.96, get=2.7)
-NOW = Sync(threads=1)
-THREADED = Sync(threads=8)
+ONE_THREAD = Sync(threads=1)
+NOW = Sync(threads=8)  # of the up to 16 that `digest.tensor_digests` takes
 
 Row = Sequence[str]
 
@@ -155,9 +155,9 @@ def syncs() -> str:
     rows, stacks = [], {}
     kinds = {
         "tensors pickled, 1 thread": PICKLED,
-        "memory shared, 1 thread": NOW,
-        "memory shared, 8 threads": THREADED,
-        "the same, nodes 25 GB/s apart": replace(THREADED, link=25.0),
+        "memory shared, 1 thread": ONE_THREAD,
+        "memory shared, 8 threads": NOW,
+        "the same, nodes 25 GB/s apart": replace(NOW, link=25.0),
     }
     for name, sync in kinds.items():
         for workers in SIZES:
@@ -165,7 +165,7 @@ def syncs() -> str:
             alone = sync_seconds(replace(sync, peers=False), workers)
             parts = [seconds.publish, seconds.transfer, seconds.adopt, seconds.total, alone.total]
             rows.append([f"{name}, {workers} workers", *[f"{part:.0f}" if part >= 10 else f"{part:.1f}" for part in parts]])
-    for label, sync in (("pickled", PICKLED), ("shared", NOW), ("threads", THREADED)):
+    for label, sync in (("pickled", PICKLED), ("shared", ONE_THREAD), ("threads", NOW)):
         for workers in SIZES[::2]:
             seconds = sync_seconds(sync, workers)
             stacks[f"{workers} {label}"] = {"publish": seconds.publish, "transfer": seconds.transfer, "adopt": seconds.adopt}

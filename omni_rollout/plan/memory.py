@@ -157,13 +157,14 @@ def _update(run: Run) -> Iterator[Part]:
 
 
 def start_parts(run: Run) -> list[Part]:
-    """On a rank's GPU before training: it holds the whole policy when the trainer engine starts to cut it."""
-    parts = [
-        Part(name="whole policy", bytes=4 * run.parameters, why=f"4 bytes x {_billions(run.parameters)}, before it is cut")
-    ]
+    """On a rank's GPU before training: the whole policy, before DeepSpeed cuts it; FSDP2 fetches it block by block."""
+    parts = [Part(name="reserve", bytes=CONTEXT_BYTES, why="CUDA context: a guess, not derived")]
+    if run.config.trainer.engine is TrainerEngine.fsdp2:
+        return parts
     if run.config.algorithm.kl_coef and not run.rank:
-        parts.append(Part(name="reference policy", bytes=4 * run.parameters, why="a copy, before it is cut"))
-    return [*parts, Part(name="reserve", bytes=CONTEXT_BYTES, why="CUDA context: a guess, not derived")]
+        parts.insert(0, Part(name="reference policy", bytes=4 * run.parameters, why="a copy, before it is cut"))
+    why = f"4 bytes x {_billions(run.parameters)}, before it is cut"
+    return [Part(name="whole policy", bytes=4 * run.parameters, why=why), *parts]
 
 
 def engine_parts(run: Run) -> list[Part]:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 5
 LIMIT = 900  # seconds; a busy machine needs several times what a quiet one does
-GRADIENT_NORM, REWARD = 1e-4, 1e-3  # relative; what two ranks may differ by from one, whose sums round elsewhere
+GRADIENT_NORM = 1e-4  # relative; what two ranks may differ by from one, whose sums round elsewhere
 TWO = ("backend=verl", "trainer.ranks=2")
 RUNS: dict[str, tuple[str, ...]] = {
     "verl, 1 rank": ("backend=verl",),
@@ -30,16 +30,13 @@ RUNS: dict[str, tuple[str, ...]] = {
 KL_KEYS = ("parity/ppo_kl_mb0", "parity/kl_nats", "rollout_corr/kl", "rollout_corr/k3_kl", "rollout_corr/logprob_abs_diff_max")
 
 
-def run(checkpoint: Path, folder: Path, *overrides: str) -> list[dict[str, float]]:
+def run(folder: Path, *overrides: str) -> list[dict[str, float]]:
+    """A reward that is read, not measured: a last bit of a weight seldom changes it, so what follows stays comparable."""
     folder.mkdir()
-    prompts = folder / "prompts.txt"
-    prompts.write_text("a red cat\na blue dog on a table\n")
-    sampling = ["height=64", "width=64", "num_inference_steps=5", "true_cfg_scale=2.0"]
     command = [
-        *(sys.executable, "-m", "omni_rollout.cli", "train", f"model.path={checkpoint}", f"prompts={prompts}"),
-        *(f"run_dir={folder / 'run'}", "collate.prompt_width=24", *(f"sampling.{value}" for value in sampling)),
-        *("reward=jpeg_compressibility", "rollout.group_size=4", "rollout.prompts_per_step=2"),
-        *(f"trainer.steps={STEPS}", "trainer.learning_rate=1e-3", "wandb.mode=disabled", "threads=1", *overrides),
+        *(sys.executable, "-m", "omni_rollout.cli", "train", "experiment=nano_ocr", f"run_dir={folder / 'run'}"),
+        *("rollout.group_size=8", f"trainer.steps={STEPS}", "evaluation.images=0", "wandb.mode=disabled", "threads=1"),
+        *overrides,
     ]
     log = folder / "log"
     with log.open("wb") as out:
@@ -54,8 +51,8 @@ def run(checkpoint: Path, folder: Path, *overrides: str) -> list[dict[str, float
 
 
 @pytest.fixture(scope="module")
-def embedded(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    return run(random_checkpoint, tmp_path_factory.mktemp("one") / "process")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    return run(tmp_path_factory.mktemp("one") / "process")
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +67,12 @@ def largest_gap(one: list[dict[str, float]], other: list[dict[str, float]], key:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_same_five_steps(random_checkpoint, embedded, table, tmp_path, name):
-    lines = run(random_checkpoint, tmp_path / "verl", *RUNS[name])
+def test_the_same_five_steps(embedded, table, tmp_path, name):
+    lines = run(tmp_path / "verl", *RUNS[name])
     assert [line["step"] for line in lines] == [line["step"] for line in embedded] == list(range(1, STEPS + 1))
     equal = min(line["parity/bitwise_equal_fraction"] for line in lines)
     kl = max(abs(line[key]) for line in lines for key in KL_KEYS)
     norms, rewards = (largest_gap(lines, embedded, key) for key in ("actor/grad_norm", "critic/rewards/mean"))
-    table.append(f"| {name} | {equal:.0%} | {kl:.1g} | {norms:.1e} | {rewards:.1e} |")
+    table.append(f"| {name} | {equal:.0%} | {kl:.1g} | {norms:.1e} | {rewards:.1g} |")
     assert (equal, kl) == (1.0, 0.0)
-    assert lines[0]["critic/rewards/mean"] == embedded[0]["critic/rewards/mean"], "sampled before any update"
-    assert norms <= GRADIENT_NORM and rewards <= REWARD
-    if "1 rank" in name:
-        assert (norms, rewards) == (0.0, 0.0)
+    assert rewards == 0.0 and norms <= (0.0 if "1 rank" in name else GRADIENT_NORM)

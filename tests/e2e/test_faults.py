@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 
 from benchmarks.faults import embedded
 from benchmarks.faults.figures import Row, rows_of
 from benchmarks.faults.scene import Scene
 from omni_rollout.capsule import load_capsule, save_capsule
+from omni_rollout.launch import compose
+from omni_rollout.types import Prompt
 
 pytestmark = pytest.mark.slow
 
@@ -99,3 +106,41 @@ def test_a_trajectory_that_is_sampled_again_or_by_another_policy_is_found(killed
     save_capsule(other, tmp_path / "other.safetensors")
     monkeypatch.setattr(killed.witness, "finished", [replace(first, copy=tmp_path / "other.safetensors")])
     assert only_row(killed, reference).mixed == [f"{first.request_id} was sampled by version 7, not by the policy of its step"]
+
+
+def test_a_reward_worker_that_was_killed_scores_again(random_checkpoint, tmp_path):
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("verl")
+    from omni_rollout.integrations.verl.launch import verl_config
+    from omni_rollout.integrations.verl.records import adopt
+    from omni_rollout.integrations.verl.reward import RewardWorkers, to_score
+
+    (tmp_path / "prompts.txt").write_text("a red cat")
+    overrides = [f"model.path={random_checkpoint}", f"prompts={tmp_path / 'prompts.txt'}", "reward=jpeg_compressibility"]
+    config = verl_config(compose(overrides))
+    adopt(config)
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    sample: Any = SimpleNamespace(image=image, prompt=Prompt(text="a red cat"))
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=128 << 20)
+    try:
+        workers = RewardWorkers(config=config)
+        worker = workers.reward_loop_workers[0]
+        before = ray.get(worker.compute_score.remote(to_score(sample)))
+        titles = {child: " ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)}
+        (process,) = [child for child, title in titles.items() if title.startswith("ray::RewardLoopWorker")]
+        process.kill()
+        process.wait()
+        assert score_again(ray, worker, to_score(sample)) == before
+    finally:
+        ray.shutdown()
+
+
+def score_again(ray: Any, worker: Any, sample: Any) -> Any:
+    """Once Ray has noticed the death, and started the worker again."""
+    end = time.monotonic() + 120
+    while True:
+        try:
+            return ray.get(worker.compute_score.remote(sample))
+        except ray.exceptions.RayActorError:
+            assert time.monotonic() < end, "it does not come back"
+            time.sleep(0.5)

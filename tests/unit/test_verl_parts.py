@@ -9,15 +9,17 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 pytest.importorskip("verl")
 
 from omni_rollout.config import RewardConfig, TrainConfig
 from omni_rollout.dispatch import Dispatcher
+from omni_rollout.errors import UserError
 from omni_rollout.integrations.verl import agent_loop
 from omni_rollout.integrations.verl.launch import check_platform, verl_config
 from omni_rollout.integrations.verl.metrics import merged
-from omni_rollout.integrations.verl.records import buckets, from_fields, run_config, to_fields, to_section
+from omni_rollout.integrations.verl.records import NOT_OURS, adopt, buckets, from_fields, run_config, to_fields, to_section
 from omni_rollout.launch import compose
 from omni_rollout.policy.update import Scores, Update
 from omni_rollout.types import Prompt, SamplingSpec, Trajectory
@@ -96,6 +98,17 @@ def test_verls_configuration_takes_ours_and_registers_our_trainer(random_checkpo
         compose([f"model.path={random_checkpoint}", f"prompts={tmp_path / 'prompts.txt'}", "backend=verl", "launch=ray"])
     )
     assert cluster.ray_kwargs.ray_init.address == "auto" and "num_cpus" not in cluster.ray_kwargs.ray_init
+
+
+def test_keys_of_verl_that_ask_for_what_is_not_done_are_refused_by_name(random_checkpoint, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    config = verl_config(compose([f"model.path={random_checkpoint}", f"prompts={tmp_path / 'prompts.txt'}"]))
+    adopt(config)
+    for key in NOT_OURS:
+        OmegaConf.update(config, key, True, force_add=True)
+    with pytest.raises(UserError) as refused:
+        adopt(config)
+    assert [line.partition("=")[0] for line in str(refused.value).splitlines()] == list(NOT_OURS)
 
 
 def test_verl_loads_the_cpu_platform_by_itself():

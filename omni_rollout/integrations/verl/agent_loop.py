@@ -23,7 +23,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from omni_rollout.dispatch import ATTEMPTS, Dispatcher
 from omni_rollout.integrations.verl import NAME
-from omni_rollout.integrations.verl.records import NO_TRAINER, Order, run_config, to_fields
+from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, run_config, to_fields
 from omni_rollout.integrations.verl.reward import to_score
 from omni_rollout.journal import Journal
 from omni_rollout.types import RolloutRequest, Trajectory
@@ -226,7 +226,7 @@ class AgentLoopManager(VerlAgentLoopManager):
     """Hands orders to its worker without waiting; `wait` passes on what goes wrong there."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.agent_loop_workers_class = ray.remote(runtime_env=NO_TRAINER)(AgentLoopWorker)
+        self.agent_loop_workers_class = ray.remote(runtime_env=RUNTIME_ENV)(AgentLoopWorker)
         super().__init__(*args, **kwargs)
         self._running: list[ray.ObjectRef] = []
         self.retried = 0  # requests that were sent again, over the run

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 
 from omni_rollout.config import RewardConfig, TrainConfig
+from omni_rollout.errors import UserError
 from omni_rollout.integrations.verl import NAME
 from omni_rollout.launch import compose
 from omni_rollout.types import Prompt, RolloutRequest, SamplingSpec, Trajectory
@@ -21,7 +22,18 @@ from omni_rollout.validate import validate
 BUCKET_BYTES = 256 << 20
 # Of an actor: verl loads the trainer in every process of the job; most have no use for it. Ray pickles tensors, at 1 GB/s,
 # unless told to share their memory; nothing writes into weights or trajectories that it received.
-NO_TRAINER: dict[str, Any] = {"env_vars": {"VERL_USE_EXTERNAL_MODULES": "", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}}
+RUNTIME_ENV: dict[str, Any] = {"env_vars": {"VERL_USE_EXTERNAL_MODULES": "", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}}
+
+# Keys of verl that would be ignored, or end a run in its midst.
+NOT_OURS = {
+    "algorithm.filter_groups.enable": "groups are not filtered here; leave it out",
+    "trainer.v1.sampler.sync_refill_failed_groups": "a request is retried until it is sampled; leave it out",
+    "trainer.v1.sampler.custom_sampler.path": "the replay buffer is ours; leave it out",
+    "algorithm.use_kl_in_reward": 'give omni_rollout=["algorithm.kl_coef=..."], the exact KL as a term of the loss',
+    "actor_rollout_ref.actor.use_kl_loss": 'give omni_rollout=["algorithm.kl_coef=..."]',
+    "global_profiler.steps": "not built; leave it out",
+    "distillation.enabled": "not built; leave it out",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +74,14 @@ def to_section(config: TrainConfig) -> DictConfig:
 
 
 def adopt(config: DictConfig) -> TrainConfig:
-    """Sets verl's keys that follow from our section, in place, and returns the section."""
+    """Sets verl's keys that follow from our section, in place, and returns the section.
+
+    Raises:
+        UserError: keys of verl that ask for what this trainer does not do.
+    """
+    asked = {key: OmegaConf.select(config, key) for key in NOT_OURS}
+    if wrong := [f"{key}={value}: {NOT_OURS[key]}" for key, value in asked.items() if value]:
+        raise UserError("\n".join(wrong))
     run = run_config(config[NAME])
     with open_dict(config):
         config[NAME] = to_section(run)

@@ -12,7 +12,7 @@ from verl.plugin.platform import get_platform
 from verl.workers.rollout.replica import RolloutMode, RolloutReplica, RolloutReplicaRegistry
 
 from omni_rollout.integrations.verl import NAME
-from omni_rollout.integrations.verl.records import NO_TRAINER, Weights
+from omni_rollout.integrations.verl.records import RUNTIME_ENV, Weights
 from omni_rollout.integrations.verl.server import RolloutServer
 
 
@@ -32,7 +32,7 @@ class Replica(RolloutReplica):
                 max_restarts=-1,
                 num_cpus=1,
                 num_gpus=1 if accelerated else 0,
-                runtime_env=NO_TRAINER,
+                runtime_env=RUNTIME_ENV,
             )
             .remote(self.model_config)
         )

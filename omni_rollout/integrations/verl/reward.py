@@ -13,7 +13,7 @@ from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from omni_rollout.integrations.verl import NAME
-from omni_rollout.integrations.verl.records import NO_TRAINER, run_config
+from omni_rollout.integrations.verl.records import RUNTIME_ENV, run_config
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.types import Trajectory
 
@@ -44,7 +44,7 @@ class RewardWorkers(RewardLoopManager):
     def _init_reward_loop_workers(self) -> None:
         # Ray gives up large arguments of a constructor after the first start, and could not start it again without them.
         self._kept = ray.put(self.config)
-        worker: Any = ray.remote(runtime_env=NO_TRAINER, max_restarts=-1, scheduling_strategy="SPREAD")(RewardLoopWorker)
+        worker: Any = ray.remote(runtime_env=RUNTIME_ENV, max_restarts=-1, scheduling_strategy="SPREAD")(RewardLoopWorker)
         self.reward_loop_workers = [
             worker.options(name=f"reward_loop_worker_{index}").remote(self._kept, self.reward_router_address)
             for index in range(self.config.reward.num_workers)

@@ -34,7 +34,7 @@ from omni_rollout.integrations.verl.agent_loop import AgentLoopManager
 from omni_rollout.integrations.verl.deaths import find_dead, restarts
 from omni_rollout.integrations.verl.metrics import Samples, captioned, step_metrics
 from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank
-from omni_rollout.integrations.verl.records import NO_TRAINER, Order, Weights, adopt, column
+from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, Weights, adopt, column
 from omni_rollout.integrations.verl.reward import RewardWorkers
 from omni_rollout.journal import Journal
 from omni_rollout.monitor import CaptionedImage, Monitor, last_words
@@ -89,7 +89,7 @@ class OmniTrainer(PPOTrainer):
             resource_pool=pool,
             ray_cls_with_init=worker,
             device_name=get_platform().device_name,
-            worker_env=NO_TRAINER["env_vars"],
+            worker_env=RUNTIME_ENV["env_vars"],
         )
         self.reward_loop_manager = RewardWorkers(config=self.config)
         self.servers = replica.launch(self.config.actor_rollout_ref.rollout, section, self.run.rollout.workers)
