@@ -53,8 +53,10 @@ class Checkpoints:
             print(f"{self._failure}; those before it are still there", file=sys.stderr, flush=True)
             return
         self._failure, self.last = None, folder
+        before = [step_of(folder) for folder in checkpoint_folders(self._run_dir) if step_of(folder) < step]
         self._prune(step)
-        self._journal.forget(step)
+        # Should this one turn out damaged, a run goes on from the one before: what was sampled since is kept for it.
+        self._journal.forget(before[0] if before else 0)
 
     def after(self, step: int) -> None:
         """Of a step without a checkpoint."""

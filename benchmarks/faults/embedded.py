@@ -142,7 +142,9 @@ def disk_full(scene: Scene, _: Scene) -> None:
     leave(ballast, 0)
     status = scene.wait()
     scene.witness.run_dir = scene.run_dir  # where the disk was copied to
-    second = scene.strike("disk full", "tmpfs without a free page after step 3, the run ends; room, resume=auto", 4)
+    second = scene.strike(
+        "disk full", "tmpfs without a free page after step 3, the run ends; room, resume=auto", 4, unfinished=0
+    )
     if status != 1:
         second.broken.append(f"exit status {status}, expected 1")
     scene.start("trainer.resume=auto")

@@ -30,15 +30,17 @@ def many(scene: Scene, wanted: Collection[str]) -> None:
 
 
 def engine_hangs(scene: Scene, name: str, step: int) -> None:
+    victim = find(scene, SERVER)
     scene.in_rollout(step, images=2)
-    busy(scene, f"{SERVER}.generate").send_signal(signal.SIGSTOP)
+    victim.send_signal(signal.SIGSTOP)
     scene.strike(name, f"SIGSTOP of one of 2 engines in a rollout (rollout.timeout={TIMEOUT['verl']})", step)
     retried(scene, step)
 
 
 def engine_dies(scene: Scene, name: str, step: int) -> None:
+    victim = find(scene, SERVER)
     scene.in_rollout(step, images=2)
-    busy(scene, f"{SERVER}.generate").kill()
+    victim.kill()
     scene.strike(name, "kill -9 of one of 2 engines in a rollout", step)
     retried(scene, step)
 
@@ -54,24 +56,25 @@ def retried(scene: Scene, step: int) -> None:
 
 
 def reward_worker_dies(scene: Scene, name: str, step: int) -> None:
+    victim = find(scene, REWARD)
     scene.in_rollout(step, images=2)
-    busy(scene, REWARD).kill()
+    victim.kill()
     scene.strike(name, "kill -9 of the reward worker in a rollout", step, unfinished=0)
 
 
 def rank_dies(scene: Scene, name: str, step: int) -> None:
-    scene.in_rollout(step, images=PER_STEP)
-    dies_and_the_run_starts_again(scene, RANK, name, "kill -9 of the trainer rank, the rollout done, its step not", step)
+    what = "kill -9 of the trainer rank, the rollout done, its step not"
+    dies_and_the_run_starts_again(scene, RANK, name, what, step, images=PER_STEP)
 
 
 def agent_loop_dies(scene: Scene, name: str, step: int) -> None:
-    scene.in_rollout(step)
-    dies_and_the_run_starts_again(scene, AGENT_LOOP, name, "kill -9 of the agent loop in a rollout", step)
+    dies_and_the_run_starts_again(scene, AGENT_LOOP, name, "kill -9 of the agent loop in a rollout", step, images=3)
 
 
-def dies_and_the_run_starts_again(scene: Scene, title: str, name: str, what: str, step: int) -> None:
-    before = restarts(scene)
-    busy(scene, title).kill()
+def dies_and_the_run_starts_again(scene: Scene, title: str, name: str, what: str, step: int, images: int) -> None:
+    before, victim = restarts(scene), find(scene, title)
+    scene.in_rollout(step, images)
+    victim.kill()
     strike = scene.strike(name, f"{what}; the driver starts all again", step)
     scene.after_step(step)
     if restarts(scene) != before + 1:
@@ -102,8 +105,8 @@ def restarts(scene: Scene) -> int:
     return len([json.loads(line) for line in path.read_text().splitlines()]) if path.exists() else 0
 
 
-def busy(scene: Scene, title: str) -> psutil.Process:
-    """A process of the run with that title, as soon as there is one."""
+def find(scene: Scene, title: str) -> psutil.Process:
+    """A process of the run with that title: looked for before the moment, for that takes longer than the moment lasts."""
     scene.until(lambda: scene.processes(title), title)
     return scene.processes(title)[0]
 

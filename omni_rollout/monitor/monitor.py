@@ -11,7 +11,9 @@ from types import TracebackType
 
 import yaml
 
+from omni_rollout.checkpoints import how_to_go_on
 from omni_rollout.config import TrainConfig
+from omni_rollout.errors import RunFailedError
 from omni_rollout.launch import to_yaml
 from omni_rollout.monitor.alerts import find_alerts
 from omni_rollout.monitor.console import ConsoleSink
@@ -41,7 +43,7 @@ class Monitor:
         self._image_dir.mkdir(parents=True, exist_ok=True)
         text = to_yaml(config)
         (run_dir / "config.yaml").write_text(text, encoding="utf-8")
-        self._metrics = (run_dir / "metrics.jsonl").open("a+", encoding="utf-8")
+        self._metrics = run_dir / "metrics.jsonl"
         self._written: list[Path] = []
         self._gaps: list[tuple[int, dict[int, float]]] = []
         self._alerts: Counter[str] = Counter()
@@ -51,8 +53,8 @@ class Monitor:
         self._console = ConsoleSink(total_steps)
 
     def _remember(self) -> None:
-        self._metrics.seek(0)
-        for line in map(json.loads, self._metrics):
+        self._metrics.touch()
+        for line in map(json.loads, self._metrics.read_text(encoding="utf-8").splitlines()):
             self.lines += 1
             gaps = timestep_gaps({key: math.nan if value is None else value for key, value in line.items()})
             self._gaps += [(line["step"], gaps)] if gaps else []
@@ -69,7 +71,6 @@ class Monitor:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._console.close()
-        self._metrics.close()
         self._wandb.close(failed=kind is not None)
 
     def log(
@@ -88,6 +89,9 @@ class Monitor:
             step: 0 is the state before training.
             images: (caption, [H, W, 3] uint8).
             notes: what is text, under names like those of metrics, e.g. `weights/digest`.
+
+        Raises:
+            RunFailedError: there is no room for it.
         """
         alerts = find_alerts(step, metrics, self._config, notes)
         new = [alert for alert in alerts if alert.name not in self._alerts]
@@ -95,16 +99,26 @@ class Monitor:
         metrics = {**metrics, "alerts": float(len(alerts))}
         texts = {**(notes or {}), **({"alerts/names": ", ".join(alert.name for alert in alerts)} if alerts else {})}
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._metrics.write(json.dumps({"step": step, **finite, **texts}, allow_nan=False) + "\n")
-        self._metrics.flush()
+        try:
+            heatmap = self._write(step, json.dumps({"step": step, **finite, **texts}, allow_nan=False), metrics, images)
+        except OSError as error:
+            how = how_to_go_on(self.run_dir)
+            raise RunFailedError(
+                f"step {step} could not be written to the run folder: {error}. Make room, then {how}"
+            ) from error
+        self._console.log(step, metrics, new, {alert.name: self._alerts[alert.name] for alert in alerts if alert not in new})
+        self._wandb.log(step, {**metrics, **texts}, images, new, heatmap)
+
+    def _write(self, step: int, line: str, metrics: Mapping[str, float], images: Sequence[CaptionedImage]) -> Path | None:
+        """What goes to the run folder; the path of the heat map if it was drawn."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
         self.lines += 1
         if images:
             path = self._image_dir / f"step_{step:04d}.png"
             image_grid(images).save(path)
             self._written.append(path)
-        heatmap = self._heatmap(step, metrics)
-        self._console.log(step, metrics, new, {alert.name: self._alerts[alert.name] for alert in alerts if alert not in new})
-        self._wandb.log(step, {**metrics, **texts}, images, new, heatmap)
+        return self._heatmap(step, metrics)
 
     def _heatmap(self, step: int, metrics: Mapping[str, float]) -> Path | None:
         """Draws `images/parity_heatmap.png` when it is due; its path then."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from omni_rollout.config import TrainConfig
+from omni_rollout.errors import RunFailedError
 from omni_rollout.monitor import Monitor, NotFiniteError, check_finite, parity_metrics, ratio_metrics, reward_metrics
 from omni_rollout.monitor.console import step_line
 from omni_rollout.monitor.heatmap import heat_map
@@ -199,6 +200,14 @@ def test_wandb_that_cannot_start_is_told_once_and_the_run_goes_on(
         monitor.log(2, {"critic/rewards/mean": 0.5})
     assert capsys.readouterr().err.count("wandb did not start") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_no_room_for_a_line_ends_the_run_with_a_sentence(tmp_path: Path, config: TrainConfig) -> None:
+    with Monitor(tmp_path, config, total_steps=2) as sight:
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")  # takes nothing, as a disk without a free page
+        with pytest.raises(RunFailedError, match=r"step 1 could not be written.*No space left.*resume=auto"):
+            sight.log(1, {})
 
 
 def test_a_key_is_found_where_wandb_finds_it(tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from verl.workers.rollout.replica import RolloutMode, RolloutReplica, RolloutRep
 from omni_rollout.integrations.verl import NAME
 from omni_rollout.integrations.verl.records import RUNTIME_ENV, Weights
 from omni_rollout.integrations.verl.server import RolloutServer
+
+logger = logging.getLogger(__name__)
 
 
 class Replica(RolloutReplica):
@@ -52,15 +55,22 @@ def launch(rollout: Any, section: Any, workers: int) -> list[Any]:
     return [replica.server_handle for replica in replicas]
 
 
-def push(servers: Sequence[Any], weights: Weights) -> int:
+def push(servers: Sequence[Any], weights: Weights, timeout: float) -> int:
     """Gives a version to every server and returns how many hold it now; a dead one fetches it when it is back.
+
+    One that is silent for `timeout` seconds is killed, for Ray to start it again.
 
     Raises:
         RuntimeError: a server holds other bits than were published.
     """
     loading = {server.load.remote(weights): index for index, server in enumerate(servers)}
+    answered, silent = ray.wait(list(loading), num_returns=len(loading), timeout=timeout)
+    for reference in silent:
+        logger.warning("server %d took no weights in %g s: it is killed, and started again", loading[reference], timeout)
+        ray.kill(servers[loading[reference]], no_restart=False)
     held = 0
-    for reference, index in loading.items():
+    for reference in answered:
+        index = loading[reference]
         try:
             digest = ray.get(reference)
         except RayActorError:

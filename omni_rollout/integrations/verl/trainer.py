@@ -202,7 +202,7 @@ class OmniTrainer(PPOTrainer):
         if len(digests) > 1:
             raise WeightSyncError(f"step {self.global_steps}: the trainer ranks hold different weights, {sorted(digests)}")
         self.weights = published[0]
-        self.servers_in_step = replica.push(self.servers, self.weights)
+        self.servers_in_step = replica.push(self.servers, self.weights, self.run.rollout.timeout)
 
     def _samples(self, batch: KVBatchMeta) -> Samples:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=str(batch.partition_id), select_fields=["sample"])
