@@ -20,7 +20,7 @@ def serve(pipe: Connection, model: str, parity: str, arguments: argparse.Namespa
     """Rolls out once per message received; answers with the seconds it took."""
     import torch
 
-    from omni_rollout.collate import derive_seed
+    from omni_rollout.data.collate import derive_seed
     from omni_rollout.models.qwen_image.spec import resolve
     from omni_rollout.rollout.engine import RolloutEngine
     from omni_rollout.types import Prompt, RolloutRequest

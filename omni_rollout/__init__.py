@@ -6,16 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omni_rollout.capsule import load_capsule, save_capsule
+    from omni_rollout.diffusion.sde import SDEStep, sde_step
     from omni_rollout.rollout.engine import RolloutEngine
+    from omni_rollout.trajectories.capsule import load_capsule, save_capsule
     from omni_rollout.types import Prompt, RolloutRequest, SamplingSpec, Trajectory
 
 __version__ = "0.1.0"
 
 _HOMES = {  # public name -> module; imported on first use, so that `import omni_rollout` costs no torch
     "RolloutEngine": "omni_rollout.rollout.engine",
-    "save_capsule": "omni_rollout.capsule",
-    "load_capsule": "omni_rollout.capsule",
+    "save_capsule": "omni_rollout.trajectories.capsule",
+    "load_capsule": "omni_rollout.trajectories.capsule",
+    "SDEStep": "omni_rollout.diffusion.sde",
+    "sde_step": "omni_rollout.diffusion.sde",
     "Prompt": "omni_rollout.types",
     "RolloutRequest": "omni_rollout.types",
     "SamplingSpec": "omni_rollout.types",
@@ -25,10 +28,12 @@ __all__ = [
     "Prompt",
     "RolloutEngine",
     "RolloutRequest",
+    "SDEStep",
     "SamplingSpec",
     "Trajectory",
     "load_capsule",
     "save_capsule",
+    "sde_step",
 ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omni_rollout import __version__
 from omni_rollout.errors import EngineHungError, RunFailedError, UserError
-from omni_rollout.outputs import folder_problem
+from omni_rollout.launch.outputs import folder_problem
 
 _TRACEBACK = "OMNI_ROLLOUT_TRACEBACK"
 _ROLLOUT_KEYS = """
@@ -70,8 +70,8 @@ def _is_for_people(error: ValueError) -> bool:
 
 def _train(parsed: argparse.Namespace) -> int:
     from omni_rollout.config import Backend
-    from omni_rollout.launch import compose
-    from omni_rollout.validate import validate
+    from omni_rollout.launch.compose import compose
+    from omni_rollout.launch.validate import validate
 
     config = compose(parsed.overrides)
     validate(config)
@@ -90,8 +90,8 @@ def _train(parsed: argparse.Namespace) -> int:
 
 
 def _rollout(parsed: argparse.Namespace) -> int:
-    from omni_rollout.launch import compose
-    from omni_rollout.validate import validate_rollout
+    from omni_rollout.launch.compose import compose
+    from omni_rollout.launch.validate import validate_rollout
 
     out = [word.removeprefix("out=") for word in parsed.overrides if word.startswith("out=")]
     if len(out) != 1 or not out[0]:
@@ -105,8 +105,8 @@ def _rollout(parsed: argparse.Namespace) -> int:
 
 
 def _parity(parsed: argparse.Namespace) -> int:
-    from omni_rollout.launch import compose
-    from omni_rollout.validate import validate_scoring
+    from omni_rollout.launch.compose import compose
+    from omni_rollout.launch.validate import validate_scoring
 
     config = compose(parsed.overrides, unused=["prompts"])
     validate_scoring(config, {"--json": parsed.json, "--html": parsed.html})
@@ -119,8 +119,8 @@ def _parity(parsed: argparse.Namespace) -> int:
 
 
 def _replay(parsed: argparse.Namespace) -> int:
-    from omni_rollout.launch import compose
-    from omni_rollout.validate import validate_scoring
+    from omni_rollout.launch.compose import compose
+    from omni_rollout.launch.validate import validate_scoring
 
     overrides = [word for word in parsed.words if "=" in word and not os.path.isfile(word)]
     capsules = [Path(word) for word in parsed.words if word not in overrides]
@@ -169,7 +169,7 @@ def _nano_random(parsed: argparse.Namespace) -> int:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from omni_rollout.doctor import doctor
+    from omni_rollout.launch.doctor import doctor
 
     return doctor(fix=parsed.fix)
 

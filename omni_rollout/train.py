@@ -19,19 +19,19 @@ import torch
 from transformers import AutoTokenizer
 
 from omni_rollout import algorithms, monitor
-from omni_rollout.checkpoints import Checkpoints, how_to_go_on
-from omni_rollout.collate import Collator, derive_seed
 from omni_rollout.config import TrainConfig
-from omni_rollout.journal import Journal
+from omni_rollout.data.collate import Collator
+from omni_rollout.data.prompts import PromptStream, load_prompts
+from omni_rollout.data.seeds import SeedLedger
 from omni_rollout.monitor import CaptionedImage, Monitor
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint
-from omni_rollout.prompts import PromptStream, load_prompts
-from omni_rollout.resume import Start, check_weights, enter, find_start, run_state
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.rollout.engine import RolloutEngine
-from omni_rollout.seeds import SeedLedger
-from omni_rollout.stop import StopFlag
+from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
+from omni_rollout.run.resume import Start, check_weights, enter, find_start, run_state
+from omni_rollout.run.stop import StopFlag
+from omni_rollout.trajectories.journal import Journal
 from omni_rollout.types import RolloutRequest, Trajectory
 
 
@@ -162,23 +162,22 @@ class Trainer:
             with timed(timings, "weight_sync"):
                 self.version = step
                 self._sync()
-        metrics = {
-            **monitor.update_metrics(update, elements=trajectories[0].latents[0].numel(), clip_range=config.trainer.clip_range),
-            **monitor.reward_metrics(rewards.total, [trajectory.group_id for trajectory in trajectories], rewards.breakdown),
-            **{f"timing_s/{stage}": seconds for stage, seconds in timings.items()},
-            "perf/throughput": len(trajectories) / timings["step"],  # images per second
-            "rollout/kept": float(kept),
-            "actor/lr": rate,
-            "parity/weights_equal": 1.0,  # a difference has stopped the run in _sync
-            "parity/seed_collisions": float(self.seeds.collisions),
-            "actor/old_log_probs_recomputed": float(recomputed),
-        }
+        metrics = monitor.step_metrics(
+            update,
+            rewards=rewards.total,
+            breakdown=rewards.breakdown,
+            group_ids=[trajectory.group_id for trajectory in trajectories],
+            elements=trajectories[0].latents[0].numel(),
+            clip_range=config.trainer.clip_range,
+            timings=timings,
+            kept=kept,
+            learning_rate=rate,
+            collisions=self.seeds.collisions,
+            recomputed=recomputed,
+        )
         captions = [f"{reward:.2f} {t.prompt.text}" for t, reward in zip(trajectories, rewards.total, strict=True)]
-        notes = {"weights/digest": sampled_by, monitor.PPO_KL_COMPARES: monitor.old_pair(recomputed)}
-        if reused:
-            notes["seeds/reused"] = "; ".join(reused)
-        if self.journal.failure:
-            notes["rollout/not_kept"] = self.journal.failure
+        failure = self.journal.failure
+        notes = monitor.step_notes(sampled_by=sampled_by, recomputed=recomputed, reused=reused, not_kept=failure)
         return StepReport(metrics=metrics, images=list(zip(captions, images, strict=True)), notes=notes)
 
     def _rollout(self, requests: Sequence[RolloutRequest], step: int) -> tuple[int, list[Trajectory]]:
@@ -216,18 +215,7 @@ class Trainer:
         return metrics, images
 
     def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
-        settings = self.config.evaluation
-        spec = self.collator.spec({"sde_type": "ode"})
-        requests = [
-            self.collator.request(
-                self.evaluation_prompts[index % len(self.evaluation_prompts)],
-                spec,
-                f"evaluation-{name}-{index:05d}",
-                0,
-                seed=derive_seed(settings.seed, index),
-            )
-            for index in range(settings.images)
-        ]
+        requests = self.collator.evaluation(self.evaluation_prompts, self.config.evaluation, name)
         sampled = self.engine.generate(requests, timeout=self.config.rollout.timeout)
         trajectories = sorted(sampled, key=lambda trajectory: trajectory.request_id)
         images = [trajectory.image for trajectory in trajectories]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from omni_rollout.capsule import load_capsule
+from omni_rollout.trajectories.capsule import load_capsule
 from omni_rollout.types import Trajectory
 
 POLL_SECONDS = 0.01

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from omni_rollout.dispatch import Dispatcher, work
+from omni_rollout.rollout.dispatch import Dispatcher, work
 from omni_rollout.types import RolloutRequest
 
 

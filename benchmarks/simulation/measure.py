@@ -88,7 +88,7 @@ def digest() -> dict[str, Any]:
     """GB/s of sha256, one tensor after another, and in as many threads as there are cores."""
     import torch
 
-    from omni_rollout.digest import tensor_digest, tensor_digests
+    from omni_rollout.trajectories.digest import tensor_digest, tensor_digests
 
     named = [(str(index), torch.ones(16 << 20, dtype=torch.bfloat16)) for index in range(16)]
     gigabytes = sum(tensor.nbytes for _, tensor in named) / GB

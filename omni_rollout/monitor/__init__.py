@@ -8,11 +8,10 @@ from omni_rollout.monitor.images import CaptionedImage
 from omni_rollout.monitor.last_words import last_words
 from omni_rollout.monitor.metrics import parity_metrics, ratio_metrics, reward_metrics
 from omni_rollout.monitor.monitor import Monitor
-from omni_rollout.monitor.pairs import PPO_KL_COMPARES, old_pair
+from omni_rollout.monitor.step import step_metrics, step_notes
 from omni_rollout.monitor.update import update_metrics
 
 __all__ = [
-    "PPO_KL_COMPARES",
     "Alert",
     "CaptionedImage",
     "MismatchError",
@@ -23,9 +22,10 @@ __all__ = [
     "find_alerts",
     "last_words",
     "must_recompute",
-    "old_pair",
     "parity_metrics",
     "ratio_metrics",
     "reward_metrics",
+    "step_metrics",
+    "step_notes",
     "update_metrics",
 ]

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from omni_rollout.collate import derive_seed
 from omni_rollout.config import OldLogProbs, OnMismatch, TrainConfig
+from omni_rollout.data.collate import derive_seed
 from omni_rollout.errors import UserError
 from omni_rollout.models import family_module
 from omni_rollout.monitor.commands import parity_command

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from omni_rollout.checkpoints import how_to_go_on
 from omni_rollout.errors import WeightSyncError
 from omni_rollout.monitor.guard import StoppedError
 from omni_rollout.monitor.monitor import Monitor
 from omni_rollout.rewards import RewardError
+from omni_rollout.run.checkpoints import how_to_go_on
 
 
 @contextmanager

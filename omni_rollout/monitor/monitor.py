@@ -11,10 +11,9 @@ from types import TracebackType
 
 import yaml
 
-from omni_rollout.checkpoints import how_to_go_on
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import RunFailedError
-from omni_rollout.launch import to_yaml
+from omni_rollout.launch.compose import to_yaml
 from omni_rollout.monitor.alerts import find_alerts
 from omni_rollout.monitor.console import ConsoleSink
 from omni_rollout.monitor.heatmap import heat_map
@@ -22,6 +21,7 @@ from omni_rollout.monitor.images import CaptionedImage, image_grid
 from omni_rollout.monitor.metrics import timestep_gaps
 from omni_rollout.monitor.pairs import pairs_of
 from omni_rollout.monitor.wandb_sink import WandbSink
+from omni_rollout.run.checkpoints import how_to_go_on
 
 HEATMAP_EVERY = 10  # steps; a step with a difference, and the last one, are drawn as well
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from omni_rollout.exact_ops import effective_weights
+from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.parity.causes import CAUSES, Cause, Setting
 from omni_rollout.parity.findings import Finding
 from omni_rollout.parity.measure import Measure, measure

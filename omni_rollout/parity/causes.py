@@ -17,8 +17,8 @@ from diffusers.models.normalization import RMSNorm
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from omni_rollout import exact_ops, sde
-from omni_rollout.exact_ops import ExactLayerNorm, ExactRMSNorm, HasEffectiveWeight
+from omni_rollout.diffusion import exact_ops, sde
+from omni_rollout.diffusion.exact_ops import ExactLayerNorm, ExactRMSNorm, HasEffectiveWeight
 from omni_rollout.models import family_module
 from omni_rollout.policy.lora import ADAPTER, MergedLoraLinear
 from omni_rollout.types import Trajectory
@@ -204,18 +204,18 @@ def compiled_blocks(setting: Setting) -> Iterator[None]:
 
 
 FAMILY = "omni_rollout/models/*/velocity.py"
-OPS = "omni_rollout/exact_ops.py"
+OPS = "omni_rollout/diffusion/exact_ops.py"
 CAUSES = (  # in the order in which they are added up
     Cause(
         name="timestep_cast",
         breaks="timestep rounded to the model's dtype before the division by 1000",
-        settled_by="omni_rollout/schedule.py",
+        settled_by="omni_rollout/diffusion/schedule.py",
         broken=double_rounded_timestep,
     ),
     Cause(
         name="latent_storage",
         breaks="latents stored in bfloat16",
-        settled_by="omni_rollout/types.py, omni_rollout/capsule.py",
+        settled_by="omni_rollout/types.py, omni_rollout/trajectories/capsule.py",
         broken=nothing,
         record=rounded_latents,
     ),
@@ -244,7 +244,7 @@ CAUSES = (  # in the order in which they are added up
     Cause(
         name="log_prob_reduction",
         breaks="log-prob averaged in fp32",
-        settled_by="omni_rollout/sde.py",
+        settled_by="omni_rollout/diffusion/sde.py",
         broken=single_precision_mean,
     ),
     Cause(
@@ -256,7 +256,7 @@ CAUSES = (  # in the order in which they are added up
     Cause(
         name="guidance_dtype",
         breaks="guidance combined in the model's dtype",
-        settled_by="omni_rollout/guidance.py",
+        settled_by="omni_rollout/diffusion/guidance.py",
         broken=low_precision_guidance,
     ),
     Cause(

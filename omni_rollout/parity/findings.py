@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from omni_rollout.diffusion.schedule import Schedule
+from omni_rollout.diffusion.sde import sde_step
 from omni_rollout.parity.trace import INPUTS, Call, Trace, pairs, same
-from omni_rollout.schedule import Schedule
-from omni_rollout.sde import sde_step
 from omni_rollout.types import Trajectory
 
 

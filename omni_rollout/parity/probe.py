@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from transformers import AutoTokenizer
 
 from omni_rollout.config import TrainConfig
+from omni_rollout.diffusion.schedule import build_schedule
 from omni_rollout.errors import UserError
 from omni_rollout.models import family_module
 from omni_rollout.parity.attribution import LORA, Attribution, CauseResult, culprits
@@ -23,7 +24,6 @@ from omni_rollout.parity.measure import Measure, measure, measure_steps
 from omni_rollout.parity.trace import differing_weights, trace
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.rollout.engine import PACKAGES, RolloutEngine, package_version
-from omni_rollout.schedule import build_schedule
 from omni_rollout.types import RolloutRequest, Trajectory
 
 LORA_RANK = 4  # of the adapter that both sides are given, where the config trains full weights

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from omni_rollout.capsule import CapsuleError, load_capsule
 from omni_rollout.config import DType, TrainConfig
-from omni_rollout.digest import combined_digest, tensor_digest
-from omni_rollout.exact_ops import effective_weights
+from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.models import family_module
 from omni_rollout.parity.measure import Measure, measure
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.rollout.engine import PACKAGES, package_version
+from omni_rollout.trajectories.capsule import CapsuleError, load_capsule
+from omni_rollout.trajectories.digest import combined_digest, tensor_digest
 from omni_rollout.types import Trajectory
 
 ATTENTION = "TORCH_SDPA"  # what the trainer's attention is

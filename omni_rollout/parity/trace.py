@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from omni_rollout.digest import tensor_digest
-from omni_rollout.exact_ops import effective_weights
+from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.models import family_module
 from omni_rollout.parity.causes import swapped
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.trajectories.digest import tensor_digest
 from omni_rollout.types import RolloutRequest, Trajectory
 
 INPUTS = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes")

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from omni_rollout.config import TrainConfig
-from omni_rollout.plan.command import Plan
 from omni_rollout.plan.memory import Part, total
+from omni_rollout.plan.split import Plan
 
 
 def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) -> None:

@@ -12,9 +12,9 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from omni_rollout.collate import derive_seed
 from omni_rollout.config import TrainConfig, TrainerEngine
-from omni_rollout.exact_ops import effective_weights
+from omni_rollout.data.collate import derive_seed
+from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.models import family_module
 from omni_rollout.policy.checkpoint import RunState, load_generators, load_policy, save_policy
 from omni_rollout.policy.ema import ExponentialAverage

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from omni_rollout.diffusion.sde import SDEStep, sde_step
 from omni_rollout.models import family_module
-from omni_rollout.sde import SDEStep, sde_step
 from omni_rollout.types import Trajectory
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from omni_rollout.config import AlgorithmConfig, TrainerConfig
+from omni_rollout.diffusion.sde import gaussian_kl
 from omni_rollout.models import family_module
 from omni_rollout.policy.engines import TrainerEngine
 from omni_rollout.policy.recompute import Pair, micro_batches, score
-from omni_rollout.sde import gaussian_kl
 from omni_rollout.types import Trajectory
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from omni_rollout.capsule import CapsuleError, save_capsule, save_png
-from omni_rollout.collate import Collator
 from omni_rollout.config import TrainConfig
-from omni_rollout.prompts import load_prompts
+from omni_rollout.data.collate import Collator
+from omni_rollout.data.prompts import load_prompts
 from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.trajectories.capsule import CapsuleError, save_capsule, save_png
 from omni_rollout.types import RequestError, RolloutRequest
 
 

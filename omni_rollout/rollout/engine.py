@@ -21,10 +21,10 @@ from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-from omni_rollout.digest import combined_digest, tensor_digests
 from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobError, WeightSyncError
 from omni_rollout.models import family_module
 from omni_rollout.rollout.guards import check_alone, check_distinct, close_at_exit
+from omni_rollout.trajectories.digest import combined_digest, tensor_digests
 from omni_rollout.types import RolloutRequest, Trajectory
 
 PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")

@@ -9,8 +9,8 @@ import torch
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.worker.diffusion_worker import CustomPipelineWorkerExtension
 
-from omni_rollout.digest import tensor_digests
 from omni_rollout.rollout.platform.linear import pack_linears
+from omni_rollout.trajectories.digest import tensor_digests
 
 PREFIX = "transformer."
 FUSED = {  # fused projection -> the checkpoint's names, in the order of its rows

@@ -18,8 +18,8 @@ import pytest
 from benchmarks.faults import embedded
 from benchmarks.faults.figures import Row, rows_of
 from benchmarks.faults.scene import Scene
-from omni_rollout.capsule import load_capsule, save_capsule
-from omni_rollout.launch import compose
+from omni_rollout.launch.compose import compose
+from omni_rollout.trajectories.capsule import load_capsule, save_capsule
 from omni_rollout.types import Prompt
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from omni_rollout.config import TrainerConfig
-from omni_rollout.launch import compose
+from omni_rollout.launch.compose import compose
 from omni_rollout.models.qwen_image import rollout
 from omni_rollout.monitor import MismatchError, Monitor, last_words
 from omni_rollout.policy.engines import make_trainer_engine

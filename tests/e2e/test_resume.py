@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from omni_rollout.errors import RunFailedError, UserError
-from omni_rollout.launch import compose
+from omni_rollout.launch.compose import compose
 from omni_rollout.monitor import Monitor
 from omni_rollout.policy import checkpoint
 from omni_rollout.policy.learner import Learner

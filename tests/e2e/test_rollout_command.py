@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
-from omni_rollout.capsule import load_capsule
-from omni_rollout.collate import Collator
+from omni_rollout.data.collate import Collator
+from omni_rollout.data.prompts import load_prompts
 from omni_rollout.errors import UserError
-from omni_rollout.launch import compose
+from omni_rollout.launch.compose import compose
 from omni_rollout.models.qwen_image.policy import load_policy
 from omni_rollout.nano.random_weights import build_random
 from omni_rollout.policy.recompute import recompute
-from omni_rollout.prompts import load_prompts
 from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.trajectories.capsule import load_capsule
 
 LINES = ["a red cat", "a red cat and a blue dog " * 10, "a blue dog"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from omni_rollout.launch import compose
+from omni_rollout.launch.compose import compose
 from omni_rollout.nano.random_weights import build_random
 from omni_rollout.train import train
 

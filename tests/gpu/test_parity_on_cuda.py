@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omni_rollout.exact_ops import effective_weights
+from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.models.qwen_image.policy import load_policy
 from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.nano.random_weights import build_random

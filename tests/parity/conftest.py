@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from omni_rollout.exact_ops import effective_weights
+from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.models.qwen_image.policy import load_policy
 from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.nano.random_weights import build_random

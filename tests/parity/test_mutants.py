@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from omni_rollout.config import TrainConfig
-from omni_rollout.exact_ops import effective_weights
-from omni_rollout.guidance import guide
+from omni_rollout.diffusion.exact_ops import effective_weights
+from omni_rollout.diffusion.guidance import guide
 from omni_rollout.models.qwen_image import rollout
 from omni_rollout.models.qwen_image.policy import load_policy
 from omni_rollout.models.qwen_image.velocity import Network

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from omni_rollout.capsule import load_capsule, save_capsule
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.nano.random_weights import build_random
 from omni_rollout.parity import command
 from omni_rollout.parity.matrix import Matrix
 from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.trajectories.capsule import load_capsule, save_capsule
 from omni_rollout.types import Prompt, RolloutRequest
 
 QUICK = Matrix.parse(["guidance=1.0,4.0", "width=natural,64", "in_flight=3,staggered", "images=4"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.errors import PinnedKnobError
-from omni_rollout.exact_ops import effective_weights
 from omni_rollout.models.qwen_image.policy import load_policy
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.rollout.engine import RolloutEngine

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from omni_rollout.algorithms import flow_grpo
-from omni_rollout.capsule import load_capsule, save_capsule
 from omni_rollout.config import AlgorithmConfig, DType, ModelConfig, Offload, TrainConfig, TrainerConfig, TrainerEngine
-from omni_rollout.digest import combined_digest, tensor_digest
 from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.policy.checkpoint import RunState
 from omni_rollout.policy.learner import Learner
+from omni_rollout.trajectories.capsule import load_capsule, save_capsule
+from omni_rollout.trajectories.digest import combined_digest, tensor_digest
 from omni_rollout.types import Prompt, RolloutRequest, Trajectory
 
 ENGINES: dict[str, dict[str, Any]] = {

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from omni_rollout.config import DType, Parity, TrainConfig
 from omni_rollout.errors import UserError
-from omni_rollout.launch import compose
+from omni_rollout.launch.compose import compose
+from omni_rollout.launch.validate import validate
 from omni_rollout.monitor import find_alerts, parity_metrics, ratio_metrics
 from omni_rollout.monitor.alerts import leaning
 from omni_rollout.monitor.commands import parity_command, train_command
-from omni_rollout.validate import validate
 
 
 @pytest.fixture

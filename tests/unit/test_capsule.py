@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from omni_rollout.capsule import FORMAT_VERSION, KEYS, CapsuleError, load_capsule, save_capsule, save_png
+from omni_rollout.trajectories.capsule import FORMAT_VERSION, KEYS, CapsuleError, load_capsule, save_capsule, save_png
 from omni_rollout.types import Prompt, SamplingSpec, Trajectory
 
 VALUES = st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | st.lists(st.integers())

@@ -17,8 +17,8 @@ from torch import nn
 
 from omni_rollout.config import TrainerConfig
 from omni_rollout.config import TrainerEngine as EngineName
+from omni_rollout.diffusion.exact_ops import install_linears
 from omni_rollout.errors import UserError
-from omni_rollout.exact_ops import install_linears
 from omni_rollout.policy import checkpoint
 from omni_rollout.policy.checkpoint import (
     OPTIMIZER,

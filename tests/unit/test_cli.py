@@ -12,7 +12,7 @@ import pytest
 
 from omni_rollout.cli import main
 from omni_rollout.errors import UserError
-from omni_rollout.paths import recipe_dir
+from omni_rollout.launch.paths import recipe_dir
 from omni_rollout.types import RequestError
 
 HEAVY = ("torch", "numpy", "hydra", "omegaconf", "diffusers", "vllm", "vllm_omni", "rich", "wandb")
@@ -68,10 +68,10 @@ def _failing(error: Exception) -> Callable[..., int]:
 
 def test_only_this_packages_errors_lose_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (UserError("given"), RequestError("given")):
-        monkeypatch.setattr("omni_rollout.doctor.doctor", _failing(error))
+        monkeypatch.setattr("omni_rollout.launch.doctor.doctor", _failing(error))
         assert main(["doctor"]) == 2
     for error in (ValueError("a library's"), json.JSONDecodeError("a library's", "", 0), RuntimeError("a bug's")):
-        monkeypatch.setattr("omni_rollout.doctor.doctor", _failing(error))
+        monkeypatch.setattr("omni_rollout.launch.doctor.doctor", _failing(error))
         with pytest.raises(type(error)):
             main(["doctor"])
 
@@ -93,7 +93,7 @@ def test_nano_random_writes_a_checkpoint_of_the_size_asked_for(tmp_path: Path) -
 
 def test_interrupting_ends_with_130_and_one_line() -> None:
     code = (
-        "import omni_rollout.doctor as d, os, signal, sys, time\n"
+        "import omni_rollout.launch.doctor as d, os, signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in a shell's background
         "d.doctor = lambda **_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
         "from omni_rollout.cli import main\n"

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_rollout.collate import Collator, derive_seed
 from omni_rollout.config import CollateConfig, SamplingConfig, SDETypeName
+from omni_rollout.data.collate import Collator, derive_seed
+from omni_rollout.data.seeds import SeedLedger
 from omni_rollout.models.qwen_image.spec import DEFAULTS, resolve
 from omni_rollout.models.qwen_image.velocity import pad_to_width
 from omni_rollout.nano.tokenizer import make_tokenizer
-from omni_rollout.seeds import SeedLedger
 from omni_rollout.types import Prompt, RequestError, SamplingSpec
 
 
@@ -158,7 +158,7 @@ def test_ode_asks_for_no_stochastic_step(tokenizer):
 
 def test_prompts_of_the_recipe_fit_its_width(tokenizer):
     folder = Path(__file__).parents[2] / "recipes" / "nano" / "data"
-    from omni_rollout.prompts import load_prompts
+    from omni_rollout.data.prompts import load_prompts
 
     made = collator(tokenizer, width=16)
     for name in ("train.jsonl", "heldout.jsonl"):

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 from omni_rollout.config import Backend, DType, OldLogProbs, TrainConfig
 from omni_rollout.errors import UserError
-from omni_rollout.launch import compose, to_yaml
-from omni_rollout.paths import config_dir, recipe_dir
-from omni_rollout.validate import validate, validate_rollout, validate_scoring
+from omni_rollout.launch.compose import compose, to_yaml
+from omni_rollout.launch.paths import config_dir, recipe_dir
+from omni_rollout.launch.validate import validate, validate_rollout, validate_scoring
 
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 MINIMAL = ("model=nano", "prompts=prompts.txt")
@@ -141,7 +141,7 @@ def test_a_typo_in_a_file_is_told_like_one_on_the_command_line(tmp_path: Path, m
         target = tmp_path / source.relative_to(config_dir())
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(source.read_text())
-    monkeypatch.setattr("omni_rollout.launch.config_dir", lambda: tmp_path)
+    monkeypatch.setattr("omni_rollout.launch.compose.config_dir", lambda: tmp_path)
     experiment = tmp_path / "experiment" / "nano_ocr.yaml"
     experiment.write_text(experiment.read_text().replace("learning_rate:", "learning_rat:"))
     with pytest.raises(UserError, match=r"trainer\.learning_rat: no such key; did you mean trainer\.learning_rate\?"):

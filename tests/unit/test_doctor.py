@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from omni_rollout.doctor import check_optional, check_versions, import_problem
+from omni_rollout.launch.doctor import check_optional, check_versions, import_problem
 
 BROKEN = "omni_rollout_broken_example"
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_rollout.guidance import guide
+from omni_rollout.diffusion.guidance import guide
 
 
 def branches(seed: int = 0, shape: tuple[int, ...] = (3, 5, 8)) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_rollout import capsule
-from omni_rollout.journal import Journal
+from omni_rollout.trajectories import capsule
+from omni_rollout.trajectories.journal import Journal
 from omni_rollout.types import Prompt, RolloutRequest, SamplingSpec, Trajectory
 
 EXPECTED = {"dtype": "float32", "parity": "exact", "weights": "ab" * 32}

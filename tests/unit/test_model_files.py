@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from omni_rollout.model_files import problems
-from omni_rollout.outputs import file_problem, folder_problem
+from omni_rollout.launch.model_files import problems
+from omni_rollout.launch.outputs import file_problem, folder_problem
 
 NAMES = {"text_encoder": "model", "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
@@ -131,7 +131,7 @@ def test_any_bytes_in_any_file_are_told_or_pass(model: Path, data: st.DataObject
 
 
 def test_nothing_heavy_is_loaded_to_tell() -> None:
-    code = "import sys, omni_rollout.validate; print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    code = "import sys, omni_rollout.launch.validate; print('torch' in sys.modules, 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False False\n"
 
 

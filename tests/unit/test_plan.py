@@ -20,20 +20,21 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from omni_rollout import exact_ops
 from omni_rollout.cli import main
 from omni_rollout.config import TrainConfig, TrainerEngine
+from omni_rollout.diffusion import exact_ops
+from omni_rollout.diffusion.sde import sde_step
 from omni_rollout.errors import UserError
-from omni_rollout.launch import compose
+from omni_rollout.launch.compose import compose
+from omni_rollout.launch.paths import recipe_dir
 from omni_rollout.models.qwen_image import policy, sizes
 from omni_rollout.models.qwen_image.activations import GEMM_ROWS, Pass, saved
 from omni_rollout.models.qwen_image.velocity import Conditioning, velocity
 from omni_rollout.nano.components import make_transformer
-from omni_rollout.paths import recipe_dir
-from omni_rollout.plan.command import Gpus, Plan, closest, make_plan, make_run
+from omni_rollout.plan.command import closest
 from omni_rollout.plan.memory import total
+from omni_rollout.plan.split import Gpus, Plan, make_plan, make_run
 from omni_rollout.policy.lora import attach_lora
-from omni_rollout.sde import sde_step
 
 PUBLISHED = sizes.read_sizes("Qwen/Qwen-Image")
 QWEN = ["experiment=qwen_image_ocr"]

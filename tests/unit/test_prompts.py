@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from omni_rollout.data.prompts import PromptStream, group_id, load_prompts
 from omni_rollout.errors import UserError
-from omni_rollout.prompts import PromptStream, group_id, load_prompts
 from omni_rollout.types import Prompt
 
 CATS = Prompt(text="two cats", metadata={"text": "42", "tags": ["a", "b"]})
@@ -141,7 +141,7 @@ def test_bad_parquet_rows_are_refused(tmp_path: Path, rows: list[dict[str, objec
 
 def test_group_id_is_the_same_in_every_process() -> None:
     code = (
-        "from omni_rollout.prompts import group_id; from omni_rollout.types import Prompt;"
+        "from omni_rollout.data.prompts import group_id; from omni_rollout.types import Prompt;"
         "print(group_id(Prompt(text='two cats', metadata={'tags': ['a', 'b'], 'text': '42'})))"
     )
     for hash_seed in ("1", "2"):

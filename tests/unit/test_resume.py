@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from omni_rollout.checkpoints import Checkpoints, checkpoint_folders, step_of
 from omni_rollout.config import DType, ModelConfig, TrainConfig, TrainerConfig
 from omni_rollout.errors import RunFailedError, UserError
-from omni_rollout.journal import Journal
 from omni_rollout.policy import checkpoint
-from omni_rollout.resume import Start, check_weights, enter, find_start, run_state
+from omni_rollout.run.checkpoints import Checkpoints, checkpoint_folders, step_of
+from omni_rollout.run.resume import Start, check_weights, enter, find_start, run_state
+from omni_rollout.trajectories.journal import Journal
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
 
-from omni_rollout.schedule import build_schedule, model_timestep
+from omni_rollout.diffusion.schedule import build_schedule, model_timestep
 from omni_rollout.types import RequestError
 
 STEPS = (2, 3, 10, 20, 28, 50)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_rollout.dispatch import ATTEMPTS, Dispatcher, work
+from omni_rollout.rollout.dispatch import ATTEMPTS, Dispatcher, work
 from omni_rollout.types import Prompt, RolloutRequest, SamplingSpec
 
 SPEC = SamplingSpec(

@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_rollout.sde import gaussian_kl, sde_step, step_coefficients
+from omni_rollout.diffusion.sde import gaussian_kl, sde_step, step_coefficients
 from omni_rollout.types import SDEType
 
 STOCHASTIC = ("sde", "cps", "dance_sde")

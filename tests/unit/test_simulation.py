@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from benchmarks.simulation.cluster import Cluster, Engine, Simulation, UpFront
 from benchmarks.simulation.sync import Sync, sync_seconds, transfer_seconds
 from benchmarks.simulation.workloads import mixed, uniform
-from omni_rollout.dispatch import Dispatcher, work
+from omni_rollout.rollout.dispatch import Dispatcher, work
 
 ENGINE = Engine(step=0.02, token=5e-5, image=0.3, max_num_seqs=4)
 SHAKEN = Cluster(workers=6, engine=ENGINE, slowdown=0.2, failures=200.0, hangs=0.3, timeout=30.0, restart=10.0, store=0.05)

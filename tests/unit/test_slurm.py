@@ -20,7 +20,7 @@ import pytest
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.integrations.slurm import SCRIPT, submit
-from omni_rollout.launch import compose
+from omni_rollout.launch.compose import compose
 
 BASE = ["backend=verl", "launch=slurm", "experiment=nano_ocr"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from omni_rollout.stop import SIGNALS, StopFlag
+from omni_rollout.run.stop import SIGNALS, StopFlag
 
 
 @pytest.mark.parametrize("number", SIGNALS)

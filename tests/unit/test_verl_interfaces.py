@@ -42,7 +42,7 @@ from omni_rollout.integrations.verl.records import adopt
 from omni_rollout.integrations.verl.replica import Replica
 from omni_rollout.integrations.verl.reward import RewardManager, RewardWorkers, to_score
 from omni_rollout.integrations.verl.trainer import OmniTrainer, WatchedReplayBuffer
-from omni_rollout.launch import compose
+from omni_rollout.launch.compose import compose
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.types import Prompt
 

@@ -14,14 +14,14 @@ from omegaconf import OmegaConf
 pytest.importorskip("verl")
 
 from omni_rollout.config import RewardConfig, TrainConfig
-from omni_rollout.dispatch import Dispatcher
 from omni_rollout.errors import UserError
 from omni_rollout.integrations.verl import agent_loop
 from omni_rollout.integrations.verl.launch import check_platform, verl_config
 from omni_rollout.integrations.verl.metrics import merged
 from omni_rollout.integrations.verl.records import NOT_OURS, adopt, buckets, from_fields, run_config, to_fields, to_section
-from omni_rollout.launch import compose
+from omni_rollout.launch.compose import compose
 from omni_rollout.policy.update import Scores, Update
+from omni_rollout.rollout.dispatch import Dispatcher
 from omni_rollout.types import Prompt, SamplingSpec, Trajectory
 
 SPEC = SamplingSpec(

@@ -21,11 +21,11 @@ from ray.exceptions import RayActorError
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager as VerlAgentLoopManager
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from omni_rollout.dispatch import ATTEMPTS, Dispatcher
 from omni_rollout.integrations.verl import NAME
 from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, run_config, to_fields
 from omni_rollout.integrations.verl.reward import to_score
-from omni_rollout.journal import Journal
+from omni_rollout.rollout.dispatch import ATTEMPTS, Dispatcher
+from omni_rollout.trajectories.journal import Journal
 from omni_rollout.types import RolloutRequest, Trajectory
 
 logger = logging.getLogger(__name__)

@@ -14,14 +14,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ray.exceptions import RayTaskError
 from verl.plugin.platform import PlatformRegistry, get_platform
 
-from omni_rollout.checkpoints import how_to_go_on
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import RunFailedError, UserError
 from omni_rollout.integrations.verl import NAME
 from omni_rollout.integrations.verl.deaths import DEATHS, cause_of, describe, note_restart
 from omni_rollout.integrations.verl.records import to_section
-from omni_rollout.resume import find_start
-from omni_rollout.stop import StopFlag
+from omni_rollout.run.checkpoints import how_to_go_on
+from omni_rollout.run.resume import find_start
+from omni_rollout.run.stop import StopFlag
 
 CONFIG_DIR = Path(__file__).parent / "config"
 CONFIG_NAME = "omni_rollout_trainer"

@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from omni_rollout import monitor
-from omni_rollout.config import TrainConfig
-from omni_rollout.integrations.verl.rank import RankUpdate
 from omni_rollout.monitor import CaptionedImage
 from omni_rollout.policy.update import Scores, Update
 
@@ -80,18 +77,6 @@ def merged(updates: Sequence[Update]) -> Update:
     )
 
 
-def step_metrics(
-    samples: Samples, updates: Sequence[RankUpdate], config: TrainConfig, timings: Mapping[str, float]
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Metrics and notes."""
-    first, update = updates[0], merged([rank.update for rank in updates])
-    metrics = {
-        **monitor.update_metrics(update, elements=samples.elements, clip_range=config.trainer.clip_range),
-        **monitor.reward_metrics(samples.rewards, samples.group_ids, samples.breakdown),
-        **{f"timing_s/{ours}": timings[theirs] for theirs, ours in TIMINGS.items() if theirs in timings},
-        "perf/throughput": len(samples.images) / timings["step"],
-        "actor/lr": first.learning_rate,
-        "parity/weights_equal": 1.0,  # a difference has stopped the run
-        "actor/old_log_probs_recomputed": float(first.recomputed),
-    }
-    return metrics, {monitor.PPO_KL_COMPARES: monitor.old_pair(first.recomputed)}
+def our_timings(timings: Mapping[str, float]) -> dict[str, float]:
+    """verl's seconds by our names of the stages."""
+    return {ours: timings[theirs] for theirs, ours in TIMINGS.items() if theirs in timings}

@@ -15,9 +15,9 @@ from tensordict import TensorDict
 from omni_rollout.config import RewardConfig, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.integrations.verl import NAME
-from omni_rollout.launch import compose
+from omni_rollout.launch.compose import compose
+from omni_rollout.launch.validate import validate
 from omni_rollout.types import Prompt, RolloutRequest, SamplingSpec, Trajectory
-from omni_rollout.validate import validate
 
 BUCKET_BYTES = 256 << 20
 # Of an actor: verl loads the trainer in every process of the job; most have no use for it. Ray pickles tensors, at 1 GB/s,

@@ -26,23 +26,23 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.debug import marked_timer
 
 from omni_rollout import algorithms
-from omni_rollout.checkpoints import Checkpoints, how_to_go_on
-from omni_rollout.collate import Collator, derive_seed
+from omni_rollout.data.collate import Collator
+from omni_rollout.data.prompts import PromptStream, load_prompts
+from omni_rollout.data.seeds import SeedLedger
 from omni_rollout.errors import WeightSyncError
 from omni_rollout.integrations.verl import NAME, replica
 from omni_rollout.integrations.verl.agent_loop import AgentLoopManager
 from omni_rollout.integrations.verl.deaths import find_dead, restarts
-from omni_rollout.integrations.verl.metrics import Samples, captioned, step_metrics
+from omni_rollout.integrations.verl.metrics import Samples, captioned, merged, our_timings
 from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank
 from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, Weights, adopt, column
 from omni_rollout.integrations.verl.reward import RewardWorkers
-from omni_rollout.journal import Journal
-from omni_rollout.monitor import CaptionedImage, Monitor, last_words
-from omni_rollout.prompts import PromptStream, load_prompts
-from omni_rollout.resume import check_weights, enter, find_start, run_state
+from omni_rollout.monitor import CaptionedImage, Monitor, last_words, step_metrics, step_notes
 from omni_rollout.rewards import WeightedSum
-from omni_rollout.seeds import SeedLedger
-from omni_rollout.stop import StopFlag
+from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
+from omni_rollout.run.resume import check_weights, enter, find_start, run_state
+from omni_rollout.run.stop import StopFlag
+from omni_rollout.trajectories.journal import Journal
 from omni_rollout.types import Prompt, RolloutRequest
 
 POLL_SECONDS = 0.2
@@ -222,18 +222,7 @@ class OmniTrainer(PPOTrainer):
         return metrics
 
     def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
-        settings, prompts = self.run.evaluation, self.evaluation_prompts
-        spec = self.collator.spec({"sde_type": "ode"})
-        requests = [
-            self.collator.request(
-                prompts[index % len(prompts)],
-                spec,
-                f"evaluation-{name}-{index:05d}",
-                0,
-                seed=derive_seed(settings.seed, index),
-            )
-            for index in range(settings.images)
-        ]
+        requests = self.collator.evaluation(self.evaluation_prompts, self.run.evaluation, name)
         groups = self._submit(requests, "val")
         batch, _ = self.replay_buffer.sample(self.global_steps, "val", groups)
         batch = self._balance_batch(batch, {})
@@ -247,23 +236,31 @@ class OmniTrainer(PPOTrainer):
     ) -> None:
         """Adds this step's numbers, as the embedded trainer has them, to what verl logs, and writes them to the run folder."""
         evaluated = {key: value for key, value in metrics.items() if key.startswith("evaluation/")}
-        ours, notes = step_metrics(self.samples, self.updates, self.run, timing_raw)
+        samples, first = self.samples, self.updates[0]
+        ours = step_metrics(
+            merged([rank.update for rank in self.updates]),
+            rewards=samples.rewards,
+            breakdown=samples.breakdown,
+            group_ids=samples.group_ids,
+            elements=samples.elements,
+            clip_range=self.run.trainer.clip_range,
+            timings=our_timings(timing_raw),
+            kept=self.told["kept"],
+            learning_rate=first.learning_rate,
+            collisions=self.seeds.collisions,
+            recomputed=first.recomputed,
+        )
         ours |= {
-            "parity/seed_collisions": float(self.seeds.collisions),
             "rollout/servers": float(self.servers_in_step),
             "rollout/retried": float(self.agent_loop_manager.retried),
-            "rollout/kept": float(self.told["kept"]),
             "perf/restarts": float(restarts(self.run.run_dir)),
             **evaluated,
         }
-        notes = {"weights/digest": self.sampled_by, **notes, **self.checkpoints.notes()}
-        if self.told["not_kept"]:
-            notes["rollout/not_kept"] = self.told["not_kept"]
-        if self.reused:
-            notes["seeds/reused"] = "; ".join(self.reused)
+        not_kept = self.told["not_kept"]
+        notes = step_notes(sampled_by=self.sampled_by, recomputed=first.recomputed, reused=self.reused, not_kept=not_kept)
         metrics.update(ours)
-        self.sight.log(global_steps, ours, self.images if evaluated else captioned(self.samples), notes)
-
+        images = self.images if evaluated else captioned(samples)
+        self.sight.log(global_steps, ours, images, {**notes, **self.checkpoints.notes()})
         self._finish(global_steps)
 
     def _finish(self, step: int) -> None:

@@ -12,7 +12,7 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers import transformer_qwenimage
 
-from omni_rollout import exact_ops
+from omni_rollout.diffusion import exact_ops
 from omni_rollout.errors import PinnedKnobError
 from omni_rollout.models.qwen_image.velocity import Conditioning
 from omni_rollout.types import Trajectory

@@ -18,12 +18,12 @@ from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.models.qwen_image import QwenImagePipeline
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 
-from omni_rollout.digest import tensor_digest
+from omni_rollout.diffusion.schedule import Schedule, build_schedule
+from omni_rollout.diffusion.sde import sde_step
 from omni_rollout.models.qwen_image.policy import load_policy, network
 from omni_rollout.models.qwen_image.spec import image_tokens, resolve
 from omni_rollout.models.qwen_image.velocity import Conditioning, pad_to_width, velocity
-from omni_rollout.schedule import Schedule, build_schedule
-from omni_rollout.sde import sde_step
+from omni_rollout.trajectories.digest import tensor_digest
 from omni_rollout.types import SamplingSpec
 
 WARM_UP_WIDTH = 64

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from omni_rollout.guidance import guide
+from omni_rollout.diffusion.guidance import guide
+from omni_rollout.diffusion.schedule import model_timestep
 from omni_rollout.models.qwen_image.spec import SIZE_MULTIPLE
-from omni_rollout.schedule import model_timestep
 from omni_rollout.types import RequestError
 
 # (hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep, img_shapes) -> [B, S, C]

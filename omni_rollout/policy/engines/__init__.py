@@ -12,7 +12,7 @@ from torch import nn
 
 from omni_rollout import config as configs
 from omni_rollout.errors import UserError
-from omni_rollout.validate import trainer_engine
+from omni_rollout.launch.validate import trainer_engine
 
 
 class TrainerEngine(Protocol):

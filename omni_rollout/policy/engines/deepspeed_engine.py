@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from omni_rollout.config import Offload, TrainerConfig
-from omni_rollout.exact_ops import HasEffectiveWeight
+from omni_rollout.diffusion.exact_ops import HasEffectiveWeight
 from omni_rollout.policy.engines.torch_engine import (
     MOMENTS,
     adamw,

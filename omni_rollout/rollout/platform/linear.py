@@ -13,7 +13,7 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-from omni_rollout.exact_ops import exact_linear
+from omni_rollout.diffusion.exact_ops import exact_linear
 
 
 class KeptWeightLinearMethod(linear.UnquantizedLinearMethod):

@@ -20,7 +20,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from omni_rollout.config import RewardConfig, TrainConfig
 from omni_rollout.errors import UserError
-from omni_rollout.paths import config_dir, recipe_dir
+from omni_rollout.launch.paths import config_dir, recipe_dir
 
 
 def compose(overrides: Sequence[str], *, name: str = "train", unused: Sequence[str] = ()) -> TrainConfig:

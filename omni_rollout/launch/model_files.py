@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from omni_rollout import strict_json
+from omni_rollout.trajectories import strict_json
 
 INDEX = "model_index.json"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")  # of every family

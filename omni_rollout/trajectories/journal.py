@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from omni_rollout.capsule import CapsuleError, load_capsule, save_capsule
+from omni_rollout.trajectories.capsule import CapsuleError, load_capsule, save_capsule
 from omni_rollout.types import RolloutRequest, Trajectory
 
 

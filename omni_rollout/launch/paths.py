@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omni_rollout.errors import UserError
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def config_dir() -> Path:

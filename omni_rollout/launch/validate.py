@@ -12,7 +12,6 @@ from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 
-from omni_rollout import model_files
 from omni_rollout.config import (
     Backend,
     Offload,
@@ -26,7 +25,8 @@ from omni_rollout.config import (
     TrainerEngine,
 )
 from omni_rollout.errors import UserError
-from omni_rollout.outputs import file_problem, folder_problem
+from omni_rollout.launch import model_files
+from omni_rollout.launch.outputs import file_problem, folder_problem
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -266,4 +266,4 @@ def _known(key: str, name: str, known: list[str]) -> Iterator[str]:
 
 def _modules(folder: str) -> list[str]:
     """The choices of a registry that is a folder, without importing it."""
-    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / folder)]))
+    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / folder)]))

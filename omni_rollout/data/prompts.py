@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omni_rollout import strict_json
 from omni_rollout.errors import UserError
+from omni_rollout.trajectories import strict_json
 from omni_rollout.types import Prompt
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")

@@ -20,8 +20,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from omni_rollout import strict_json
 from omni_rollout.errors import UserError
+from omni_rollout.trajectories import strict_json
 from omni_rollout.types import LogProbForm, Prompt, SamplingSpec, SDEType, Trajectory
 
 FORMAT_VERSION = 1

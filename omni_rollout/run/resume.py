@@ -16,11 +16,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from omni_rollout.checkpoints import ORIGIN, candidates, checkpoint_folders
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import UserError
-from omni_rollout.journal import Journal
 from omni_rollout.policy.checkpoint import RunState, read_state, verify
+from omni_rollout.run.checkpoints import ORIGIN, candidates, checkpoint_folders
+from omni_rollout.trajectories.journal import Journal
 
 FILES = ("metrics.jsonl", "seeds.jsonl")  # of a run folder: they only grow, step after step
 NOT_KEPT = ("run_dir", "experiment", "trainer.resume", "wandb.", "launch.")  # where and how, not what

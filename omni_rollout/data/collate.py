@@ -9,9 +9,9 @@ from dataclasses import asdict
 from enum import Enum
 from typing import Any
 
-from omni_rollout.config import CollateConfig, SamplingConfig
+from omni_rollout.config import CollateConfig, EvaluationConfig, SamplingConfig
+from omni_rollout.data.prompts import group_id
 from omni_rollout.models import family_module
-from omni_rollout.prompts import group_id
 from omni_rollout.types import Prompt, RequestError, RolloutRequest, SamplingSpec
 
 SPEC_KEYS = (
@@ -72,6 +72,20 @@ class Collator:
             self.check(spec, prompt)
             requests += [self.request(prompt, spec, group, member) for member in range(group_size)]
         return requests
+
+    def evaluation(self, prompts: Sequence[Prompt], settings: EvaluationConfig, name: str) -> list[RolloutRequest]:
+        """`settings.images` deterministic (ode) requests, the prompts in turn; the same seeds whatever the name."""
+        spec = self.spec({"sde_type": "ode"})
+        return [
+            self.request(
+                prompts[index % len(prompts)],
+                spec,
+                f"evaluation-{name}-{index:05d}",
+                0,
+                seed=derive_seed(settings.seed, index),
+            )
+            for index in range(settings.images)
+        ]
 
     def request(self, prompt: Prompt, spec: SamplingSpec, group: str, member: int, seed: int | None = None) -> RolloutRequest:
         return RolloutRequest(

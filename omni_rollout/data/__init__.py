@@ -1,0 +1,1 @@
+"""From prompts to requests: files of prompts, fixed widths, SDE windows, seeds."""

@@ -1,0 +1,1 @@
+"""The only mathematics: what the rollout and the trainer both import."""

@@ -1,0 +1,64 @@
+"""What one step has to show, the same under every back end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from omni_rollout.monitor.metrics import reward_metrics
+from omni_rollout.monitor.pairs import PPO_KL_COMPARES, old_pair
+from omni_rollout.monitor.update import update_metrics
+from omni_rollout.policy.update import Update
+
+
+def step_metrics(
+    update: Update,
+    *,
+    rewards: Sequence[float],
+    breakdown: Mapping[str, Sequence[float]],
+    group_ids: Sequence[str],
+    elements: int,
+    clip_range: float,
+    timings: Mapping[str, float],
+    kept: int,
+    learning_rate: float,
+    collisions: int,
+    recomputed: bool,
+) -> dict[str, float]:
+    """Metrics of a step whose weights have been synced.
+
+    Args:
+        rewards, breakdown, group_ids: see `reward_metrics`.
+        elements: numbers in a latent.
+        timings: stage -> seconds; `step` is the whole.
+        kept: trajectories that had been finished before the run was stopped.
+        collisions: repeated seeds so far.
+        recomputed: whether the trainer computed the old log-probs anew.
+    """
+    return {
+        **update_metrics(update, elements=elements, clip_range=clip_range),
+        **reward_metrics(rewards, group_ids, breakdown),
+        **{f"timing_s/{stage}": seconds for stage, seconds in timings.items()},
+        "perf/throughput": len(rewards) / timings["step"],  # images per second
+        "rollout/kept": float(kept),
+        "actor/lr": learning_rate,
+        "parity/weights_equal": 1.0,  # a difference has stopped the run in the sync
+        "parity/seed_collisions": float(collisions),
+        "actor/old_log_probs_recomputed": float(recomputed),
+    }
+
+
+def step_notes(*, sampled_by: str, recomputed: bool, reused: Sequence[str], not_kept: str | None) -> dict[str, str]:
+    """Texts of a step.
+
+    Args:
+        sampled_by: digest of the weights that sampled it.
+        recomputed: see `step_metrics`.
+        reused: which request repeated whose seed.
+        not_kept: why a finished trajectory is not on disk.
+    """
+    notes = {"weights/digest": sampled_by, PPO_KL_COMPARES: old_pair(recomputed)}
+    if reused:
+        notes["seeds/reused"] = "; ".join(reused)
+    if not_kept:
+        notes["rollout/not_kept"] = not_kept
+    return notes

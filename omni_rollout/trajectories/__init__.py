@@ -1,0 +1,1 @@
+"""A trajectory as a file, on its way to one, and compared by digest."""
