@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_rollout.config import CollateConfig, SamplingConfig, SDETypeName
+from omni_rollout.config import CollateConfig, EvaluationConfig, SamplingConfig, SDETypeName
 from omni_rollout.data.collate import Collator, derive_seed
 from omni_rollout.data.seeds import SeedLedger
 from omni_rollout.models.qwen_image.spec import DEFAULTS, resolve
@@ -46,6 +46,15 @@ def test_windows_differ_between_groups_and_repeat_between_runs(tokenizer):
     assert windows() == windows()
     assert {window[0] for window in windows()} == {0, 1, 2, 3, 4}
     assert all(window == (window[0], window[0] + 1) for window in windows())
+
+
+def test_every_evaluation_is_deterministic_and_of_the_same_seeds(tokenizer):
+    prompts, settings = [Prompt(text="a red cat"), Prompt(text="a dog")], EvaluationConfig(images=3, seed=5)
+    before, after = (collator(tokenizer).evaluation(prompts, settings, name) for name in ("before", "step_00080"))
+    assert [r.request_id for r in before] == [f"evaluation-before-{index:05d}-00" for index in range(3)]
+    assert [r.prompt.text for r in before] == ["a red cat", "a dog", "a red cat"]
+    assert [r.seed for r in before] == [r.seed for r in after] == [derive_seed(5, index) for index in range(3)]
+    assert {r.spec.sde_type for r in before} == {"ode"}
 
 
 @pytest.mark.parametrize(
