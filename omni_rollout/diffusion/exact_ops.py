@@ -17,20 +17,7 @@ import torch.nn.functional as F
 from diffusers.models.normalization import RMSNorm
 from torch import nn
 
-MIN_GEMM_ROWS = 16  # CPU fp32 GEMMs of fewer than 12 rows use kernels whose sums depend on the number of rows
-
-
-def exact_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x @ weight.T + bias, each row with the same bits whatever other rows there are.
-
-    Few rows are padded up to a constant number, and the input is made contiguous: a strided one is multiplied and
-    added in two roundings instead of one.
-    """
-    rows = x.numel() // x.shape[-1]
-    if rows >= MIN_GEMM_ROWS:
-        return F.linear(x.contiguous(), weight, bias)
-    flat = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, MIN_GEMM_ROWS - rows))
-    return F.linear(flat, weight, bias)[:rows].reshape(*x.shape[:-1], weight.shape[0])
+from omni_rollout.diffusion.products import exact_linear
 
 
 @runtime_checkable

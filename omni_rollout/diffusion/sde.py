@@ -133,21 +133,26 @@ def sde_step(
 def gaussian_log_prob(
     prev_sample: torch.Tensor, mean: torch.Tensor, step_std: torch.Tensor, stds: list[float], form: LogProbForm
 ) -> torch.Tensor:
-    """[B] fp32: mean over elements, summed in fp64, because an fp32 sum depends on batch size and threads."""
+    """[B] fp32: mean over elements, each sample's summed by itself, in fp64: company may change the order of a sum."""
     squared = (prev_sample - mean) ** 2
     if form == "unnormalised":
-        return (-squared).double().mean(dim=(1, 2)).float()
+        return _means(-squared).float()
     if form != "gaussian":
         raise ValueError(f"log_prob_form={form!r}: expected gaussian or unnormalised")
     constant = torch.tensor([-math.log(std) - 0.5 * math.log(2 * math.pi) for std in stds], dtype=torch.float64)
-    quadratic = (squared / (2 * step_std**2)).double().mean(dim=(1, 2))
+    quadratic = _means(squared / (2 * step_std**2))
     return (constant.to(mean.device) - quadratic).float()
 
 
 def gaussian_kl(mean: torch.Tensor, other_mean: torch.Tensor, step_std: torch.Tensor) -> torch.Tensor:
     """KL between two steps of equal step_std, [B] fp32, mean over elements: |mean - other|^2 / (2 step_std^2)."""
     squared = (mean - other_mean) ** 2 / (2 * step_std.reshape(-1, 1, 1) ** 2)
-    return squared.double().mean(dim=(1, 2)).float()
+    return _means(squared).float()
+
+
+def _means(values: torch.Tensor) -> torch.Tensor:
+    """[B, ...] -> [B] fp64."""
+    return torch.stack([sample.double().mean() for sample in values])
 
 
 def _per_row(value: torch.Tensor | float, rows: int) -> list[float]:

@@ -17,7 +17,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from omni_rollout.diffusion import exact_ops, sde
+from omni_rollout.diffusion import products, sde
 from omni_rollout.diffusion.exact_ops import ExactLayerNorm, ExactRMSNorm, HasEffectiveWeight
 from omni_rollout.models import family_module
 from omni_rollout.policy.lora import ADAPTER, MergedLoraLinear
@@ -144,11 +144,11 @@ def trimmed(inputs: dict[str, Any]) -> None:
         inputs["encoder_hidden_states_mask"] = None if bool(short.all()) else short
 
 
-def bare_linear(_: Setting) -> AbstractContextManager[None]:
-    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(x.contiguous(), weight, bias)
+def calls_as_they_come(_: Setting) -> AbstractContextManager[None]:
+    def multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *_: int) -> torch.Tensor:
+        return F.linear(rows, weight, bias)
 
-    return swapped(exact_ops, "exact_linear", linear)
+    return swapped(products, "_multiply", multiply)
 
 
 def single_precision_mean(_: Setting) -> AbstractContextManager[None]:
@@ -240,7 +240,12 @@ CAUSES = (  # in the order in which they are added up
         settled_by="omni_rollout/models/*/rollout.py",
         broken=lambda setting: changed_text(setting, trimmed),
     ),
-    Cause(name="conditioning_gemm", breaks="GEMMs of few rows run as they come", settled_by=OPS, broken=bare_linear),
+    Cause(
+        name="constant_shape",
+        breaks="products run as they come: in calls of as many rows as the batch has",
+        settled_by="omni_rollout/diffusion/products.py",
+        broken=calls_as_they_come,
+    ),
     Cause(
         name="log_prob_reduction",
         breaks="log-prob averaged in fp32",

@@ -21,7 +21,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 
-from omni_rollout.diffusion.exact_ops import ExactLinear, exact_linear
+from omni_rollout.diffusion.exact_ops import ExactLinear
+from omni_rollout.diffusion.products import exact_linear
 from omni_rollout.errors import UserError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

@@ -12,7 +12,8 @@ from torch import nn
 
 from omni_rollout.config import TrainerConfig
 from omni_rollout.config import TrainerEngine as EngineName
-from omni_rollout.diffusion.exact_ops import effective_weights, exact_linear, install_linears
+from omni_rollout.diffusion.exact_ops import effective_weights, install_linears
+from omni_rollout.diffusion.products import exact_linear
 from omni_rollout.policy.engines import make_trainer_engine
 from omni_rollout.policy.lora import MergedLoraLinear, attach_lora, has_lora, load_lora, save_lora
 

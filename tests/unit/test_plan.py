@@ -22,13 +22,13 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from omni_rollout.cli import main
 from omni_rollout.config import TrainConfig, TrainerEngine
-from omni_rollout.diffusion import exact_ops
+from omni_rollout.diffusion import exact_ops, products
 from omni_rollout.diffusion.sde import sde_step
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
 from omni_rollout.launch.paths import recipe_dir
 from omni_rollout.models.qwen_image import policy, sizes
-from omni_rollout.models.qwen_image.activations import GEMM_ROWS, Pass, saved
+from omni_rollout.models.qwen_image.activations import CONDITIONING_ROWS, Pass, saved
 from omni_rollout.models.qwen_image.velocity import Conditioning, velocity
 from omni_rollout.nano.components import make_transformer
 from omni_rollout.plan.command import closest
@@ -127,7 +127,7 @@ def kept_by_autograd(transformer: Any, run: Pass, text_width: int, dtype: torch.
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_what_autograd_keeps(dtype: torch.dtype, rank: int) -> None:
-    assert GEMM_ROWS == exact_ops.MIN_GEMM_ROWS
+    assert CONDITIONING_ROWS == products.CONDITIONING_ROWS
     for layers, heads in ((2, 4), (3, 6)):
         transformer = network(layers, heads, dtype, rank)
         model = sizes.transformer(transformer.config)

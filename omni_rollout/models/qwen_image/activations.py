@@ -12,7 +12,7 @@ from typing import Any
 
 from omni_rollout.models.qwen_image.sizes import Transformer
 
-GEMM_ROWS = 16  # exact_ops.MIN_GEMM_ROWS, without importing torch for it
+CONDITIONING_ROWS = 16  # diffusion/products.py, without importing torch for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def saved_in_block(model: Transformer, run: Pass, *, lora: bool) -> int:
     """
     numbers, fp32 = (10, 4) if lora else (19, 6)
     statistics = 4 * (3 * model.heads + 4)  # of norms and attention, per token
-    modulation = max(run.rows, GEMM_ROWS) * model.width * run.item * (12 if lora else 14)
+    modulation = max(run.rows, CONDITIONING_ROWS) * model.width * run.item * (12 if lora else 14)
     # Squares of the width: fp32 masters are used as they are, but merged; with LoRA the modulation has no gradient.
     squares = (8 if lora else 0) if run.item == 4 else (24 if lora else 36)
     weights = squares * run.item * model.width**2

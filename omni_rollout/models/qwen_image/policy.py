@@ -13,6 +13,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.transformers import transformer_qwenimage
 
 from omni_rollout.diffusion import exact_ops
+from omni_rollout.diffusion.activations import install_activations
 from omni_rollout.errors import PinnedKnobError
 from omni_rollout.models.qwen_image.velocity import Conditioning
 from omni_rollout.types import Trajectory
@@ -34,6 +35,7 @@ def load_policy(path: str, dtype: torch.dtype, parity: str = "exact") -> QwenIma
     loaded: Any = QwenImageTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32, **subfolder)
     transformer: QwenImageTransformer2DModel = loaded
     exact_ops.install_linears(transformer, dtype)
+    install_activations(transformer)
     rope: Any = transformer_qwenimage.ROPE_PER_DEVICE
     if parity == "reference":
         exact_ops.install_rms_norms(transformer, exact_ops.ReferenceRMSNorm)

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.models.qwen_image import QwenImagePipeline
+from vllm_omni.diffusion.models.qwen_image.qwen_image_transformer import ColumnParallelApproxGELU
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 
+from omni_rollout.diffusion import exact_ops
+from omni_rollout.diffusion.activations import exact_gelu, install_activations
 from omni_rollout.diffusion.schedule import Schedule, build_schedule
 from omni_rollout.diffusion.sde import sde_step
 from omni_rollout.models.qwen_image.policy import load_policy, network
@@ -42,6 +44,11 @@ class Denoising:
     batch_sizes: list[int] = field(default_factory=list)  # requests in the same forward pass, per step
 
 
+class ExactApproxGELU(ColumnParallelApproxGELU):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return exact_gelu(self.proj(x))
+
+
 class QwenImageRolloutPipeline(QwenImagePipeline):
     supports_request_batch: ClassVar[bool] = False
 
@@ -54,9 +61,11 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
         parity = arguments["parity"]
         self.reference = parity == "reference"
         if parity == "exact":
-            for name, layer in self.transformer.named_modules():
-                if name.endswith((".to_out", ".to_add_out")):
-                    layer.register_forward_pre_hook(_contiguous_input)
+            exact_ops.install_linears(self.transformer, self.dtype)  # vLLM's own have theirs: rollout/platform/linear.py
+            install_activations(self.transformer)
+            for layer in self.transformer.modules():
+                if type(layer) is ColumnParallelApproxGELU:
+                    layer.__class__ = ExactApproxGELU
         if self.reference:
             in_channels = self.transformer.in_channels
             reference: Any = load_policy(str(od_config.model), self.dtype, parity)
@@ -175,7 +184,3 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
             "initial_noise": run.initial_noise,
         }
         return DiffusionOutput(output={"payload": {"image": image}, "metadata": {"rollout": record}}, to_cpu=True)
-
-
-def _contiguous_input(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (inputs[0].contiguous(), *inputs[1:])

@@ -13,7 +13,7 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-from omni_rollout.diffusion.exact_ops import exact_linear
+from omni_rollout.diffusion.products import exact_linear
 
 
 class KeptWeightLinearMethod(linear.UnquantizedLinearMethod):
@@ -21,7 +21,7 @@ class KeptWeightLinearMethod(linear.UnquantizedLinearMethod):
         """Nothing to pack."""
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return exact_linear(x, layer.weight, bias)
+        return exact_linear(x, layer.weight, bias, getattr(layer, "output_partition_sizes", None))  # q, k and v one by one
 
 
 class PackedLinearMethod(KeptWeightLinearMethod):

@@ -1,0 +1,134 @@
+"""Products of rows with a weight, in calls of constant shape: same shape, same kernel, same bits.
+
+A library chooses a kernel, its blocking of the sum and its sharing out among threads by the shape of a call, so a row
+multiplied in a call of 300 rows has other bits than the same row in a call of 20. Here rows are packed into blocks of a number
+that the layer alone decides, the last one padded; within a block, neither a row's position nor its neighbours touch its bits
+(`self_check` proves it on the device at hand). Every product of the forward pass goes through `exact_linear`, on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+CONDITIONING_ROWS = 16  # of a layer that is given one row a sample: [B, K]
+# Of a layer that is given tokens, [B, S, K]: narrow layers waste more on padding than on calls, wide ones the other way round.
+NARROW_ROWS, WIDE_ROWS = 128, 512
+WIDE = 2**20  # weights of a wide layer, at least
+
+
+class Calls(Enum):
+    """How rows are shared out among calls."""
+
+    blocks = "blocks"  # of a constant number of rows, whatever samples they belong to
+    samples = "samples"  # one sample a call: for a device whose kernels give a row other bits at another position
+
+
+_calls = Calls.blocks
+
+
+def calls() -> Calls:
+    return _calls
+
+
+def set_calls(chosen: Calls) -> None:
+    """Of this whole process: what `self_check` found to be exact."""
+    global _calls
+    _calls = chosen
+
+
+def block_rows(out_features: int, in_features: int, *, conditioning: bool) -> int:
+    """Rows of every call of a layer."""
+    if conditioning:
+        return CONDITIONING_ROWS
+    return WIDE_ROWS if out_features * in_features >= WIDE else NARROW_ROWS
+
+
+def exact_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: Sequence[int] | None = None
+) -> torch.Tensor:
+    """x @ weight.T + bias, each row with the same bits whatever other rows there are.
+
+    Args:
+        x: [B, S, K], tokens; or [B, K], one conditioning row a sample.
+        weight: [N, K].
+        bias: [N], or None.
+        parts: output features of the projections that a fused weight is made of: each is multiplied by itself, as the
+            layers are that were not fused, since N is part of a call's shape too.
+
+    Returns:
+        [..., N] in x's dtype. Differentiable.
+    """
+    if parts is not None and len(parts) > 1:
+        biases = [None] * len(parts) if bias is None else bias.split(list(parts))
+        weights = weight.split(list(parts))
+        return torch.cat([exact_linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    conditioning = x.dim() == 2
+    call = block_rows(*weight.shape, conditioning=conditioning)
+    if _calls is Calls.samples:
+        sample = 1 if conditioning else x.shape[-2]
+        call = max(sample, CONDITIONING_ROWS)
+    else:
+        sample = call
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weight, bias)):
+        product = _Product.apply(rows, weight, bias, sample, call)
+        assert isinstance(product, torch.Tensor)
+    else:
+        product = _multiply(rows, weight, bias, sample, call)
+    return product.view(*x.shape[:-1], weight.shape[0])
+
+
+def _multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sample: int, call: int) -> torch.Tensor:
+    """`sample` rows after `sample` rows, each portion in a call of `call` rows."""
+    out = rows.new_empty(rows.shape[0], weight.shape[0])
+    for start, end in _portions(rows.shape[0], sample):
+        if end - start == call:
+            _call(rows[start:end], weight, bias, out[start:end])
+        else:
+            padded = F.pad(rows[start:end], (0, 0, 0, call - (end - start)))
+            out[start:end] = _call(padded, weight, bias, rows.new_empty(call, weight.shape[0]))[: end - start]
+    return out
+
+
+def _portions(rows: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, rows, size):
+        yield start, min(start + size, rows)
+
+
+def _call(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+
+
+class _Product(torch.autograd.Function):
+    """Forward in calls of constant shape; backward in one call each, as of `F.linear`: no other program has to match it."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        sample: int,
+        call: int,
+    ) -> torch.Tensor:
+        of_rows, of_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(rows if of_weight else None, weight if of_rows else None)
+        return _multiply(rows, weight, bias, sample, call)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        rows, weight = ctx.saved_tensors
+        of_bias = ctx.needs_input_grad[2]
+        return (
+            None if weight is None else gradient @ weight,
+            None if rows is None else gradient.t() @ rows,
+            gradient.sum(0) if of_bias else None,
+            None,
+            None,
+        )
