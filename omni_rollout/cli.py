@@ -15,12 +15,14 @@ from omni_rollout.launch.outputs import folder_problem
 _TRACEBACK = "OMNI_ROLLOUT_TRACEBACK"
 _ROLLOUT_KEYS = """
 keys (all of them, with their defaults: omni_rollout/config.py):
-  model=nano | model.path=FOLDER          checkpoint in diffusers layout
+  model=nano|qwen_image                   a checkpoint with its own sizes, steps, guidance and text width
+  model.path=FOLDER                       a checkpoint in diffusers layout; after model=nano, with that one's sizes
   model.dtype=float32|bfloat16            what the transformer computes in
   sampling.height, .width                 pixels, multiples of 16
+  collate.prompt_width                    text tokens, for every prompt the same
   sampling.num_inference_steps, .true_cfg_scale, .negative_prompt, .seed
   sampling.sde_type=sde|cps|dance_sde|ode, .noise_level, .sde_window_size, .sde_window_range
-  rollout.group_size                      images per prompt
+  rollout.group_size                      images per prompt: 1 for rollout, 8 for train
   rollout.max_num_seqs                    images denoised together
 """
 _TRAIN_KEYS = f"""{_ROLLOUT_KEYS.rstrip()}
@@ -72,9 +74,11 @@ def _train(parsed: argparse.Namespace) -> int:
     from omni_rollout.config import Backend
     from omni_rollout.launch.compose import compose
     from omni_rollout.launch.validate import validate
+    from omni_rollout.rollout.start import say_family_defaults
 
     config = compose(parsed.overrides)
     validate(config)
+    say_family_defaults(config)
     if config.launch.slurm:
         from omni_rollout.integrations.slurm import submit
 
@@ -83,6 +87,9 @@ def _train(parsed: argparse.Namespace) -> int:
     if config.backend is Backend.verl:
         from omni_rollout.integrations.verl.launch import train
     else:
+        from omni_rollout.launch.progress import quieten_libraries
+
+        quieten_libraries(config.model.path)
         from omni_rollout.train import train
 
     train(config)
@@ -96,26 +103,27 @@ def _rollout(parsed: argparse.Namespace) -> int:
     out = [word.removeprefix("out=") for word in parsed.overrides if word.startswith("out=")]
     if len(out) != 1 or not out[0]:
         raise UserError("out has no value: give out=FOLDER, once" if not out else f"out is given as {out}: expected one folder")
-    config = compose([word for word in parsed.overrides if not word.startswith("out=")])
+    config = compose([word for word in parsed.overrides if not word.startswith("out=")], name="rollout")
     validate_rollout(config, out[0])
-    from omni_rollout.rollout.command import rollout_to_folder
+    from omni_rollout.rollout.start import rollout
 
-    failed = rollout_to_folder(config, Path(config.prompts), Path(out[0]))
-    return 1 if failed else 0
+    return rollout(config, Path(out[0]))
 
 
 def _parity(parsed: argparse.Namespace) -> int:
     from omni_rollout.launch.compose import compose
     from omni_rollout.launch.validate import validate_scoring
 
-    config = compose(parsed.overrides, unused=["prompts"])
+    config = compose(parsed.overrides, name="parity", unused=["prompts"])
     validate_scoring(config, {"--json": parsed.json, "--html": parsed.html})
+    from omni_rollout.launch.progress import progress_of
     from omni_rollout.parity.matrix import Matrix
 
     matrix = Matrix.parse(parsed.matrix)  # a typo must not wait for the engine's libraries
-    from omni_rollout.parity.command import parity
+    with progress_of(config.model.path, "loading torch and the engine") as progress:
+        from omni_rollout.parity.command import parity
 
-    return parity(config, json_path=parsed.json, html_path=parsed.html, matrix=matrix)
+        return parity(config, json_path=parsed.json, html_path=parsed.html, matrix=matrix, progress=progress)
 
 
 def _replay(parsed: argparse.Namespace) -> int:
@@ -126,11 +134,14 @@ def _replay(parsed: argparse.Namespace) -> int:
     capsules = [Path(word) for word in parsed.words if word not in overrides]
     if not capsules:
         raise UserError("no capsule given: expected one or more *.safetensors files, and model=... for the checkpoint")
-    config = compose(overrides, unused=["prompts"])
+    config = compose(overrides, name="parity", unused=["prompts"])
     validate_scoring(config, {"--json": parsed.json})
-    from omni_rollout.parity.command import replay
+    from omni_rollout.launch.progress import progress_of
 
-    return replay(capsules, config, json_path=parsed.json)
+    with progress_of(config.model.path, "loading torch") as progress:
+        from omni_rollout.parity.command import replay
+
+        return replay(capsules, config, json_path=parsed.json, progress=progress)
 
 
 def _check_out(out: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import pkgutil
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
@@ -58,7 +59,8 @@ def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None]) -> N
         for option, path in files.items()
         if path is not None and (problem := file_problem(path)) is not None
     ]
-    _raise([*_numbers(config), *_sampling(config.sampling), *_model(config), *written])
+    sampling = replace(config.sampling, sde_window_range=None, sde_window_size=None)  # they score every step: no window is read
+    _raise([*_numbers(config), *_sampling(sampling), *_model(config), *written])
 
 
 def validate_plan(config: TrainConfig) -> None:

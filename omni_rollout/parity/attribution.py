@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -55,10 +55,12 @@ class Attribution:
             )
         return measure(trajectories, log_probs, self._clip_range)
 
-    def causes(self, trajectories: Sequence[Trajectory]) -> list[CauseResult]:
-        """All but the application of LoRA."""
+    def causes(
+        self, trajectories: Sequence[Trajectory], track: Callable[[Iterable[Cause]], Iterable[Cause]] = iter
+    ) -> list[CauseResult]:
+        """All but the application of LoRA. `track` sees each as it is taken."""
         results, added = [], []
-        for cause in CAUSES:
+        for cause in track(CAUSES):
             if cause is LORA:
                 continue
             if cause.slow and not self._compiled:

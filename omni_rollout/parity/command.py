@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from omni_rollout.config import TrainConfig
+from omni_rollout.launch.progress import Progress
 from omni_rollout.parity.html import write_html
 from omni_rollout.parity.matrix import Matrix
 from omni_rollout.parity.probe import probe
@@ -18,16 +19,23 @@ from omni_rollout.parity.report import numbers, print_report, to_json, write_jso
 
 
 def parity(
-    config: TrainConfig, *, json_path: Path | None = None, html_path: Path | None = None, matrix: Matrix | None = None
+    config: TrainConfig,
+    *,
+    json_path: Path | None = None,
+    html_path: Path | None = None,
+    matrix: Matrix | None = None,
+    progress: Progress | None = None,
 ) -> int:
-    """Runs the matrix and reports it.
+    """Runs the matrix and reports it, on stdout; `progress`, which it ends before that, is told of every result.
 
     Returns:
         0 when the KL is exactly 0 with equal bits in every cell and no trace found a difference, else 1.
     """
     _use_threads(config)
     console = Console(width=None if sys.stdout.isatty() else 160)  # in a file, a table need not fit a terminal
-    report = probe(config, matrix or Matrix(), lambda line: console.print(line, style="dim", markup=False, highlight=False))
+    progress = progress or Progress(shown=False)
+    report = probe(config, matrix or Matrix(), progress)
+    progress.close()
     if json_path is not None:
         write_json(to_json(report), json_path)
     if html_path is not None:
@@ -36,14 +44,19 @@ def parity(
     return 0 if report.exact else 1
 
 
-def replay(capsules: Sequence[Path], config: TrainConfig, *, json_path: Path | None = None) -> int:
-    """Scores each capsule with the checkpoint at `config.model.path`.
+def replay(
+    capsules: Sequence[Path], config: TrainConfig, *, json_path: Path | None = None, progress: Progress | None = None
+) -> int:
+    """Scores each capsule with the checkpoint at `config.model.path`; ends `progress` before it reports.
 
     Returns:
         0 when every capsule holds bit for bit, else 1.
     """
     _use_threads(config)
-    results = replay_capsules(config, capsules)
+    progress = progress or Progress(shown=False)
+    progress.stage("loading the model and scoring", len(capsules), "capsules")
+    results = replay_capsules(config, progress.track(capsules))
+    progress.close()
     if json_path is not None:
         write_json({"capsules": [_capsule(result) for result in results]}, json_path)
     console = Console(soft_wrap=True)

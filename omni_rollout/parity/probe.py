@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 from omni_rollout.config import TrainConfig
 from omni_rollout.diffusion.schedule import build_schedule
 from omni_rollout.errors import UserError
+from omni_rollout.launch.progress import Progress
 from omni_rollout.models import family_module
 from omni_rollout.parity.attribution import LORA, Attribution, CauseResult, culprits
-from omni_rollout.parity.causes import Setting
+from omni_rollout.parity.causes import CAUSES, Setting
 from omni_rollout.parity.findings import Finding, from_seeds, from_trace, from_weights
 from omni_rollout.parity.matrix import NATURAL, STAGGERED, Cell, Matrix, cells, renamed, requests, submissions
 from omni_rollout.parity.measure import Measure, measure, measure_steps
@@ -153,62 +154,66 @@ def environment(engine: RolloutEngine) -> dict[str, Any]:
     }
 
 
-def probe(config: TrainConfig, matrix: Matrix, say: Callable[[str], None]) -> Report:
-    """Starts one engine per dtype and runs the whole matrix in it.
-
-    Args:
-        say: told of each result as it comes.
-    """
+def probe(config: TrainConfig, matrix: Matrix, progress: Progress) -> Report:
+    """Starts one engine per dtype and runs the whole matrix in it."""
     if config.sampling.sde_type.value == "ode" or config.sampling.noise_level == 0:
         raise UserError("an ode has no log-probs to compare: choose sampling.sde_type=sde and a noise_level above 0")
     report = Report(model=config.model.path, parity=config.parity.value, clip_range=config.trainer.clip_range, environment={})
     policy_module = family_module(config.model.family, "policy")
     for dtype in matrix.dtype:
         model, parity = config.model, config.parity.value
+        progress.stage(f"{dtype}: loading the model into the engine and the trainer")
         with RolloutEngine(model.path, family=model.family, dtype=dtype, max_num_seqs=matrix.images, parity=parity) as engine:
             policy = policy_module.load_policy(model.path, getattr(torch, dtype), parity)
-            _probe_dtype(Probe(engine, policy, config), matrix, report, say)
+            _probe_dtype(Probe(engine, policy, config), matrix, report, progress)
     return report
 
 
-def _probe_dtype(sides: Probe, matrix: Matrix, report: Report, say: Callable[[str], None]) -> None:
+def _probe_dtype(sides: Probe, matrix: Matrix, report: Report, progress: Progress) -> None:
     dtype = sides.engine.dtype
     report.environment = report.environment or environment(sides.engine)
     results: list[CellResult] = []
-    for cell in cells(matrix, dtype):
+    whole = list(cells(matrix, dtype))
+    progress.stage(f"{dtype}: sampling and recomputing", len(whole), "cells")
+    for cell in progress.track(whole):
         results.append(sides.cell(cell, matrix.images))
         kl = results[-1].measure.kl if results[-1].measure else float("nan")
-        say(f"{dtype} guidance {cell.guidance} width {cell.width} in flight {cell.in_flight}: KL {kl:.3g}")
+        progress.describe(f"{dtype}: guidance {cell.guidance}, width {cell.width}, in flight {cell.in_flight}, KL {kl:.3g}")
     report.cells += results
+    progress.stage(f"{dtype}: looking for a first difference")
     differences = sides.first_differences(matrix, results)
     if matrix.causes:
-        differences += _causes(sides, matrix, report, say)
+        differences += _causes(sides, matrix, report, progress)
     report.findings += [(dtype, finding) for finding in differences]
 
 
-def _causes(sides: Probe, matrix: Matrix, report: Report, say: Callable[[str], None]) -> list[Finding]:
+def _causes(sides: Probe, matrix: Matrix, report: Report, progress: Progress) -> list[Finding]:
     """Measured on guided, padded and unpadded images together, so that each rule has something to break."""
     engine, config, dtype = sides.engine, sides.config, sides.engine.dtype
     guidance = max(matrix.guidance)
     padded = min((width for width in matrix.width if width != NATURAL), key=int, default="64")
 
+    progress.stage(f"{dtype}: breaking each rule in turn", len(CAUSES), "rules")
+
     def images() -> list[RolloutRequest]:
         chosen = [Cell(dtype=dtype, guidance=guidance, width=width, in_flight=STAGGERED) for width in (NATURAL, padded)]
         return [request for cell in chosen for request in sides.requests(cell, max(2, matrix.images // 2))]
 
-    trajectories = list(engine.generate(images(), on_error=lambda request, error: say(f"{request.request_id}: {error}")))
+    trajectories = list(
+        engine.generate(images(), on_error=lambda request, error: progress.say(f"{request.request_id}: {error}"))
+    )
     if not trajectories:
         return []
     setting = Setting(sides.policy, config.model.family, sides.dtype)
     attribution = Attribution(setting, dtype, config.trainer.clip_range, compiled=matrix.compile)
     baseline = attribution.score(trajectories)
     report.baselines[dtype] = baseline
-    results = attribution.causes(trajectories)
+    results = attribution.causes(trajectories, progress.track)
     found = culprits(baseline, results)
     if baseline.exact:
+        progress.stage(f"{dtype}: the same with an adapter")
         results.append(attribution.lora(engine, images(), config.trainer.lora_rank or LORA_RANK))
     else:
         results.append(CauseResult(cause=LORA, dtype=dtype, not_run="the two sides differ before an adapter is added"))
     report.causes += results
-    say(f"{dtype} causes: {sum(result.alone is not None for result in results)} measured")
     return found

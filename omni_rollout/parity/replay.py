@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,7 +108,7 @@ class Scorer:
         return found
 
 
-def replay_capsules(config: TrainConfig, paths: Sequence[Path]) -> list[Replayed]:
+def replay_capsules(config: TrainConfig, paths: Iterable[Path]) -> list[Replayed]:
     """One result per path, in the order given. A capsule's own dtype and profile are used where they exist."""
     scorers: dict[tuple[str, str], Scorer] = {}
     results = []

@@ -25,10 +25,19 @@ def _loaded_by(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import omni_rollout", "from omni_rollout.cli import main; main(['--help'])", "import omni_rollout.types"]
+    "statement",
+    [
+        "import omni_rollout",
+        "from omni_rollout.cli import main; main(['--help'])",
+        "import omni_rollout.types",
+    ],
 )
 def test_help_and_import_load_nothing_heavy(statement: str) -> None:
     assert _loaded_by(statement).isdisjoint(HEAVY)
+
+
+def test_what_is_sampled_is_said_before_torch_is_loaded() -> None:
+    assert _loaded_by("import omni_rollout.rollout.start").isdisjoint({"torch", "transformers", "diffusers", "vllm"})
 
 
 def test_a_wrong_key_is_told_before_torch_is_loaded() -> None:

@@ -32,11 +32,54 @@ def sound(tmp_path: Path) -> TrainConfig:
 
 
 def test_defaults_are_those_of_the_dataclasses() -> None:
-    config = compose(MINIMAL)
+    config = compose(["model.path=model", "prompts=prompts.txt"])
     plain = TrainConfig(prompts="prompts.txt", run_dir=config.run_dir)
-    plain.model.path = str(recipe_dir("nano") / "checkpoint")
+    plain.model.path = "model"
     assert config == plain
     assert isinstance(config.model.dtype, DType)
+
+
+def sampled(*overrides: str, name: str = "train") -> tuple[object, ...]:
+    config = compose([*overrides, "prompts=prompts.txt"], name=name)
+    sampling = config.sampling
+    width, group = config.collate.prompt_width, config.rollout.group_size
+    return sampling.height, sampling.width, sampling.num_inference_steps, sampling.true_cfg_scale, width, group
+
+
+@pytest.mark.parametrize(
+    ("overrides", "train", "rollout", "parity"),
+    [
+        (["model=nano"], (64, 64, 10, 1.0, 16, 8), (64, 64, 10, 1.0, 16, 1), (64, 64, 6, 1.0, 16, 8)),
+        (["model=qwen_image"], (1328, 1328, 50, 4.0, 256, 8), (1328, 1328, 50, 4.0, 256, 1), (64, 64, 6, 4.0, 256, 8)),
+        (["model.path=m"], (None, None, None, None, 256, 8), (None, None, None, None, 256, 1), (64, 64, 6, None, 256, 8)),
+        (["model=nano", "model.path=m"], (64, 64, 10, 1.0, 16, 8), (64, 64, 10, 1.0, 16, 1), (64, 64, 6, 1.0, 16, 8)),
+        # an experiment's own values come before the model's and the command's; what it leaves open, they give
+        (["experiment=nano_ocr"], (64, 64, 10, 1.0, 16, 16), (64, 64, 10, 1.0, 16, 16), (64, 64, 6, 1.0, 16, 16)),
+        (["experiment=qwen_image_ocr"], *[(512, 512, 10, 4.0, 256, 16)] * 3),
+        (["experiment=qwen_image_ocr", "model=nano"], *[(512, 512, 10, 1.0, 16, 16)] * 3),
+        # the command line has the last word
+        (
+            ["model=nano", "sampling.height=32", "sampling.num_inference_steps=4", "rollout.group_size=3"],
+            *[(32, 64, 4, 1.0, 16, 3)] * 3,
+        ),
+        (["experiment=qwen_image_ocr", "sampling.true_cfg_scale=1.0"], *[(512, 512, 10, 1.0, 256, 16)] * 3),
+    ],
+)
+def test_schema_then_model_then_command_then_experiment_then_command_line(
+    overrides: list[str], train: tuple[object, ...], rollout: tuple[object, ...], parity: tuple[object, ...]
+) -> None:
+    assert sampled(*overrides) == train
+    assert sampled(*overrides, name="rollout") == rollout
+    assert sampled(*overrides, name="parity") == parity
+
+
+@pytest.mark.parametrize("path", sorted((config_dir() / "model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_model_brings_its_own_sizes(path: Path) -> None:
+    stated = OmegaConf.load(path)
+    assert path.read_text().splitlines()[0] == "# @package _global_"
+    assert set(stated) == {"model", "collate", "sampling"}
+    assert set(stated["sampling"]) == {"height", "width", "num_inference_steps", "true_cfg_scale"}
+    assert "path" in stated["model"] and "prompt_width" in stated["collate"]
 
 
 def test_overrides_reach_their_keys_with_their_types() -> None:
@@ -57,15 +100,16 @@ def test_experiments_compose_keep_their_name_and_open_with_their_command(name: s
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments_state_only_what_differs(name: str) -> None:
-    defaults = OmegaConf.structured(TrainConfig)
     stated = OmegaConf.load(config_dir() / "experiment" / f"{name}.yaml")
-    base = compose(["experiment=nano_ocr"]) if name == "nano_ocr_lora" else None
-    below = OmegaConf.structured(base) if base else defaults
+    chosen = [item for item in stated["defaults"] if item != "_self_"]
+    below = [f"experiment={item}" if isinstance(item, str) else f"model={item['override /model']}" for item in chosen]
+    assert len(below) == 1
+    base = OmegaConf.structured(compose([*below, "prompts=prompts.txt"]))
     for section, values in stated.items():
         if section == "defaults" or not OmegaConf.is_dict(values):
             continue
         for key, value in values.items():
-            assert value != below[section][key], f"{name}: {section}.{key} restates the default"
+            assert value != base[section][key], f"{name}: {section}.{key} restates what {below[0]} gives"
 
 
 def test_the_flagship_reads_the_nano_recipe_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +354,11 @@ def test_a_weight_that_is_no_number_and_an_empty_run_dir(sound: TrainConfig) -> 
     sound.run_dir = " "
     with pytest.raises(UserError, match=r"reward\.weights\.ocr=nan: expected a finite number\nrun_dir is empty"):
         validate(sound)
+
+
+def test_scoring_reads_no_window(sound: TrainConfig) -> None:
+    sound.sampling.num_inference_steps, sound.sampling.sde_window_range = 6, [0, 9]
+    validate_scoring(sound, {})
 
 
 def test_scoring_is_checked_like_sampling_but_needs_no_prompts(sound: TrainConfig, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
         self._interrupt = False
         self.dtype = od_config.dtype
         self.policy_version = 0
+        self.steps = 0  # that were taken, of all requests: what a command shows as it waits
         arguments: Any = od_config.custom_pipeline_args
         parity = arguments["parity"]
         self.reference = parity == "reference"
@@ -163,6 +164,7 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
             run.log_probs.append(step.log_prob)
         state.latents = step.prev_sample.clone()  # the runner writes into state.latents in place
         state.step_index += 1
+        self.steps += 1
 
     def post_decode(self, state: Any, **_: Any) -> DiffusionOutput:
         run: Denoising = state.extra["denoising"]

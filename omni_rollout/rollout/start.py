@@ -1,0 +1,68 @@
+"""`omni-rollout rollout` up to where torch is loaded: says what is going to be sampled."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omni_rollout.config import TrainConfig
+from omni_rollout.data.prompts import load_prompts
+from omni_rollout.models import family_module
+
+_SIZES = ("height", "width", "num_inference_steps", "true_cfg_scale")
+
+
+def rollout(config: TrainConfig, out: Path) -> int:
+    """Samples every prompt of `config.prompts` into `out`; returns 0, or 1 when an image could not be made."""
+    from omni_rollout.launch.progress import progress_of
+
+    prompts = load_prompts(config.prompts)
+    print(rollout_line(config, len(prompts), out), file=sys.stderr)
+    say_family_defaults(config)
+    with progress_of(config.model.path, "loading torch and the engine") as progress:
+        from omni_rollout.rollout.command import rollout_to_folder
+
+        made, failed = rollout_to_folder(config, prompts, out, progress)
+    if made:
+        print(f"{_many(made, 'image')} (*.png) and {'its capsule' if made == 1 else 'their capsules'} (*.safetensors): {out}")
+    if failed:
+        print(f"{failed} of {_many(made + failed, 'image')} could not be made: see above", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def rollout_line(config: TrainConfig, prompts: int, out: Path) -> str:
+    """`3 prompts x 2 images: 64x64, 10 steps, no guidance, 16 text tokens, float32; into rollouts`."""
+    size = config.rollout.group_size
+    return f"{_many(prompts, 'prompt')} x {_many(size, 'image')}: {sampling_words(config)}; into {out}"
+
+
+def sampling_words(config: TrainConfig) -> str:
+    sizes = _sizes(config)
+    guidance = f"guidance {sizes['true_cfg_scale']:g}" if sizes["true_cfg_scale"] > 1 else "no guidance"
+    width = f"{config.collate.prompt_width} text tokens"
+    steps = f"{sizes['num_inference_steps']} steps"
+    return f"{sizes['height']}x{sizes['width']}, {steps}, {guidance}, {width}, {config.model.dtype.value}"
+
+
+def say_family_defaults(config: TrainConfig) -> None:
+    """Where a checkpoint was given by its path alone: what nobody chose, and how to choose it."""
+    unset = [key for key in _SIZES if getattr(config.sampling, key) is None]
+    if unset:
+        chosen = " ".join(f"sampling.{key}={_sizes(config)[key]:g}" for key in unset)
+        print(
+            f"{config.model.path} does not say how it is sampled, so as {config.model.family} was published: {chosen}; "
+            "give others, or a model's in configs/model, such as model=nano model.path=...",
+            file=sys.stderr,
+        )
+
+
+def _sizes(config: TrainConfig) -> Mapping[str, Any]:
+    defaults = family_module(config.model.family, "spec").DEFAULTS
+    given = {key: getattr(config.sampling, key) for key in _SIZES}
+    return {key: defaults[key] if value is None else value for key, value in given.items()}
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
