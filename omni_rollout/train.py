@@ -25,7 +25,7 @@ from omni_rollout.data.prompts import PromptStream, load_prompts
 from omni_rollout.data.seeds import SeedLedger
 from omni_rollout.monitor import CaptionedImage, Monitor
 from omni_rollout.policy.learner import Learner
-from omni_rollout.policy.recompute import check_fingerprint
+from omni_rollout.policy.recompute import check_fingerprint, check_machine
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
@@ -201,7 +201,8 @@ class Trainer:
 
     def _sync(self) -> None:
         digest = self.engine.update_weights(self.learner.weights(), self.version)
-        self.expected = {"dtype": self.config.model.dtype.value, "parity": self.config.parity.value, "weights": digest}
+        self.expected = self.learner.expected(digest)
+        check_machine(self.engine.machine, self.expected)  # before anything is sampled
 
     def evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
         """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
-from omni_rollout.config import TrainConfig, TrainerEngine
+from omni_rollout.config import Parity, TrainConfig, TrainerEngine
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.diffusion.exact_ops import effective_weights
+from omni_rollout.diffusion.self_check import attention_shape, linear_layers, self_check
 from omni_rollout.models import family_module
 from omni_rollout.policy.checkpoint import RunState, load_generators, load_policy, save_policy
 from omni_rollout.policy.ema import ExponentialAverage
@@ -58,6 +60,8 @@ class Learner:
         else:
             self.parameters = list(self.policy.parameters())
         saved = load_policy(checkpoint, self.policy) if checkpoint is not None else None
+        self._layers, self._attention = list(linear_layers(self.policy)), attention_shape(self.policy)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.engine = make_trainer_engine(trainer, self.policy, self.parameters)
         self.update = PolicyUpdate(
             self.engine,
@@ -76,6 +80,20 @@ class Learner:
             if self.ema is not None and saved.average is not None:  # else it starts at the weights
                 self.ema.load(saved.average)
             load_generators(checkpoint)
+
+    def expected(self, weights: str) -> dict[str, Any]:
+        """What a trajectory's fingerprint must say for this learner, as it is set now, to score it bit for bit.
+
+        Raises:
+            PinnedKnobError: the exact profile cannot be had on this machine.
+        """
+        config = self.config
+        found = {"dtype": config.model.dtype.value, "parity": config.parity.value, "weights": weights}
+        if config.parity is Parity.fast:
+            return found
+        heads, head_dim = self._attention
+        machine = self_check(self._layers, heads=heads, head_dim=head_dim, dtype=self.dtype, device=self._device)
+        return {**found, "machine": machine}
 
     def _reference(self, start: nn.Module | None) -> Callable[[], AbstractContextManager[nn.Module]]:
         """The policy the run started from: a copy, or under LoRA the base that the adapter is added to."""

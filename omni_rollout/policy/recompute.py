@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from omni_rollout.diffusion.machine import differences as machine_differences
 from omni_rollout.diffusion.sde import SDEStep, sde_step
+from omni_rollout.errors import PinnedKnobError
 from omni_rollout.models import family_module
 from omni_rollout.types import Trajectory
 
@@ -34,11 +36,28 @@ def check_fingerprint(trajectory: Trajectory, expected: Mapping[str, Any]) -> No
     """Raises FingerprintError naming the first field of `expected` that the trajectory was not sampled with."""
     for name, value in expected.items():
         found = trajectory.fingerprint.get(name)
-        if found != value:
+        if name == "machine":
+            different = machine_differences(found or {}, value)
+            if different:
+                raise FingerprintError(
+                    f"trajectory {trajectory.request_id}: sampled on another machine than this trainer's: "
+                    f"{', '.join(different)}; its log-probs would not be the policy's"
+                )
+        elif found != value:
             raise FingerprintError(
                 f"trajectory {trajectory.request_id}: sampled with {name}={found!r}, this trainer has {value!r}; "
                 "its log-probs would not be the policy's"
             )
+
+
+def check_machine(there: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises PinnedKnobError, naming what differs, where what machine `there` samples could not be scored bit for bit here."""
+    different = machine_differences(there, expected["machine"]) if "machine" in expected else []
+    if different:
+        raise PinnedKnobError(
+            f"the engine and the trainer would not compute the same bits: {', '.join(different)}; give both the same "
+            "(threads=N, machines of one kind), or choose parity=fast and watch parity/ppo_kl_mb0"
+        )
 
 
 def micro_batches(

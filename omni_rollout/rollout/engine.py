@@ -21,20 +21,15 @@ from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
+from omni_rollout.diffusion.machine import pin_switches
 from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobError, WeightSyncError
 from omni_rollout.models import family_module
-from omni_rollout.rollout.guards import check_alone, check_distinct, close_at_exit
+from omni_rollout.rollout.guards import check_alone, check_distinct, check_pinned, check_threads, close_at_exit
+from omni_rollout.rollout.platform.linear import register_linears
 from omni_rollout.trajectories.digest import combined_digest, tensor_digests
 from omni_rollout.types import RolloutRequest, Trajectory
 
 PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")
-PINNED: dict[str, tuple[Any, ...]] = {  # knob -> values under which the bits were compared
-    "attention": (["CpuSDPAImpl"], ["SDPAImpl"]),
-    "compiled": (False,),
-    "cache_backend": ("none",),
-    "quantization": (None,),
-    "parallel": ((1, 1, 1),),
-}
 LIVENESS_SECONDS = 5.0  # between looks at whether the engine's thread still runs
 OnError = Callable[[RolloutRequest, Exception], None]
 
@@ -64,7 +59,11 @@ class RolloutEngine:
     ) -> None:
         check_alone()
         pipeline = family_module(family, "spec").ROLLOUT_PIPELINE
-        threads = torch.get_num_threads()
+        self.threads = torch.get_num_threads()
+        if parity != "fast":
+            pin_switches()
+        if parity == "exact":
+            register_linears()
         settings: dict[str, Any] = {
             "model": path,
             "dtype": dtype,
@@ -74,7 +73,7 @@ class RolloutEngine:
             "max_num_seqs": max_num_seqs,
             "cache_backend": "none",
             "enable_prompt_embed_cache": True,
-            "custom_pipeline_args": {"pipeline_class": pipeline, "parity": parity},
+            "custom_pipeline_args": {"pipeline_class": pipeline, "parity": parity, "threads": self.threads},
             "diffusion_attention_config": None if parity == "fast" else {"default": {"backend": "TORCH_SDPA"}},
             "worker_extension_cls": "omni_rollout.rollout.worker.RolloutWorkerExtension",
         }
@@ -82,7 +81,7 @@ class RolloutEngine:
         config.enrich_config()
         self._engine = DiffusionEngine.make_engine(config)
         self._engine.post_process_func = None  # the stock one turns the image into PIL and drops the rest
-        torch.set_num_threads(threads)  # the engine's start may change it for the whole process
+        torch.set_num_threads(self.threads)  # the engine's start may change it for the whole process
         self._loop = asyncio.new_event_loop()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -90,19 +89,14 @@ class RolloutEngine:
         close_at_exit(self)
         self.dtype, self.parity = dtype, parity
         self.policy_version = 0
+        try:
+            if parity == "exact":
+                check_pinned(self._rpc("pinned_knobs"))
+            self.machine: dict[str, Any] = self._rpc("check_machine", parity != "fast")
+        except PinnedKnobError:
+            self.close()
+            raise
         self._adopt(self.policy_digests())
-        if parity == "exact":
-            self._check_pinned()
-
-    def _check_pinned(self) -> None:
-        knobs = self._rpc("pinned_knobs")
-        for name, expected in PINNED.items():
-            if knobs[name] not in expected:
-                self.close()
-                raise PinnedKnobError(
-                    f"parity=exact pins the engine's {name} to {' or '.join(map(str, expected))}, here it is {knobs[name]}; "
-                    "look for environment variables that set it, or choose parity=fast and watch parity/ppo_kl_mb0"
-                )
 
     def generate(
         self, requests: Iterable[RolloutRequest], on_error: OnError | None = None, *, timeout: float | None = None
@@ -114,6 +108,8 @@ class RolloutEngine:
         raised; `close` then leaves the engine's thread as it is.
         """
         self._check_open()
+        if self.parity != "fast":
+            check_threads(self.threads)
         requests = list(requests)
         check_distinct(requests)
         finished: asyncio.Queue[tuple[RolloutRequest, Trajectory | Exception]] = asyncio.Queue()
@@ -275,6 +271,7 @@ class RolloutEngine:
             policy_version=record["policy_version"],
             fingerprint={
                 **self._fingerprint,
+                "machine": {**self.machine, **record["machine"]},
                 "prompt_width": request.spec.prompt_width,
                 "negative_prompt_width": request.spec.negative_prompt_width if guided else None,
                 "guided": guided,

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from omni_rollout.errors import UserError
+import torch
+
+from omni_rollout.errors import PinnedKnobError, UserError
 from omni_rollout.types import RequestError, RolloutRequest
+
+PINNED: dict[str, tuple[Any, ...]] = {  # knob of the engine -> values under which the bits were compared
+    "attention": (["CpuSDPAImpl"], ["SDPAImpl"]),
+    "compiled": (False,),
+    "cache_backend": ("none",),
+    "quantization": (None,),
+    "parallel": ((1, 1, 1),),
+    "native": (True,),
+}
 
 
 class Closable(Protocol):
@@ -39,6 +50,26 @@ def close_at_exit(engine: Closable) -> None:
             left.close()
 
     threading._register_atexit(close)  # type: ignore[attr-defined]
+
+
+def check_pinned(knobs: Mapping[str, Any]) -> None:
+    """Raises PinnedKnobError, naming what the exact profile pins and the engine has otherwise."""
+    for name, expected in PINNED.items():
+        if knobs[name] not in expected:
+            raise PinnedKnobError(
+                f"parity=exact pins the engine's {name} to {' or '.join(map(str, expected))}, here it is {knobs[name]}; "
+                "look for environment variables that set it, or choose parity=fast and watch parity/ppo_kl_mb0"
+            )
+
+
+def check_threads(threads: int) -> None:
+    """Raises PinnedKnobError where the calling thread, the trainer's, has another number than the engine was made with."""
+    here = torch.get_num_threads()
+    if here != threads:
+        raise PinnedKnobError(
+            f"threads={here} here, the engine computes with {threads}: products round by the number of threads; "
+            "call torch.set_num_threads before the engine is made (threads=N), and not again"
+        )
 
 
 def check_distinct(requests: Sequence[RolloutRequest]) -> None:

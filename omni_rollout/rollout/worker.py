@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.linear import LinearBase
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.worker.diffusion_worker import CustomPipelineWorkerExtension
 
+from omni_rollout.diffusion.machine import machine, pin_thread
+from omni_rollout.diffusion.self_check import Layer, attention_shape, linear_layers, self_check
 from omni_rollout.rollout.platform.linear import pack_linears
+from omni_rollout.rollout.platform.native import all_native, use_native
 from omni_rollout.trajectories.digest import tensor_digests
 
 PREFIX = "transformer."
@@ -25,6 +29,8 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
 
     def re_init_pipeline(self, custom_pipeline_args: dict[str, Any]) -> None:
         super().re_init_pipeline(custom_pipeline_args)
+        if custom_pipeline_args["parity"] == "exact":
+            use_native(self.model_runner.pipeline.transformer)
         self._pack = custom_pipeline_args["parity"] == "fast" and not torch.cuda.is_available()
         self._repack()
 
@@ -41,8 +47,22 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
             "compiled": not config.enforce_eager,
             "cache_backend": config.cache_backend or "none",
             "quantization": config.quantization_config,
+            "native": all_native(pipeline.transformer),
             "parallel": (parallel.tensor_parallel_size, parallel.sequence_parallel_size, parallel.cfg_parallel_size),
         }
+
+    def check_machine(self, exact: bool) -> dict[str, Any]:
+        """This machine as the engine's thread sees it; with `exact`, after the self-check of the loaded transformer."""
+        pipeline, config = self.model_runner.pipeline, self.model_runner.od_config
+        if not exact:
+            return machine(pipeline.device)
+        pin_thread(pipeline.threads)
+        transformer = pipeline.transformer
+        attention = next((layer for layer in transformer.modules() if isinstance(layer, Attention)), None)
+        heads, head_dim = attention_shape(transformer) if attention is None else (attention.num_heads, attention.head_size)
+        return self_check(
+            _linear_layers(transformer), heads=heads, head_dim=head_dim, dtype=config.dtype, device=pipeline.device
+        )
 
     def load_policy(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> dict[str, str]:
         """Replaces the transformer's weights, then reads them back.
@@ -71,3 +91,13 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
                 for engine_name, checkpoint_name in RENAMED.items():
                     name = name.replace(engine_name, checkpoint_name)
                 yield name, parameter
+
+
+def _linear_layers(transformer: torch.nn.Module) -> Iterator[Layer]:
+    """Every product of the engine's transformer; the parts of a fused one by themselves."""
+    yield from linear_layers(transformer)
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, LinearBase):
+            dense: Any = layer
+            for features in getattr(dense, "output_partition_sizes", None) or [dense.output_size]:
+                yield Layer(name, features, dense.input_size)

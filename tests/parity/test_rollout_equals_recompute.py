@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from omni_rollout.errors import PinnedKnobError
 from omni_rollout.policy.lora import attach_lora
 from omni_rollout.types import Trajectory
 
@@ -46,15 +47,15 @@ def test_alone_in_company_early_or_late_the_bits_are_the_same(sides):
             assert (one.image == other.image).all()
 
 
-def test_one_thread_or_two_the_bits_are_the_same(sides):
+def test_another_number_of_threads_is_refused_before_anything_is_sampled(sides):
     before = torch.get_num_threads()
-    runs = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        trajectories = sides.generate(sides.mixed())
-        runs.append([*(t.latents for t in trajectories), *sides.score(trajectories)])
-    torch.set_num_threads(before)
-    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+    torch.set_num_threads(before + 1)
+    try:
+        with pytest.raises(PinnedKnobError, match=f"threads={before + 1} here, the engine computes with {before}"):
+            sides.generate(sides.mixed())
+    finally:
+        torch.set_num_threads(before)
+    assert sides.generate(sides.mixed()[:1])[0].fingerprint["machine"]["threads"] == before
 
 
 def test_the_transformer_sees_the_fixed_width_at_every_step(sides):

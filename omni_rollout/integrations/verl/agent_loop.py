@@ -77,7 +77,9 @@ class AgentLoopWorker:
         if order.partition != "train":
             return [], order.requests
         model, weights = self._config.model, order.weights
-        expected = {"dtype": model.dtype.value, "parity": self._config.parity.value, "weights": weights.digest}
+        expected: dict[str, Any] = {"dtype": model.dtype.value, "parity": self._config.parity.value, "weights": weights.digest}
+        if weights.machine is not None:
+            expected["machine"] = weights.machine
         return self._journal.take(order.step, order.requests, expected, weights.version)
 
     async def _store(

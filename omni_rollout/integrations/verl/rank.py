@@ -87,12 +87,8 @@ class TrainerRank(Worker):
                 if self.rank == 0:
                     put.append(ray.put([(name, tensor.cpu()) for name, tensor in bucket]))
         digest = combined_digest(digests)
-        self._expected = {
-            "dtype": self._config.model.dtype.value,
-            "parity": self._config.parity.value,
-            "weights": digest,
-        }
-        return Weights(version=version, digest=digest, buckets=tuple(put))
+        self._expected = self._learner.expected(digest)
+        return Weights(version=version, digest=digest, buckets=tuple(put), machine=self._expected.get("machine"))
 
     @every_rank
     def save_checkpoint(self, folder: Path, run: RunState) -> str | None:

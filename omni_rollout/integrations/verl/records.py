@@ -43,6 +43,7 @@ class Weights:
     version: int
     digest: str
     buckets: tuple[ray.ObjectRef, ...]  # each a list of (name, tensor); held by the trainer's first rank
+    machine: Mapping[str, Any] | None = None  # of that rank, as its self-check found it; None: the profile is not exact
 
     def fetch(self) -> list[tuple[str, torch.Tensor]]:
         return [named for bucket in ray.get(list(self.buckets)) for named in bucket]

@@ -11,6 +11,7 @@ import torch
 
 from omni_rollout.errors import EngineDiedError
 from omni_rollout.integrations.verl.records import Weights, run_config
+from omni_rollout.policy.recompute import check_machine
 from omni_rollout.types import RolloutRequest, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,10 @@ class RolloutServer:
 
         Raises:
             WeightSyncError: a tensor is different in the engine.
+            PinnedKnobError: what this machine samples, the trainer's could not score bit for bit.
         """
+        if weights.machine is not None:
+            check_machine(self._engine.machine, {"machine": weights.machine})
         if (self._engine.weights_digest, self._engine.policy_version) != (weights.digest, weights.version):
             self._engine.update_weights(weights.fetch(), weights.version)
         return self._engine.weights_digest

@@ -38,6 +38,7 @@ from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank
 from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, Weights, adopt, column
 from omni_rollout.integrations.verl.reward import RewardWorkers
 from omni_rollout.monitor import CaptionedImage, Monitor, last_words, step_metrics, step_notes
+from omni_rollout.policy.recompute import check_machine
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.resume import check_weights, enter, find_start, run_state
@@ -202,6 +203,9 @@ class OmniTrainer(PPOTrainer):
         if len(digests) > 1:
             raise WeightSyncError(f"step {self.global_steps}: the trainer ranks hold different weights, {sorted(digests)}")
         self.weights = published[0]
+        for weights in published[1:]:
+            if weights.machine is not None:
+                check_machine(weights.machine, {"machine": self.weights.machine})
         self.servers_in_step = replica.push(self.servers, self.weights, self.run.rollout.timeout)
 
     def _samples(self, batch: KVBatchMeta) -> Samples:

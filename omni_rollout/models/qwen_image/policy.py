@@ -14,6 +14,7 @@ from diffusers.models.transformers import transformer_qwenimage
 
 from omni_rollout.diffusion import exact_ops
 from omni_rollout.diffusion.activations import install_activations
+from omni_rollout.diffusion.machine import pin_switches
 from omni_rollout.errors import PinnedKnobError
 from omni_rollout.models.qwen_image.velocity import Conditioning
 from omni_rollout.types import Trajectory
@@ -50,6 +51,7 @@ def load_policy(path: str, dtype: torch.dtype, parity: str = "exact") -> QwenIma
 
 
 def check_attention() -> None:
+    pin_switches()
     backend: Any = _AttentionBackendRegistry.get_active_backend()[0]
     if backend != AttentionBackendName.NATIVE:
         raise PinnedKnobError(

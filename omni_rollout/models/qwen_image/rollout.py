@@ -20,6 +20,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 
 from omni_rollout.diffusion import exact_ops
 from omni_rollout.diffusion.activations import exact_gelu, install_activations
+from omni_rollout.diffusion.machine import machine, pin_thread
 from omni_rollout.diffusion.schedule import Schedule, build_schedule
 from omni_rollout.diffusion.sde import sde_step
 from omni_rollout.models.qwen_image.policy import load_policy, network
@@ -59,7 +60,7 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
         self.policy_version = 0
         self.steps = 0  # that were taken, of all requests: what a command shows as it waits
         arguments: Any = od_config.custom_pipeline_args
-        parity = arguments["parity"]
+        parity, self.threads = arguments["parity"], arguments["threads"]
         self.reference = parity == "reference"
         if parity == "exact":
             exact_ops.install_linears(self.transformer, self.dtype)  # vLLM's own have theirs: rollout/platform/linear.py
@@ -115,6 +116,7 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
         return pad_to_width(embeds[0].to(self.dtype), mask[0], width, what)
 
     def denoise_step(self, input_batch: Any, *, states: Any = None, **_: Any) -> torch.Tensor:
+        pin_thread(self.threads)  # this is the engine's own thread
         groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for position, state in enumerate(states):
             groups[state.extra["denoising"].conditioning.batch_key].append(position)
@@ -182,6 +184,7 @@ class QwenImageRolloutPipeline(QwenImagePipeline):
             "negative_prompt_embeds": condition.negative_prompt_embeds,
             "negative_prompt_embeds_mask": condition.negative_prompt_embeds_mask,
             "policy_version": self.policy_version,
+            "machine": machine(self.device),
             "batch_sizes": run.batch_sizes,
             "initial_noise": run.initial_noise,
         }

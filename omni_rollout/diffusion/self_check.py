@@ -1,0 +1,165 @@
+"""Proves on the device at hand, before the first rollout, that a row's bits do not depend on its company.
+
+For each distinct layer of the loaded model: the same rows alone, in company, at other positions, beside padding; likewise
+attention, norms and activations. The results' digest tells two machines apart, or shows that they compute the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from omni_rollout.diffusion import products
+from omni_rollout.diffusion.activations import exact_gelu, exact_silu
+from omni_rollout.diffusion.exact_ops import HasEffectiveWeight
+from omni_rollout.diffusion.machine import machine
+from omni_rollout.diffusion.products import Calls, block_rows, exact_linear
+from omni_rollout.errors import PinnedKnobError
+
+_POOL = 100_003  # different numbers that the inputs are made of
+_TOKENS = 77  # a sample, where attention, norms and activations are checked
+_checked: dict[tuple[Any, ...], Checked] = {}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A product of the model: [rows, in_features] x [in_features, out_features]."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    calls: str  # how rows are shared out among calls, in words
+    kernels: str  # digest of what the checks computed: equal digests, equal kernels
+
+
+def linear_layers(module: nn.Module) -> Iterator[Layer]:
+    """The trainer's layers below `module`."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, HasEffectiveWeight) and isinstance(layer, nn.Module):
+            dense: Any = layer
+            yield Layer(name, dense.out_features, dense.in_features)
+
+
+def attention_shape(policy: nn.Module) -> tuple[int, int]:
+    """(heads, channels of a head) of a diffusers transformer."""
+    config: Any = next(module.config for module in policy.modules() if hasattr(module, "config"))
+    return config.num_attention_heads, config.attention_head_dim
+
+
+def self_check(
+    layers: Iterable[Layer], *, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """`machine(device)` with `calls` and `kernels`; sets how this process multiplies from now on (`products.set_calls`).
+
+    Blocks of constant shape are tried first, then one sample a call.
+
+    Raises:
+        PinnedKnobError: neither is exact here; names the layer or the operator.
+    """
+    distinct = {(layer.out_features, layer.in_features): layer for layer in layers}
+    here = machine(device)
+    key = (*sorted(distinct), heads, head_dim, dtype, *(str(value) for value in here.values()))
+    if key not in _checked:
+        _checked[key] = _find_calls([distinct[shape] for shape in sorted(distinct)], heads, head_dim, dtype, device)
+    checked = _checked[key]
+    products.set_calls(Calls.samples if checked.calls == Calls.samples.value else Calls.blocks)
+    return {**here, "calls": checked.calls, "kernels": checked.kernels}
+
+
+@torch.no_grad()
+def _find_calls(layers: list[Layer], heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Checked:
+    digest = hashlib.sha256()
+    values = _Values(dtype, device)
+    products.set_calls(Calls.blocks)
+    failed = _first_inexact(layers, values, digest)
+    if failed is not None:
+        digest = hashlib.sha256()
+        products.set_calls(Calls.samples)
+        failed = _first_inexact(layers, values, digest)
+    if failed is not None:
+        raise PinnedKnobError(
+            f"parity=exact cannot be had on this {device.type}: a row of layer {failed.name} ({failed.in_features} -> "
+            f"{failed.out_features}, {dtype}) has other bits in other company, even with one sample a call; "
+            "choose parity=fast and watch parity/ppo_kl_mb0, or another device, dtype or build of torch"
+        )
+    for name, function, sample in _operators(values, heads, head_dim):
+        if not _exact(function, sample, digest):
+            raise PinnedKnobError(
+                f"parity=exact cannot be had on this {device.type}: {name} gives a sample other bits in other company "
+                f"({dtype}, {heads} heads of {head_dim}); choose parity=fast and watch parity/ppo_kl_mb0, or another device"
+            )
+    if products.calls() is Calls.samples:
+        return Checked(Calls.samples.value, digest.hexdigest())
+    sizes = {block_rows(layer.out_features, layer.in_features, conditioning=False) for layer in layers}
+    rows = [products.CONDITIONING_ROWS, *sorted(sizes)]
+    return Checked(f"blocks of {', '.join(map(str, rows))} rows", digest.hexdigest())
+
+
+def _first_inexact(layers: list[Layer], values: _Values, digest: Any) -> Layer | None:
+    for layer in layers:
+        weight = values(layer.out_features, layer.in_features)
+        bias = values(layer.out_features)
+
+        def product(x: torch.Tensor, weight: torch.Tensor = weight, bias: torch.Tensor = bias) -> torch.Tensor:
+            return exact_linear(x, weight, bias)
+
+        tokens = block_rows(layer.out_features, layer.in_features, conditioning=False) // 2 + 13  # cuts across blocks
+        for shape in ((3, tokens, layer.in_features), (5, layer.in_features)):
+            if not _exact(product, values(*shape), digest):
+                return layer
+    return None
+
+
+def _operators(values: _Values, heads: int, head_dim: int) -> Iterator[tuple[str, Callable[..., torch.Tensor], torch.Tensor]]:
+    width = heads * head_dim
+    mask = (torch.arange(_TOKENS, device=values.device) % 7 != 3)[None, None, None]
+
+    def attention(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        query, key, value = (part.unflatten(-1, (heads, head_dim)).transpose(1, 2) for part in x.chunk(3, dim=-1))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+    joint = values(3, _TOKENS, 3 * width) / 64
+    yield "attention", attention, joint
+    yield "attention with a mask", lambda x: attention(x, mask.expand(len(x), -1, -1, -1)), joint
+    states = values(3, _TOKENS, width)
+    yield "layer_norm", lambda x: F.layer_norm(x.float(), (width,)).to(x.dtype), states
+    yield "rms_norm", lambda x: F.rms_norm(x.unflatten(-1, (heads, head_dim)), (head_dim,)), states
+    yield "gelu", exact_gelu, values(3, _TOKENS, 4 * width + 1) / 8
+    yield "silu", exact_silu, values(3, width + 1) / 8
+
+
+def _exact(function: Callable[[torch.Tensor], torch.Tensor], samples: torch.Tensor, digest: Any) -> bool:
+    """Whether each sample has the same bits alone, at another place, and beside zeros. Digests the result."""
+    together = function(samples)
+    digest.update(together.contiguous().cpu().view(torch.uint8).numpy().data)
+    order = torch.arange(len(samples), device=samples.device).roll(1)
+    if not torch.equal(function(samples[order]), together[order]):
+        return False
+    beside_zeros = torch.cat([torch.zeros_like(samples[:2]), samples[:1]])
+    alone = (function(sample[None])[0] for sample in samples)
+    return torch.equal(function(beside_zeros)[-1], together[0]) and all(map(torch.equal, alone, together))
+
+
+class _Values:
+    """Tensors of full mantissas and many magnitudes, the same on every machine: sums of their products have to round."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        generator = torch.Generator().manual_seed(0)
+        powers = torch.tensor([2.0**power for power in range(-4, 3)])
+        signed = torch.randint(-127, 128, (_POOL,), generator=generator) / 3
+        self._pool = (signed * powers[torch.randint(len(powers), (_POOL,), generator=generator)]).to(dtype)
+
+    def __call__(self, *shape: int) -> torch.Tensor:
+        count = torch.Size(shape).numel()
+        return self._pool.repeat(-(-count // _POOL))[:count].view(shape).to(self.device)
