@@ -1,0 +1,203 @@
+"""A row's bits depend on the row alone: products, activations, norms, attention, guidance, the step and its log-prob."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omni_rollout.diffusion import products
+from omni_rollout.diffusion.activations import exact_gelu, exact_silu
+from omni_rollout.diffusion.exact_ops import exact_rope
+from omni_rollout.diffusion.guidance import guide
+from omni_rollout.diffusion.products import Calls, block_rows, exact_linear, set_calls
+from omni_rollout.diffusion.sde import sde_step
+
+DTYPES = (torch.float32, torch.bfloat16)
+SHAPES = ((64, 64), (256, 1024), (1024, 256), (512, 512), (768, 3072))  # (K, N)
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    set_calls(Calls.blocks)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES),
+    dtype=st.sampled_from(DTYPES),
+    lengths=st.lists(st.sampled_from([1, 15, 16, 17, 29, 64, 100, 128, 200, 300]), min_size=1, max_size=5),
+    bias=st.booleans(),
+    threads=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 5),
+)
+def test_a_row_of_tokens_has_the_same_bits_in_any_company(shape, dtype, lengths, bias, threads, seed):
+    torch.set_num_threads(threads)
+    inputs, outputs = shape
+    weight = normal(outputs, inputs, seed=seed, dtype=dtype)
+    shift = normal(outputs, seed=seed + 1, dtype=dtype) if bias else None
+    portions = [normal(1, length, inputs, seed=seed + length, dtype=dtype) for length in lengths]
+    together = exact_linear(torch.cat(portions, dim=1), weight, shift).split(lengths, dim=1)
+    for portion, expected in zip(portions, together, strict=True):
+        assert torch.equal(exact_linear(portion, weight, shift), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_conditioning_row_has_the_same_bits_in_a_batch_of_1_to_40(shape, dtype):
+    weight, x = normal(shape[1], shape[0], dtype=dtype), normal(40, shape[0], seed=1, dtype=dtype)
+    together = exact_linear(x, weight, None)
+    for rows in (1, 2, 3, 8, 15, 16, 17, 33):
+        assert torch.equal(exact_linear(x[:rows], weight, None), together[:rows])
+        assert torch.equal(exact_linear(x[-rows:], weight, None), together[-rows:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_strided_input_is_multiplied_like_its_copy(dtype):
+    x, weight = normal(3, 80, 256, dtype=dtype), normal(256, 256, dtype=dtype)
+    assert torch.equal(exact_linear(x[:, 7:50], weight, None), exact_linear(x[:, 7:50].clone(), weight, None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fused_projection_is_its_parts(dtype):
+    weights = [normal(256, 128, seed=seed, dtype=dtype) for seed in range(3)]
+    biases = [normal(256, seed=seed, dtype=dtype) for seed in range(3)]
+    x = normal(2, 45, 128, seed=9, dtype=dtype)
+    fused = exact_linear(x, torch.cat(weights), torch.cat(biases), parts=[256] * 3)
+    for part, weight, bias in zip(fused.chunk(3, dim=-1), weights, biases, strict=True):
+        assert torch.equal(part, exact_linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("calls", list(Calls))
+@pytest.mark.parametrize("rows", [(300,), (2, 77)])
+def test_gradients_are_those_of_one_linear(calls, rows):
+    set_calls(calls)
+    x, weight, bias = (normal(*shape).double().requires_grad_() for shape in ((*rows, 24), (40, 24), (40,)))
+    ours = torch.autograd.grad(exact_linear(x, weight, bias).pow(2).sum(), (x, weight, bias))
+    plain = torch.autograd.grad(F.linear(x, weight, bias).pow(2).sum(), (x, weight, bias))
+    for mine, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, expected)
+    assert torch.autograd.gradcheck(lambda x: exact_linear(x[:3], weight.detach(), None), (x.detach()[:3].requires_grad_(),))
+
+
+def test_every_call_of_a_layer_has_the_shape_that_the_layer_decides(monkeypatch):
+    seen: set[tuple[int, ...]] = set()
+    call = products._call
+    monkeypatch.setattr(products, "_call", lambda x, *rest: (seen.add(tuple(x.shape)), call(x, *rest))[1])
+    weight = normal(96, 64)
+    for shape in ((1, 1, 64), (1, 128, 64), (7, 33, 64), (64,), (16, 64), (40, 64)):
+        exact_linear(normal(*shape).view(-1, 64) if len(shape) < 3 else normal(*shape), weight, None)
+    assert seen == {(products.NARROW_ROWS, 64), (products.CONDITIONING_ROWS, 64)}
+    assert block_rows(3072, 3072, conditioning=False) == products.WIDE_ROWS
+    assert block_rows(3072, 3072, conditioning=True) == products.CONDITIONING_ROWS
+
+
+def test_one_sample_a_call_needs_no_equal_positions(monkeypatch):
+    """A device whose kernels give a row other bits at another place of a call."""
+    call = products._call
+
+    def by_position(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+        return call(x, weight, bias, out).add_(torch.arange(len(x))[:, None] / 64)
+
+    monkeypatch.setattr(products, "_call", by_position)
+    weight, x = normal(48, 64), normal(4, 77, 64)
+    assert not torch.equal(exact_linear(x, weight, None)[2:], exact_linear(x[2:], weight, None))
+    set_calls(Calls.samples)
+    assert torch.equal(exact_linear(x, weight, None)[2:], exact_linear(x[2:], weight, None))
+    assert torch.equal(exact_linear(x[:, 0], weight, None)[3:], exact_linear(x[3:, 0], weight, None))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    operator=st.sampled_from([exact_silu, exact_gelu]),
+    dtype=st.sampled_from(DTYPES),
+    length=st.one_of(st.integers(1, 300), st.integers(16_000, 200_000)),
+    start=st.integers(0, 40),
+    threads=st.sampled_from([1, 2, 3, 5, 7, 16]),
+)
+def test_an_activation_sees_neither_length_nor_threads(operator, dtype, length, start, threads):
+    x = normal(250_003, dtype=dtype) * 4
+    torch.set_num_threads(1)
+    expected = operator(x)[start : start + length]
+    torch.set_num_threads(threads)
+    assert torch.equal(operator(x[start : start + length]), expected)
+
+
+def test_torchs_own_gelu_does_see_them():
+    """What the test above protects against; where it passes, the module could go."""
+    if not torch.backends.cpu.get_cpu_capability().startswith(("AVX2", "AVX512")):
+        pytest.skip("measured on AVX2 and AVX512 alone")
+    x = normal(250_003) * 4
+    whole = F.gelu(x, approximate="tanh")
+    assert any(not torch.equal(F.gelu(x[:n], approximate="tanh"), whole[:n]) for n in range(1, 1000, 7))
+
+
+@pytest.mark.parametrize(("operator", "plain"), [(exact_silu, F.silu), (exact_gelu, lambda x: F.gelu(x, approximate="tanh"))])
+def test_an_activation_is_torchs_with_its_gradient(operator, plain):
+    x = (normal(3, 33_001).double() * 3).requires_grad_()
+    torch.testing.assert_close(operator(x), plain(x))
+    torch.testing.assert_close(*(torch.autograd.grad(f(x).sum(), x)[0] for f in (operator, plain)))
+
+
+def attention(masked: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        query, key, value = (part.unflatten(-1, (3, 32)).transpose(1, 2) for part in x.chunk(3, dim=-1))
+        mask = (torch.arange(x.shape[1]) % 5 != 2)[None, None, None].expand(len(x), -1, -1, -1) if masked else None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+    return attend
+
+
+def modulate(x: torch.Tensor) -> torch.Tensor:
+    scale, shift = x[:, :1].tanh(), x[:, 1:2]
+    return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype) * (1 + scale) + shift
+
+
+def rope(x: torch.Tensor) -> torch.Tensor:
+    angles = torch.outer(torch.arange(x.shape[1]).float(), torch.linspace(0.01, 1, 16))
+    return exact_rope(x.unflatten(-1, (-1, 32)), torch.polar(torch.ones_like(angles), angles))
+
+
+def guidance(x: torch.Tensor) -> torch.Tensor:
+    return guide(x, x.flip(-1), torch.full((len(x),), 4.0))
+
+
+def scored_step(x: torch.Tensor) -> torch.Tensor:
+    sample, sigmas = x.float(), torch.linspace(0.9, 0.6, 16)[: len(x)] * 0 + 0.8
+    prev = sample * 0.97
+    return sde_step(sample.flip(1), sample, sigmas, sigmas - 0.1, noise_level=0.7, sde_type="sde", prev_sample=prev).log_prob
+
+
+OPERATORS = {
+    "attention": attention(masked=False),
+    "masked attention": attention(masked=True),
+    "layer norm and modulation": modulate,
+    "rms norm": lambda x: F.rms_norm(x.unflatten(-1, (3, -1)), (x.shape[-1] // 3,)),
+    "rope": rope,
+    "guidance": guidance,
+    "step and log-prob": scored_step,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "tokens"), [(16, 16), (5, 77), (8, 256), (3, 1104), (2, 4096)])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_no_other_operator_of_the_forward_sees_a_samples_company(name, batch, tokens, dtype):
+    x = normal(batch, tokens, 288, dtype=dtype)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        together = OPERATORS[name](x)
+        for row in {0, batch // 2, batch - 1}:
+            assert torch.equal(OPERATORS[name](x[row : row + 1])[0], together[row])
+        assert torch.equal(OPERATORS[name](x.flip(0)).flip(0), together)

@@ -1,0 +1,160 @@
+"""The self-check notices what would break exactness, falls back where it can, and refuses by name where it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from omni_rollout.diffusion import machine as machine_module
+from omni_rollout.diffusion import products
+from omni_rollout.diffusion import self_check as module
+from omni_rollout.diffusion.machine import differences, machine, pin_switches, pin_thread
+from omni_rollout.diffusion.products import Calls, set_calls
+from omni_rollout.diffusion.self_check import Layer, self_check
+from omni_rollout.errors import PinnedKnobError
+
+CPU = torch.device("cpu")
+LAYERS = [Layer("blocks.0.to_q", 64, 64), Layer("blocks.0.mlp", 256, 64), Layer("blocks.1.to_q", 64, 64)]
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    module._checked.clear()
+    pin_switches()
+    yield
+    module._checked.clear()
+    set_calls(Calls.blocks)
+    torch.set_num_threads(threads)
+    pin_switches()
+    pin_thread(threads)
+
+
+def check(dtype: torch.dtype = torch.float32, layers: list[Layer] = LAYERS) -> dict[str, Any]:
+    return self_check(layers, heads=2, head_dim=32, dtype=dtype, device=CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_this_machine_multiplies_in_blocks(dtype):
+    found = check(dtype)
+    assert found["calls"] == "blocks of 16, 128 rows" and products.calls() is Calls.blocks
+    assert found["switches"] == "pinned" and found["threads"] == torch.get_num_threads()
+    assert found == check(dtype) and found["kernels"] != check(dtype, LAYERS[:1])["kernels"]
+
+
+def test_another_kernel_has_another_digest(monkeypatch):
+    before = check()
+    module._checked.clear()
+    call = products._call
+    monkeypatch.setattr(
+        products, "_call", lambda x, w, b, out: call(x.flip(-1), w.flip(-1), b, out)
+    )  # another order of the sum
+    assert check()["kernels"] != before["kernels"]
+
+
+def test_bits_that_hang_on_the_position_in_a_call_lead_to_one_sample_a_call(monkeypatch):
+    call = products._call
+    monkeypatch.setattr(
+        products, "_call", lambda x, w, b, out: call(x, w, b, out).mul_(1 + 2.0**-20 * torch.arange(len(x))[:, None])
+    )
+    assert check()["calls"] == "samples" and products.calls() is Calls.samples
+    assert check()["calls"] == "samples", "remembered"
+
+
+def test_what_no_call_makes_exact_is_refused_by_the_layers_name(monkeypatch):
+    call, count = products._call, iter(range(10**9))
+    monkeypatch.setattr(products, "_call", lambda x, w, b, out: call(x, w, b, out).add_(next(count) % 7))
+    with pytest.raises(PinnedKnobError, match=r"blocks.1.to_q \(64 -> 64, torch.float32\).*choose parity=fast"):
+        check()
+
+
+def test_attention_that_sees_the_batch_is_refused_by_name(monkeypatch):
+    plain = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *rest, **kw: plain(q, *rest, **kw) * (1 + len(q) * 2.0**-20)
+    )
+    with pytest.raises(PinnedKnobError, match="attention gives a sample other bits in other company"):
+        check()
+
+
+def test_an_activation_with_a_tail_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(module, "exact_gelu", lambda x: x + (x.numel() % 4))
+    with pytest.raises(PinnedKnobError, match="gelu gives a sample other bits"):
+        check()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda: torch.set_float32_matmul_precision("medium"), "float32_matmul_precision=medium"),
+        (lambda: setattr(torch.backends.mkldnn, "enabled", False), "mkldnn.enabled=False"),
+        (lambda: torch.set_flush_denormal(True), "flush_denormal=True"),
+    ],
+)
+def test_a_switch_that_changes_bits_is_named(change, named):
+    before = check()
+    change()
+    after = check()
+    assert after["switches"] == named
+    assert any(named in line for line in differences(after, before))
+
+
+def test_two_machines_of_equal_kernels_may_work_together():
+    here = check()
+    assert differences(here, here) == []
+    there = {**here, "device": "another CPU", "instruction_set": "torch AVX2, oneDNN AVX2"}
+    assert differences(there, here) == []
+    assert differences({**there, "kernels": "other"}, here) == [
+        f"device ('another CPU', here {here['device']!r})",
+        f"instruction_set ('torch AVX2, oneDNN AVX2', here {here['instruction_set']!r})",
+    ]
+    assert differences({**here, "kernels": "other"}, here) == ["kernels (the self-check's results have other bits)"]
+
+
+@pytest.mark.parametrize("field", ["threads", "calls", "torch", "switches"])
+def test_what_must_agree_is_refused_even_with_equal_kernels(field):
+    here = check()
+    (line,) = differences({**here, field: "other"}, here)
+    assert line.startswith(f"{field} ('other', here")
+
+
+def test_a_record_without_a_machine_differs():
+    assert differences({}, check())
+
+
+@pytest.mark.parametrize(("cap", "most"), [("AVX2", "AVX2"), ("AVX512_CORE", "AVX512_CORE"), ("AVX2_VNNI", "AVX2")])
+def test_the_instruction_set_that_an_environment_leaves_is_told(monkeypatch, cap, most):
+    names = [name for name, _ in machine_module._ISAS]
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    free = machine_module.onednn_isa()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
+    assert machine_module.onednn_isa() == min(free, most, key=names.index)
+
+
+def test_threads_hold_for_the_calling_thread():
+    code = """
+import threading, torch
+from omni_rollout.diffusion.machine import machine, pin_thread
+torch.set_num_threads(2)
+torch.ones(100_000).exp()
+seen = []
+def other():
+    torch.set_num_threads(1)
+    torch.ones(100_000).exp()
+    seen.append(machine(torch.device("cpu"))["threads"])
+    pin_thread(2)
+    seen.append(machine(torch.device("cpu"))["threads"])
+thread = threading.Thread(target=other); thread.start(); thread.join()
+print(seen, machine(torch.device("cpu"))["threads"])
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split("\n")[0] == "[1, 2] 2"
+    assert machine(CPU)["threads"] == torch.get_num_threads()
