@@ -44,8 +44,9 @@ def load_prompts(path: str | Path) -> list[Prompt]:
 
 
 def group_id(prompt: Prompt) -> str:
-    """16 hex digits that name a prompt by its text and metadata, the same in every process."""
-    canonical = json.dumps([prompt.text, dict(prompt.metadata)], sort_keys=True, allow_nan=False)
+    """16 hex digits that name a prompt by its text, metadata and the sha256 of its images, the same in every process."""
+    images = [[image.sha256 for image in prompt.images]] if prompt.images else []  # without any: as it was before there were
+    canonical = json.dumps([prompt.text, dict(prompt.metadata), *images], sort_keys=True, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

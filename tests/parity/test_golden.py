@@ -88,8 +88,11 @@ def everywhere() -> dict[str, Any]:
         "group_ids": [group_id(prompt) for prompt in prompts],
         "derived_seed": derive_seed(3, "group", 1),
         "requests": [[one.request_id, one.seed, one.group_id, list(one.spec.step_indices)] for one in (*asked, *evaluated)],
-        # Keys that came later say nothing about Qwen-Image as long as they are empty.
-        "specs": [{key: value for key, value in spec.items() if key != "extra" or value} for spec in specs],
+        # Keys that came later say nothing about Qwen-Image.
+        "specs": [
+            {key: value for key, value in spec.items() if (key, value) not in (("family", "qwen_image"), ("extra", {}))}
+            for spec in specs
+        ],
         "text_tokens": [collator_tokens(tokenizer, prompt.text) for prompt in prompts],
         "weights": {
             dtype: combined_digest({n: tensor_digest(t) for n, t in effective_weights(load_policy(CHECKPOINT, kind), kind)})
@@ -103,7 +106,7 @@ def everywhere() -> dict[str, Any]:
 def collator_tokens(tokenizer: Any, text: str) -> int:
     from omni_rollout.models.qwen_image.spec import text_tokens
 
-    return text_tokens(tokenizer, text)
+    return text_tokens(tokenizer, text, requests()[0].spec)
 
 
 def capsule_digests(trajectory: Trajectory) -> dict[str, Any]:

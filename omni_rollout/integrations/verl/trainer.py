@@ -105,7 +105,7 @@ class OmniTrainer(PPOTrainer):
         tokenizer = AutoTokenizer.from_pretrained(run.model.path, subfolder="tokenizer")
         self.collator = Collator(run.model.family, tokenizer, run.sampling, run.collate)
         for prompt in [*prompts, *self.evaluation_prompts]:
-            self.collator.check(self.collator.spec(), prompt)
+            self.collator.check(self.collator.spec(images=prompt.images), prompt)
         self.stream = PromptStream(prompts, run.rollout.prompts_per_step, run.sampling.seed)
         self.algorithm = algorithms.get_algorithm(run.algorithm.name)
         self.seeds = SeedLedger(Path(run.run_dir) / "seeds.jsonl")
@@ -228,7 +228,7 @@ class OmniTrainer(PPOTrainer):
         batch = self._balance_batch(batch, {})
         samples = self._samples(batch)
         tq.kv_clear(keys=batch.keys, partition_id="val")
-        scores = self.rewards.evaluate(samples.images, [Prompt(**prompt) for prompt in samples.prompts])
+        scores = self.rewards.evaluate(samples.media, [Prompt.from_json(prompt) for prompt in samples.prompts])
         return {f"evaluation/{key}": value for key, value in scores.items()}, captioned(samples, rewards=False)
 
     def _compute_metrics(
