@@ -23,6 +23,7 @@ from omni_rollout.config import TrainConfig
 from omni_rollout.data.collate import Collator
 from omni_rollout.data.prompts import PromptStream, load_prompts
 from omni_rollout.data.seeds import SeedLedger
+from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Monitor
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint
@@ -101,7 +102,7 @@ class Trainer:
         self.prompts = load_prompts(config.prompts)
         self.evaluation_prompts = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else self.prompts
         self.rewards = WeightedSum(config.reward.weights, config.reward.threads)
-        self.rewards.check([*self.prompts, *self.evaluation_prompts])
+        self.rewards.check([*self.prompts, *self.evaluation_prompts], family_module(config.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
         self.collator = Collator(config.model.family, tokenizer, config.sampling, config.collate)
         for prompt in [*self.prompts, *self.evaluation_prompts]:  # all of them now, not one of them in an hour

@@ -23,7 +23,7 @@ from omni_rollout.data.prompts import group_id, load_prompts
 from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.launch.compose import compose
 from omni_rollout.models.qwen_image.policy import load_policy
-from omni_rollout.models.qwen_image.spec import resolve
+from omni_rollout.models.qwen_image.spec import resolve, schedule, text_tokens
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.train import train
@@ -93,7 +93,7 @@ def everywhere() -> dict[str, Any]:
             {key: value for key, value in spec.items() if (key, value) not in (("family", "qwen_image"), ("extra", {}))}
             for spec in specs
         ],
-        "text_tokens": [collator_tokens(tokenizer, prompt.text) for prompt in prompts],
+        "text_tokens": [text_tokens(tokenizer, prompt.text, requests()[0].spec) for prompt in prompts],
         "weights": {
             dtype: combined_digest({n: tensor_digest(t) for n, t in effective_weights(load_policy(CHECKPOINT, kind), kind)})
             for dtype, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
@@ -101,12 +101,6 @@ def everywhere() -> dict[str, Any]:
         "weight_names": digest(sorted(n for n, _ in effective_weights(load_policy(CHECKPOINT, torch.float32), torch.float32))),
         "capsule": held,
     }
-
-
-def collator_tokens(tokenizer: Any, text: str) -> int:
-    from omni_rollout.models.qwen_image.spec import text_tokens
-
-    return text_tokens(tokenizer, text, requests()[0].spec)
 
 
 def capsule_digests(trajectory: Trajectory) -> dict[str, Any]:
@@ -162,6 +156,16 @@ def test_what_no_machine_changes():
     assert recorded.keys() == found.keys()
     for name, value in recorded.items():
         assert found[name] == value, name
+
+
+def test_the_schedule_and_the_noise_of_the_old_capsule():
+    trajectory = load_capsule(CAPSULE)
+    config = json.loads((Path(CHECKPOINT) / "scheduler" / "scheduler_config.json").read_text())
+    built = schedule(trajectory.spec, config)
+    assert torch.equal(built.sigmas, trajectory.sigmas) and torch.equal(built.timesteps, trajectory.timesteps)
+    noise = torch.randn((1, 1, 16, 8, 8), generator=torch.Generator().manual_seed(trajectory.seed))  # frames, then channels
+    packed = noise.view(1, 16, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, 16, 64)
+    assert tensor_digest(packed)[:16] == trajectory.fingerprint["initial_noise"]
 
 
 def test_what_the_engine_samples(alike, one_thread):

@@ -37,6 +37,7 @@ from omni_rollout.integrations.verl.metrics import Samples, captioned, merged, o
 from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank
 from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, Weights, adopt, column
 from omni_rollout.integrations.verl.reward import RewardWorkers
+from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Monitor, last_words, step_metrics, step_notes
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
@@ -101,7 +102,7 @@ class OmniTrainer(PPOTrainer):
         prompts = load_prompts(run.prompts)
         self.evaluation_prompts = load_prompts(run.evaluation.prompts) if run.evaluation.prompts else prompts
         self.rewards = WeightedSum(run.reward.weights, run.reward.threads)
-        self.rewards.check([*prompts, *self.evaluation_prompts])
+        self.rewards.check([*prompts, *self.evaluation_prompts], family_module(run.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(run.model.path, subfolder="tokenizer")
         self.collator = Collator(run.model.family, tokenizer, run.sampling, run.collate)
         for prompt in [*prompts, *self.evaluation_prompts]:

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 
 from omni_rollout.diffusion.schedule import model_timestep
+from omni_rollout.models import family_module
 from omni_rollout.models.base.velocity import Conditioning
-from omni_rollout.models.qwen_image.spec import layout
 from omni_rollout.types import SamplingSpec
 
 
 def inputs(latents: torch.Tensor, rows: Sequence[Conditioning], dtype: torch.dtype) -> dict[str, Any]:
     """Beside text and time. `latents`: [B, S, C] fp32."""
-    return {"hidden_states": latents.to(dtype), "img_shapes": [list(layout(rows[0].spec).grid)] * len(rows)}
+    spec = rows[0].spec
+    grid = family_module(spec.family, "spec").layout(spec).grid  # of the family, which may have this one for a parent
+    return {"hidden_states": latents.to(dtype), "img_shapes": [list(grid)] * len(rows)}
 
 
 def timestep(timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
