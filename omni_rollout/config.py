@@ -96,6 +96,7 @@ class SamplingConfig:
     noise_level: float = 0.7
     sde_type: SDETypeName = SDETypeName.sde
     log_prob_form: LogProbFormName = LogProbFormName.gaussian
+    extra: dict[str, Any] = field(default_factory=dict)  # what only this family has, such as frames; see its spec.py
     sde_window_size: int | None = None  # stochastic steps in a row; None: all of the range
     sde_window_range: list[int] | None = None  # [first, end) in which each group's window is drawn; None: all but the last step
 

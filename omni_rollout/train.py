@@ -23,6 +23,7 @@ from omni_rollout.config import TrainConfig
 from omni_rollout.data.collate import Collator
 from omni_rollout.data.prompts import PromptStream, load_prompts
 from omni_rollout.data.seeds import SeedLedger
+from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Monitor
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
@@ -101,11 +102,11 @@ class Trainer:
         self.prompts = load_prompts(config.prompts)
         self.evaluation_prompts = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else self.prompts
         self.rewards = WeightedSum(config.reward.weights, config.reward.threads)
-        self.rewards.check([*self.prompts, *self.evaluation_prompts])
+        self.rewards.check([*self.prompts, *self.evaluation_prompts], family_module(config.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
         self.collator = Collator(config.model.family, tokenizer, config.sampling, config.collate)
         for prompt in [*self.prompts, *self.evaluation_prompts]:  # all of them now, not one of them in an hour
-            self.collator.check(self.collator.spec(), prompt)
+            self.collator.check(self.collator.spec(images=prompt.images), prompt)
         self.stream = PromptStream(self.prompts, config.rollout.prompts_per_step, config.sampling.seed)
         self.algorithm = algorithms.get_algorithm(config.algorithm.name)
         self.seeds = SeedLedger(Path(config.run_dir) / "seeds.jsonl")
@@ -145,7 +146,7 @@ class Trainer:
                 check_fingerprint(trajectory, self.expected)
             monitor.check_finite(step, trajectories)
             with timed(timings, "reward"):
-                images = [trajectory.image for trajectory in trajectories]
+                images = [trajectory.media for trajectory in trajectories]
                 rewards = self.rewards(images, [trajectory.prompt for trajectory in trajectories])
             advantages = self.algorithm.advantages(
                 torch.tensor(rewards.total, dtype=torch.float32),
@@ -219,7 +220,7 @@ class Trainer:
         requests = self.collator.evaluation(self.evaluation_prompts, self.config.evaluation, name)
         sampled = self.engine.generate(requests, timeout=self.config.rollout.timeout)
         trajectories = sorted(sampled, key=lambda trajectory: trajectory.request_id)
-        images = [trajectory.image for trajectory in trajectories]
+        images = [trajectory.media for trajectory in trajectories]
         prompts = [trajectory.prompt for trajectory in trajectories]
         metrics = {f"evaluation/{key}": value for key, value in self.rewards.evaluate(images, prompts).items()}
         return metrics, [(prompt.text, image) for prompt, image in zip(prompts, images, strict=True)]

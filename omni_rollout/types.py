@@ -1,7 +1,8 @@
 """Records that pass between the stages, left to right: Prompt -> RolloutRequest -> Trajectory.
 
 Shape letters: T stochastic steps, N denoising steps, S image tokens, C packed channels, L text width, D embedding size,
-H and W pixels. Every record is frozen; a stage makes a new one instead of changing what it was given.
+F frames, H and W pixels; `*shape` is whatever a family's latent has. Every record is frozen; a stage makes a new one instead of
+changing what it was given.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ if TYPE_CHECKING:  # `--help` must not pay for torch
 
 SDEType = Literal["sde", "cps", "dance_sde", "ode"]
 LogProbForm = Literal["gaussian", "unnormalised"]
+Kind = Literal["image", "video", "layers"]
+KINDS: dict[tuple[int, int], Kind] = {(3, 3): "image", (4, 3): "video", (4, 4): "layers"}  # of media, by ndim and channels
 
 
 class RequestError(ValueError):
@@ -23,11 +26,29 @@ class RequestError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InputImage:
+    """A picture that a prompt speaks of. Its pixels stay in the file; the rollout refuses one whose sha256 differs."""
+
+    path: str
+    sha256: str
+    height: int  # pixels
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One prompt of a dataset. Made by `prompts`, read by `collate` and by the rewards."""
 
     text: str
+    images: tuple[InputImage, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)  # what rewards need, e.g. {"text": "42"}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"text": self.text, "images": [asdict(image) for image in self.images], "metadata": dict(self.metadata)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Prompt:
+        return cls(**{**values, "images": tuple(InputImage(**image) for image in values.get("images", ()))})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +69,8 @@ class SamplingSpec:
     step_indices: tuple[int, ...]  # the stochastic steps; all others are deterministic (ode)
     prompt_width: int  # text tokens the transformer sees, padding included
     negative_prompt_width: int
+    family: str = "qwen_image"  # whose `spec.resolve` made it; capsules of format 1 do not say
+    extra: Mapping[str, Any] = field(default_factory=dict)  # what this family has beside, JSON types only
 
     @property
     def guided(self) -> bool:
@@ -59,6 +82,25 @@ class SamplingSpec:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SamplingSpec:
         return cls(**{**values, "step_indices": tuple(values["step_indices"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes that follow from one spec, by its family's `spec.layout`: all that shared code asks about them.
+
+    In a shape, None is any size but 0.
+    """
+
+    latent: tuple[int | None, ...]  # of one sample, without batch
+    media: tuple[int, ...]
+    grid: tuple[tuple[int, int, int], ...]  # (frames, rows, columns) in tokens of every picture the transformer sees
+    conditions: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)  # in the network's dtype
+    frames: int = 1  # what the engine's batch key is told
+
+    @property
+    def tokens(self) -> int:
+        """Of one guidance branch, text not counted: target and conditions."""
+        return sum(frames * rows * columns for frames, rows, columns in self.grid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +117,13 @@ class RolloutRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """One image's denoising: all that is needed to score it again, and nothing else.
+    """One sample's denoising: all that is needed to score it again, and nothing else.
 
     Made by the rollout, consumed by rewards, recompute and the monitor. All tensors are on the CPU.
     """
 
-    latents: torch.Tensor  # [T+1, S, C] fp32: before each stochastic step, and after the last
-    log_probs: torch.Tensor  # [T] fp32, by the rollout; mean over S*C
+    latents: torch.Tensor  # [T+1, *shape] fp32: before each stochastic step, and after the last
+    log_probs: torch.Tensor  # [T] fp32, by the rollout; mean over the elements of *shape
     step_indices: torch.Tensor  # [T] int64, positions in `sigmas`
     sigmas: torch.Tensor  # [N+1] fp32, after the shift, ends with 0
     timesteps: torch.Tensor  # [N] fp32, 1000 * sigma
@@ -89,7 +131,8 @@ class Trajectory:
     prompt_embeds_mask: torch.Tensor  # [L] bool, right padded
     negative_prompt_embeds: torch.Tensor | None  # [L', D]; present exactly when guidance was on
     negative_prompt_embeds_mask: torch.Tensor | None
-    image: np.ndarray  # [H, W, 3] uint8
+    conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)  # beside text, model dtype; see `Layout`
+    media: np.ndarray  # uint8: image [H, W, 3], video [F, H, W, 3], layers [L, H, W, 4]
     prompt: Prompt
     spec: SamplingSpec
     seed: int
@@ -97,6 +140,16 @@ class Trajectory:
     member: int
     policy_version: int
     fingerprint: Mapping[str, Any]
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.media.ndim, self.media.shape[-1]]
+
+    @property
+    def image(self) -> np.ndarray:
+        """[H, W, 3] uint8, of a trajectory that made an image."""
+        assert self.kind == "image", f"this trajectory made {self.kind}, see `media`"
+        return self.media
 
     @property
     def request_id(self) -> str:

@@ -117,7 +117,7 @@ def trajectory(size: int, width: int, embedding: int, serial: int) -> Any:
         prompt_embeds_mask=torch.ones(width, dtype=torch.bool),
         negative_prompt_embeds=None,
         negative_prompt_embeds_mask=None,
-        image=np.zeros((size, size, 3), np.uint8),
+        media=np.zeros((size, size, 3), np.uint8),
         prompt=Prompt(text="a cat", metadata={"text": "7"}),
         spec=SamplingSpec(
             height=size,

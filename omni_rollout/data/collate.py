@@ -12,7 +12,7 @@ from typing import Any
 from omni_rollout.config import CollateConfig, EvaluationConfig, SamplingConfig
 from omni_rollout.data.prompts import group_id
 from omni_rollout.models import family_module
-from omni_rollout.types import Prompt, RequestError, RolloutRequest, SamplingSpec
+from omni_rollout.types import InputImage, Prompt, RequestError, RolloutRequest, SamplingSpec
 
 SPEC_KEYS = (
     "height",
@@ -23,6 +23,7 @@ SPEC_KEYS = (
     "noise_level",
     "sde_type",
     "log_prob_form",
+    "extra",
 )
 
 
@@ -40,13 +41,19 @@ class Collator:
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._collate = collate
-        self.check(self.spec())
+        if not self._family.RULES.images[0]:  # else a spec hangs on the prompt's images
+            self.check(self.spec())
 
-    def spec(self, overrides: Mapping[str, Any] | None = None, window: tuple[int, ...] | None = None) -> SamplingSpec:
-        """The run's sampling spec, with some parameters overridden."""
+    def spec(
+        self,
+        overrides: Mapping[str, Any] | None = None,
+        window: tuple[int, ...] | None = None,
+        images: Sequence[InputImage] = (),
+    ) -> SamplingSpec:
+        """The run's sampling spec for a prompt with these images, with some parameters overridden."""
         values = {key: _plain(value) for key, value in asdict(self._sampling).items() if key in SPEC_KEYS}
         widths = {"prompt_width": self._collate.prompt_width, "negative_prompt_width": self._collate.negative_prompt_width}
-        return self._family.resolve({**values, **widths, "step_indices": window, **(overrides or {})})
+        return self._family.resolve({**values, **widths, "step_indices": window, **(overrides or {})}, images)
 
     def check(self, spec: SamplingSpec, prompt: Prompt | None = None) -> None:
         """Raises RequestError when a text does not fit its width."""
@@ -56,7 +63,7 @@ class Collator:
         for what, text, width in texts:
             if text is None:
                 continue
-            tokens = self._family.text_tokens(self._tokenizer, text)
+            tokens = self._family.text_tokens(self._tokenizer, text, spec)
             if tokens > width:
                 raise RequestError(
                     f"{what} {text[:60]!r} has {tokens} text tokens, the fixed width is {width}: "
@@ -68,23 +75,23 @@ class Collator:
         requests = []
         for position, prompt in enumerate(prompts):
             group = f"{step:05d}-{position:03d}-{group_id(prompt)}"
-            spec = self.spec(window=self.window(group))
+            spec = self.spec(window=self.window(group), images=prompt.images)
             self.check(spec, prompt)
             requests += [self.request(prompt, spec, group, member) for member in range(group_size)]
         return requests
 
     def evaluation(self, prompts: Sequence[Prompt], settings: EvaluationConfig, name: str) -> list[RolloutRequest]:
         """`settings.images` deterministic (ode) requests, the prompts in turn; the same seeds whatever the name."""
-        spec = self.spec({"sde_type": "ode"})
+        chosen = [prompts[index % len(prompts)] for index in range(settings.images)]
         return [
             self.request(
-                prompts[index % len(prompts)],
-                spec,
+                prompt,
+                self.spec({"sde_type": "ode"}, images=prompt.images),
                 f"evaluation-{name}-{index:05d}",
                 0,
                 seed=derive_seed(settings.seed, index),
             )
-            for index in range(settings.images)
+            for index, prompt in enumerate(chosen)
         ]
 
     def request(self, prompt: Prompt, spec: SamplingSpec, group: str, member: int, seed: int | None = None) -> RolloutRequest:
@@ -99,7 +106,8 @@ class Collator:
 
     def window(self, group: str) -> tuple[int, ...] | None:
         """The stochastic steps of one group: `sde_window_size` in a row, placed at random within the range."""
-        steps = self.spec().num_inference_steps
+        given = self._sampling.num_inference_steps
+        steps = self._family.DEFAULTS["num_inference_steps"] if given is None else given
         placed = self._sampling.sde_window_range
         first, end = (0, steps - 1) if placed is None else placed
         if not 0 <= first < end <= steps - 1:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from omni_rollout.errors import UserError
+from omni_rollout.models.base.images import describe
 from omni_rollout.trajectories import strict_json
-from omni_rollout.types import Prompt
+from omni_rollout.types import InputImage, Prompt
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 MAX_DEPTH = 32  # of nested metadata: what the next program that reads or pickles it can still follow
@@ -22,7 +23,8 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # co
 def load_prompts(path: str | Path) -> list[Prompt]:
     """Reads a prompt file: .txt (one a line), .jsonl or .parquet (a `prompt` column; every other column is metadata).
 
-    A nested `metadata` object is merged into the metadata; blank lines and null parquet cells are left out.
+    A nested `metadata` object is merged into the metadata; blank lines and null parquet cells are left out. `images`, a path or
+    a list of paths from the file's folder, are the prompt's input images.
 
     Raises:
         UserError: what is wrong, with the file and the line (or parquet row), counted from 1.
@@ -35,17 +37,18 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     if path.suffix == ".txt":
         prompts = [Prompt(text=_checked(line.strip(), where)) for where, line in _lines(path)]
     elif path.suffix == ".jsonl":
-        prompts = [_prompt(_parse(line, where), where) for where, line in _lines(path)]
+        prompts = [_prompt(_parse(line, where), where, path.parent) for where, line in _lines(path)]
     else:
-        prompts = [_prompt(row, where) for where, row in _parquet_rows(path)]
+        prompts = [_prompt(row, where, path.parent) for where, row in _parquet_rows(path)]
     if not prompts:
         raise UserError(f"{path}: holds no prompts; expected at least one")
     return prompts
 
 
 def group_id(prompt: Prompt) -> str:
-    """16 hex digits that name a prompt by its text and metadata, the same in every process."""
-    canonical = json.dumps([prompt.text, dict(prompt.metadata)], sort_keys=True, allow_nan=False)
+    """16 hex digits that name a prompt by its text, metadata and the sha256 of its images, the same in every process."""
+    images = [[image.sha256 for image in prompt.images]] if prompt.images else []  # without any: as it was before there were
+    canonical = json.dumps([prompt.text, dict(prompt.metadata), *images], sort_keys=True, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
@@ -142,7 +145,7 @@ def _checked(text: str, where: str) -> str:
     return text
 
 
-def _prompt(row: Any, where: str) -> Prompt:
+def _prompt(row: Any, where: str, folder: Path) -> Prompt:
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: found {type(row).__name__}, expected an object with a `prompt`")
     if "prompt" not in row:
@@ -154,11 +157,24 @@ def _prompt(row: Any, where: str) -> Prompt:
         raise UserError(f"{where}: `prompt` is empty")
     _checked(text, where)
     _check_depth(row, where)
-    metadata = {key: value for key, value in row.items() if key not in ("prompt", "metadata")}
+    metadata = {key: value for key, value in row.items() if key not in ("prompt", "images", "metadata")}
     nested = row.get("metadata") or {}
     if not isinstance(nested, Mapping):
         raise UserError(f"{where}: `metadata` is {type(nested).__name__}, expected an object")
     twice = metadata.keys() & nested.keys()
     if twice:
         raise UserError(f"{where}: {', '.join(sorted(twice))[:200]} is given both at the top and inside `metadata`; keep one")
-    return Prompt(text=text, metadata={**metadata, **nested})
+    return Prompt(text=text, images=_images(row.get("images"), where, folder), metadata={**metadata, **nested})
+
+
+def _images(given: Any, where: str, folder: Path) -> tuple[InputImage, ...]:
+    paths = [] if given is None else given if isinstance(given, list) else [given]
+    found = []
+    for path in paths:
+        if not isinstance(path, str):
+            raise UserError(f"{where}: `images` holds {type(path).__name__}, expected paths of image files")
+        try:
+            found.append(describe(folder / path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{where}: image {path} cannot be read ({error})") from error
+    return tuple(found)

@@ -22,9 +22,9 @@ from omni_rollout.types import LogProbForm, SDEType
 class SDEStep:
     """The next latents and how likely they were."""
 
-    prev_sample: torch.Tensor  # [B, S, C] fp32
-    log_prob: torch.Tensor  # [B] fp32, mean over S*C; 0 for `ode`, which has no density
-    mean: torch.Tensor  # [B, S, C] fp32
+    prev_sample: torch.Tensor  # [B, ...] fp32
+    log_prob: torch.Tensor  # [B] fp32, mean over its elements; 0 for `ode`, which has no density
+    mean: torch.Tensor  # [B, ...] fp32
     step_std: torch.Tensor  # [B] fp32, of the whole step: sqrt(-dt) is in it
 
 
@@ -93,10 +93,10 @@ def sde_step(
     """Takes (generator) or scores (prev_sample) one step of the reverse process.
 
     Args:
-        velocity, sample: [B, S, C] fp32.
+        velocity, sample: [B, ...] fp32.
         sigma, sigma_next: one number, or [B].
         generator: draws the noise, on its own device; `ode` needs none.
-        prev_sample: [B, S, C] fp32, the latents to score.
+        prev_sample: [B, ...] fp32, the latents to score.
         log_prob_form: `gaussian`, the density; `unnormalised`, -(x' - mean)^2, the form Flow-CPS publishes.
 
     Raises:
@@ -113,7 +113,8 @@ def sde_step(
         for s, n in zip(_per_row(sigma, rows), _per_row(sigma_next, rows), strict=True)
     ]
     cx, cv, step_std = (
-        torch.tensor(column, dtype=torch.float32, device=sample.device).reshape(-1, 1, 1) for column in zip(*table, strict=True)
+        per_sample(torch.tensor(column, dtype=torch.float32, device=sample.device), sample)
+        for column in zip(*table, strict=True)
     )
     mean = cx * sample + cv * velocity
     if sde_type == "ode":
@@ -146,8 +147,13 @@ def gaussian_log_prob(
 
 def gaussian_kl(mean: torch.Tensor, other_mean: torch.Tensor, step_std: torch.Tensor) -> torch.Tensor:
     """KL between two steps of equal step_std, [B] fp32, mean over elements: |mean - other|^2 / (2 step_std^2)."""
-    squared = (mean - other_mean) ** 2 / (2 * step_std.reshape(-1, 1, 1) ** 2)
+    squared = (mean - other_mean) ** 2 / (2 * per_sample(step_std, mean) ** 2)
     return _means(squared).float()
+
+
+def per_sample(numbers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[B] -> [B, 1, ...], to multiply a tensor [B, ...] by."""
+    return numbers.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _means(values: torch.Tensor) -> torch.Tensor:

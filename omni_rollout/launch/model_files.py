@@ -8,30 +8,39 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from omni_rollout.models import families, family_module
 from omni_rollout.trajectories import strict_json
 
 INDEX = "model_index.json"
-COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")  # of every family
 CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}  # of all others: config.json
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def problems(folder: Path) -> Iterator[str]:
+def problems(folder: Path, family: str = "qwen_image") -> Iterator[str]:
     """What engine or trainer would fail on, a line for each component."""
+    spec = family_module(family, "spec")
     try:
         if not (folder / INDEX).is_file():
             yield f"has no {INDEX}, so it is no checkpoint in diffusers layout"
             return
         listed = _read_object(folder / INDEX)
-        for name in COMPONENTS:
+        found = listed.get("_class_name")
+        if isinstance(found, str) and found != spec.PIPELINE:
+            yield f"{INDEX} says {found}, model.family={family} is {spec.PIPELINE}{_meant(found)}"
+        for name in spec.COMPONENTS:
             if not isinstance(listed.get(name), list) or None in listed[name]:
-                yield f"{INDEX} names no {name}; expected {', '.join(COMPONENTS)}"
+                yield f"{INDEX} names no {name}; expected {', '.join(spec.COMPONENTS)}"
             else:
                 yield from _component(folder / name)
     except _Damaged as error:
         yield str(error)
     except OSError as error:
         yield f"{error.filename} cannot be read ({error.strerror})"
+
+
+def _meant(pipeline: str) -> str:
+    own = [family for family in families() if pipeline == family_module(family, "spec").PIPELINE]
+    return f"; give model.family={own[0]}" if own else f", and no family of {', '.join(families())} is that"
 
 
 class _Damaged(ValueError):
@@ -58,11 +67,12 @@ def _component(folder: Path) -> Iterator[str]:
 
 
 def _vocabulary(folder: Path) -> Iterator[str]:
-    found = [folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()]
+    found = [folder / name for name in ("tokenizer.json", "vocab.json", "spiece.model") if (folder / name).is_file()]
     if not found:
         yield f"{folder.name}/ has neither tokenizer.json nor vocab.json; was it copied whole?"
     for path in found:
-        _read_object(path)
+        if path.suffix == ".json":
+            _read_object(path)
 
 
 def _weights(folder: Path, stem: str) -> Iterator[str]:

@@ -28,6 +28,7 @@ from omni_rollout.config import (
 from omni_rollout.errors import UserError
 from omni_rollout.launch import model_files
 from omni_rollout.launch.outputs import file_problem, folder_problem
+from omni_rollout.models import families
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -233,10 +234,11 @@ def _processes(config: TrainConfig) -> Iterator[str]:
 
 
 def _model(config: TrainConfig) -> Iterator[str]:
-    yield from _known("model.family", config.model.family, _modules("models"))
+    yield from _known("model.family", config.model.family, families())
     model = Path(config.model.path)
     if os.path.isdir(model):
-        yield from (f"model.path={model}: {problem}" for problem in model_files.problems(model))
+        family = config.model.family if config.model.family in families() else "qwen_image"
+        yield from (f"model.path={model}: {problem}" for problem in model_files.problems(model, family))
     elif model.is_absolute() or not _HUB_ID.fullmatch(config.model.path):
         yield f"model.path={config.model.path}: no such folder; give a checkpoint in diffusers layout, or a hub id (owner/name)"
     elif constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(config.model.path, model_files.INDEX), str):

@@ -11,7 +11,7 @@ from torch import nn
 from omni_rollout.config import OldLogProbs, OnMismatch, TrainConfig
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.errors import UserError
-from omni_rollout.models import family_module
+from omni_rollout.models.base.policy import batch_keys
 from omni_rollout.monitor.commands import parity_command
 from omni_rollout.monitor.metrics import parity_metrics
 from omni_rollout.policy.recompute import micro_batches, score
@@ -68,7 +68,7 @@ def compare_sample(
     Costs one forward pass of `micro_batch_size` per kind of batch (`batch_keys`: sizes, widths, mask or none).
     """
     family, dtype = config.model.family, getattr(torch, config.model.dtype.value)
-    keys = family_module(family, "policy").batch_keys(trajectories)
+    keys = batch_keys(trajectories)
     pairs_in_all = sum(len(trajectory.step_indices) for trajectory in trajectories)
     rollout, own, steps = [], [], []
     for kind in micro_batches(trajectories, keys, range(len(trajectories)), pairs_in_all):

@@ -10,27 +10,30 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CaptionedImage: TypeAlias = tuple[str, np.ndarray]  # the array is [H, W, 3] uint8
+from omni_rollout.types import KINDS
+
+CaptionedImage: TypeAlias = tuple[str, np.ndarray]  # the array is media, see `Trajectory`
 
 _CELL = 160  # pixels: smaller images are enlarged to about this, so that captions can be read
 _LINE = 14
 _LINES = 3
 _MARGIN = 4
+_SQUARE = 8  # pixels, of the chequerboard below transparent layers
 
 
 def image_grid(images: Sequence[CaptionedImage]) -> Image.Image:
     """A nearly square sheet of the images, row by row, captions below them, cut after three lines.
 
+    Of a video: its first, middle and last frame side by side; of layers: all, over a chequerboard.
+
     Pixels are repeated a whole number of times, never blended: what the sheet shows is what the model made.
 
     Raises:
-        ValueError: no image, or one that is not [H, W, 3] uint8.
+        ValueError: no image, or what is no media.
     """
     if not images:
         raise ValueError("no images: expected at least one")
-    for caption, array in images:
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-            raise ValueError(f"image {caption!r} is {array.dtype} {list(array.shape)}: expected uint8 [H, W, 3]")
+    images = [(caption, _flat(caption, media)) for caption, media in images]
     scale = max(1, _CELL // max(array.shape[1] for _, array in images))
     width = max(array.shape[1] for _, array in images) * scale + 2 * _MARGIN
     height = max(array.shape[0] for _, array in images) * scale + 2 * _MARGIN + _LINES * _LINE
@@ -45,3 +48,18 @@ def image_grid(images: Sequence[CaptionedImage]) -> Image.Image:
         for row, line in enumerate(textwrap.wrap(caption, characters)[:_LINES]):
             draw.text((left, top + array.shape[0] * scale + row * _LINE), line, fill="black", font=font)
     return sheet
+
+
+def _flat(caption: str, media: np.ndarray) -> np.ndarray:
+    """[H, W', 3] uint8."""
+    kind = KINDS.get((media.ndim, media.shape[-1])) if media.dtype == np.uint8 else None
+    if kind is None:
+        raise ValueError(f"image {caption!r} is {media.dtype} {list(media.shape)}: expected uint8 [H, W, 3] or other media")
+    if kind == "image":
+        return media
+    if kind == "video":
+        return np.concatenate([media[place] for place in sorted({0, len(media) // 2, len(media) - 1})], axis=1)
+    rows, columns = np.indices(media.shape[1:3]) // _SQUARE
+    board = np.where((rows + columns) % 2, 160, 220)[None, :, :, None]
+    alpha = media[..., 3:] / 255
+    return np.concatenate(list((media[..., :3] * alpha + board * (1 - alpha)).round().astype(np.uint8)), axis=1)

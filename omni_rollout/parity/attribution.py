@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from omni_rollout.diffusion.exact_ops import effective_weights
-from omni_rollout.parity.causes import CAUSES, Cause, Setting
+from omni_rollout.models.base.causes import Cause, Setting
+from omni_rollout.parity.causes import SHARED, causes
 from omni_rollout.parity.findings import Finding
 from omni_rollout.parity.measure import Measure, measure
 from omni_rollout.policy.lora import attach_lora
@@ -20,7 +21,7 @@ from omni_rollout.types import RolloutRequest, Trajectory
 
 MICRO_BATCH_SIZE = 3  # odd, and not what the engine ran: rules about the batch must matter
 LORA_SIZE = 0.05  # deviation of the factors that stand for a trained adapter
-LORA = next(cause for cause in CAUSES if cause.name == "lora_application")
+LORA = next(cause for cause in SHARED if cause.name == "lora_application")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class Attribution:
     ) -> list[CauseResult]:
         """All but the application of LoRA. `track` sees each as it is taken."""
         results, added = [], []
-        for cause in track(CAUSES):
+        for cause in track(causes(self._setting.family)):
             if cause is LORA:
                 continue
             if cause.slow and not self._compiled:
@@ -92,7 +93,7 @@ class Attribution:
         if not before.exact:
             reason = f"with an adapter the two sides differ from the start, by up to {before.max_abs_diff:.3g}"
             return CauseResult(cause=LORA, dtype=self._dtype, not_run=reason)
-        everything = [cause for cause in CAUSES if not cause.slow]
+        everything = [cause for cause in causes(self._setting.family) if not cause.slow]
         return CauseResult(
             cause=LORA,
             dtype=self._dtype,

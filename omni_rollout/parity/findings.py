@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 
 from omni_rollout.diffusion.schedule import Schedule
 from omni_rollout.diffusion.sde import sde_step
-from omni_rollout.parity.trace import INPUTS, Call, Trace, pairs, same
+from omni_rollout.models import family_module
+from omni_rollout.parity.trace import Call, Trace, pairs, same
 from omni_rollout.types import Trajectory
 
 
@@ -20,15 +21,6 @@ class Finding:
     where: str  # weights, schedule, input, module, guidance, latents, step, seed, engine
     name: str  # of the tensor, input or module
     what: str
-
-
-MEANING = {
-    "timestep": "the timestep is cast or scaled differently, or belongs to another step",
-    "hidden_states": "the latents that the transformer saw are not those of the record",
-    "encoder_hidden_states": "the text is not the same width, or not the same text",
-    "encoder_hidden_states_mask": "one side has another mask than the other, or none",
-    "img_shapes": "the image grid differs",
-}
 
 
 def from_weights(names: Sequence[str]) -> list[Finding]:
@@ -56,6 +48,7 @@ def from_seeds(trajectories: Sequence[Trajectory]) -> list[Finding]:
 def from_trace(found: Trace, schedule: Schedule) -> Finding | None:
     """The first difference, or None."""
     trajectory = found.trajectory
+    meanings = family_module(trajectory.spec.family, "probe").MEANING
     for name in ("sigmas", "timesteps"):
         if not torch.equal(getattr(trajectory, name), getattr(schedule, name)):
             return Finding("schedule", name, f"the rollout's {name} are not those of the trainer's schedule")
@@ -65,10 +58,11 @@ def from_trace(found: Trace, schedule: Schedule) -> Finding | None:
     for position, step, engine_calls, trainer_calls in pairs(found):
         if len(engine_calls) != len(trainer_calls):
             return Finding("guidance", f"step {step}", f"{len(engine_calls)} engine calls, {len(trainer_calls)} trainer calls")
+        calls = list(zip(engine_calls, trainer_calls, strict=True))
         difference = (
             _in_record(found, position, step)
-            or next(filter(None, (_in_inputs(a, b, step) for a, b in zip(engine_calls, trainer_calls, strict=True))), None)
-            or next(filter(None, (_in_modules(a, b, step) for a, b in zip(engine_calls, trainer_calls, strict=True))), None)
+            or next(filter(None, (_in_inputs(a, b, step, meanings) for a, b in calls)), None)
+            or next(filter(None, (_in_modules(a, b, step) for a, b in calls)), None)
             or _in_guidance(found, position, step)
             or _in_step(found, position, step)
         )
@@ -96,11 +90,11 @@ def _in_record(found: Trace, position: int, step: int) -> Finding | None:
     return None
 
 
-def _in_inputs(engine: Call, trainer: Call, step: int) -> Finding | None:
-    for name in INPUTS:
+def _in_inputs(engine: Call, trainer: Call, step: int, meanings: Mapping[str, str]) -> Finding | None:
+    for name, meaning in meanings.items():
         if not same(engine.inputs.get(name), trainer.inputs.get(name)):
             detail = f"{_told(engine.inputs.get(name))} in the engine, {_told(trainer.inputs.get(name))} in the trainer"
-            return Finding("input", name, f"step {step}: {MEANING[name]} ({detail})")
+            return Finding("input", name, f"step {step}: {meaning} ({detail})")
     lengths = engine.inputs.get("txt_seq_lens")
     width = engine.inputs["encoder_hidden_states"].shape[1]
     if lengths is not None and set(lengths) != {width}:

@@ -16,7 +16,6 @@ from omni_rollout.types import Prompt, RolloutRequest
 
 PROMPTS = ("a photo of a cat", 'a red sign that says "42"', "dog", 'a blue sign that says "7"')  # of four lengths
 NATURAL, STAGGERED = "natural", "staggered"
-SMALL = {"height": 64, "width": 64, "num_inference_steps": 6}  # where the config leaves them to the family's defaults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,28 +73,30 @@ def requests(cell: Cell, sampling: SamplingConfig, family: str, tokenizer: Any, 
     Raises:
         RequestError: the config's sampling parameters cannot be served.
     """
-    spec = family_module(family, "spec")
+    spec, probe = family_module(family, "spec"), family_module(family, "probe")
     given = {item.name: getattr(sampling, item.name) for item in fields(sampling)}
     values = {
-        **{key: given[key] if given[key] is not None else small for key, small in SMALL.items()},
+        **{key: given[key] if given[key] is not None else small for key, small in probe.SMALL.items() if key != "extra"},
+        "extra": {**probe.SMALL.get("extra", {}), **given["extra"]},
         **{key: _plain(given[key]) for key in ("negative_prompt", "noise_level", "sde_type", "log_prob_form")},
         "true_cfg_scale": cell.guidance,
     }
-    negative = values["negative_prompt"] or spec.DEFAULT_NEGATIVE_PROMPT
+    negative = values["negative_prompt"] or spec.RULES.negative_prompt
     result = []
     for number in range(images * 3 // 2 if cell.in_flight == STAGGERED else images):
-        text = PROMPTS[number % len(PROMPTS)]
+        text, pictures = PROMPTS[number % len(PROMPTS)], probe.pictures(number)
+        sized = spec.resolve({**values, "prompt_width": 1}, pictures)  # its sizes alone: images are part of the text's width
         steps = values["num_inference_steps"] + (number % 3 if cell.in_flight == STAGGERED else 0)
         natural = cell.width == NATURAL
         widths = {
-            "prompt_width": spec.text_tokens(tokenizer, text) if natural else int(cell.width),
-            "negative_prompt_width": spec.text_tokens(tokenizer, negative) if natural else int(cell.width),
+            "prompt_width": spec.text_tokens(tokenizer, text, sized) if natural else int(cell.width),
+            "negative_prompt_width": spec.text_tokens(tokenizer, negative, sized) if natural else int(cell.width),
         }
         result.append(
             RolloutRequest(
                 request_id=f"{cell.dtype}-{cell.guidance}-{cell.width}-{cell.in_flight}-{number:02d}",
-                prompt=Prompt(text=text),
-                spec=spec.resolve({**values, **widths, "num_inference_steps": steps}),
+                prompt=Prompt(text=text, images=pictures),
+                spec=spec.resolve({**values, **widths, "num_inference_steps": steps}, pictures),
                 seed=sampling.seed + number,
                 group_id=f"{cell.dtype}-{cell.guidance}-{cell.width}-{cell.in_flight}",
                 member=number,

@@ -13,12 +13,12 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from transformers import AutoTokenizer
 
 from omni_rollout.config import TrainConfig
-from omni_rollout.diffusion.schedule import build_schedule
 from omni_rollout.errors import UserError
 from omni_rollout.launch.progress import Progress
 from omni_rollout.models import family_module
+from omni_rollout.models.base.causes import Setting
 from omni_rollout.parity.attribution import LORA, Attribution, CauseResult, culprits
-from omni_rollout.parity.causes import CAUSES, Setting
+from omni_rollout.parity.causes import causes
 from omni_rollout.parity.findings import Finding, from_seeds, from_trace, from_weights
 from omni_rollout.parity.matrix import NATURAL, STAGGERED, Cell, Matrix, cells, renamed, requests, submissions
 from omni_rollout.parity.measure import Measure, measure, measure_steps
@@ -120,9 +120,8 @@ class Probe:
             found = trace(self.engine, self.policy, request, self.config.model.family, self.dtype)
         except ExceptionGroup as group:
             return Finding("engine", request.request_id, f"the request failed: {group.exceptions[0]}")
-        spec = found.trajectory.spec
-        tokens = found.trajectory.latents.shape[1]
-        return from_trace(found, build_schedule(self.scheduler, spec.num_inference_steps, tokens))
+        schedule = family_module(self.config.model.family, "spec").schedule
+        return from_trace(found, schedule(found.trajectory.spec, self.scheduler.config))
 
     def first_differences(self, matrix: Matrix, results: Sequence[CellResult]) -> list[Finding]:
         """Weights, then one image of every guidance and width, and of each kind of cell that was not exact."""
@@ -193,7 +192,7 @@ def _causes(sides: Probe, matrix: Matrix, report: Report, progress: Progress) ->
     guidance = max(matrix.guidance)
     padded = min((width for width in matrix.width if width != NATURAL), key=int, default="64")
 
-    progress.stage(f"{dtype}: breaking each rule in turn", len(CAUSES), "rules")
+    progress.stage(f"{dtype}: breaking each rule in turn", len(causes(sides.config.model.family)), "rules")
 
     def images() -> list[RolloutRequest]:
         chosen = [Cell(dtype=dtype, guidance=guidance, width=width, in_flight=STAGGERED) for width in (NATURAL, padded)]

@@ -80,12 +80,11 @@ class Scorer:
         """Why the trajectory cannot be one of this model's."""
         if not len(trajectory.log_probs):
             return "it has no stochastic step, so no log-prob to score"
-        expected = {"latents": self.policy.config.in_channels, "prompt_embeds": self.policy.config.joint_attention_dim}
-        for name, size in expected.items():
-            found = getattr(trajectory, name).shape[-1]
-            if found != size:
-                return f"{name} has {found} channels, the model at {self.config.model.path} has {size}: give its own model.path"
-        return None
+        model = self.config.model
+        if trajectory.spec.family != model.family:
+            return f"it is of family {trajectory.spec.family}, the model of {model.family}: give its own model.family"
+        reason = family_module(model.family, "policy").misfit(self.policy, trajectory)
+        return None if reason is None else f"{reason}; model.path={model.path}: give its own"
 
     def _not_honoured(self, trajectory: Trajectory) -> list[str]:
         here: dict[str, Any] = {

@@ -17,13 +17,14 @@ from torch import nn
 
 from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.models import family_module
-from omni_rollout.parity.causes import swapped
+from omni_rollout.models.base import velocity as base
+from omni_rollout.models.base.causes import swapped
+from omni_rollout.models.base.policy import conditioning, experts
+from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.trajectories.digest import tensor_digest
 from omni_rollout.types import RolloutRequest, Trajectory
-
-INPUTS = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes")
 
 
 @dataclass
@@ -56,8 +57,8 @@ class Trace:
 
 
 @contextmanager
-def recorded(transformer: nn.Module, probe: Any, *, engine: bool) -> Iterator[list[Call]]:
-    """Every forward pass of `transformer`, under the trainer's names."""
+def recorded(transformers: Sequence[nn.Module], probe: Any, *, engine: bool) -> Iterator[list[Call]]:
+    """Every forward pass of any of the experts `transformers`, under the trainer's names."""
     calls: list[Call] = []
     running: list[Call] = []  # empty between forward passes: the text encoder attends too
 
@@ -100,15 +101,15 @@ def recorded(transformer: nn.Module, probe: Any, *, engine: bool) -> Iterator[li
         return rotate
 
     with ExitStack() as stack:
-        handles: list[Any] = [
-            transformer.register_forward_pre_hook(begin, with_kwargs=True),
-            transformer.register_forward_hook(end),
-        ]
-        for name, module in transformer.named_modules():
-            if name:
-                handles.append(module.register_forward_hook(keep(name)))
-        for module in probe.rope_calls(transformer):
-            handles.append(module.register_forward_hook(lambda _, __, output: keep_rope(output)))
+        handles: list[Any] = []
+        for transformer in transformers:
+            handles.append(transformer.register_forward_pre_hook(begin, with_kwargs=True))
+            handles.append(transformer.register_forward_hook(end))
+            for name, module in transformer.named_modules():
+                if name:
+                    handles.append(module.register_forward_hook(keep(name)))
+            for module in probe.rope_calls(transformer):
+                handles.append(module.register_forward_hook(lambda _, __, output: keep_rope(output)))
         for handle in handles:
             stack.callback(handle.remove)
         stack.enter_context(swapped(F, "scaled_dot_product_attention", attend))
@@ -132,18 +133,19 @@ def recorded_steps(pipeline: Any) -> Iterator[list[EngineStep]]:
 
 def trace(engine: RolloutEngine, policy: nn.Module, request: RolloutRequest, family: str, dtype: torch.dtype) -> Trace:
     """Samples the request alone, and scores it one step at a time; raises what the engine raises."""
-    probe, velocity = family_module(family, "probe"), family_module(family, "velocity")
-    pipeline = engine.pipeline
-    with recorded(pipeline.transformer, probe, engine=True) as engine_calls, recorded_steps(pipeline) as engine_steps:
+    probe, pipeline = family_module(family, "probe"), engine.pipeline
+    networks = list(pipeline.experts.values())
+    with recorded(networks, probe, engine=True) as engine_calls, recorded_steps(pipeline) as engine_steps:
         (trajectory,) = engine.generate([request])
     velocities: list[torch.Tensor] = []
-    compute = velocity.velocity
+    compute = base.velocity
 
     def recording(*args: Any, **kwargs: Any) -> torch.Tensor:
         velocities.append(compute(*args, **kwargs))
         return velocities[-1]
 
-    with recorded(policy, probe, engine=False) as trainer_calls, swapped(velocity, "velocity", recording):
+    own = list(experts(policy).values())
+    with recorded(own, probe, engine=False) as trainer_calls, swapped(base, "velocity", recording):
         (log_probs,) = recompute(policy, [trajectory], family=family, dtype=dtype, micro_batch_size=1)
     return Trace(trajectory, log_probs, engine_calls, engine_steps, trainer_calls, velocities)
 
@@ -167,7 +169,11 @@ def same(left: Any, right: Any) -> bool:
 
 def pairs(found: Trace) -> Iterator[tuple[int, int, Sequence[Call], Sequence[Call]]]:
     """(position, step index, the engine's calls, the trainer's calls) of each stochastic step."""
-    branches = 2 if found.trajectory.spec.guided else 1
-    for position, step in enumerate(found.trajectory.step_indices.tolist()):
-        mine = slice(position * branches, (position + 1) * branches)
-        yield position, step, found.engine_calls[step * branches : (step + 1) * branches], found.trainer_calls[mine]
+    trajectory = found.trajectory
+    told = conditioning(trajectory, torch.device("cpu"))
+    branches = [1 + told.guided(expert_at(trajectory.spec, step)) for step in range(len(trajectory.sigmas) - 1)]
+    taken = 0
+    for position, step in enumerate(trajectory.step_indices.tolist()):
+        mine, first = slice(taken, taken + branches[step]), sum(branches[:step])
+        taken += branches[step]
+        yield position, step, found.engine_calls[first : first + branches[step]], found.trainer_calls[mine]

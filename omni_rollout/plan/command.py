@@ -14,7 +14,8 @@ from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
 from omni_rollout.launch.outputs import file_problem
 from omni_rollout.launch.validate import trainer_engine, validate_plan
-from omni_rollout.models.qwen_image.sizes import Sizes, read_sizes
+from omni_rollout.models import family_module
+from omni_rollout.models.base.sizes import Sizes
 from omni_rollout.plan.memory import total
 from omni_rollout.plan.report import show
 from omni_rollout.plan.split import Gpus, Plan, make_plan, make_run
@@ -91,7 +92,7 @@ def plan(overrides: Sequence[str], *, json_path: Path | None = None) -> int:
     if json_path is not None and (problem := file_problem(json_path)) is not None:
         raise UserError(f"--json {json_path}: {problem}")
 
-    sizes = read_sizes(config.model.path)
+    sizes = family_module(config.model.family, "sizes").read_sizes(config.model.path)
     made = make_plan(make_run(config, sizes), gpus, ranks if fixed else None)
     better = [] if made.fits else closest(config, sizes, gpus)
     show(config, made, better)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 from omni_rollout.config import DType, Offload, TrainConfig, TrainerEngine
-from omni_rollout.models.qwen_image import activations
-from omni_rollout.models.qwen_image.activations import Pass
-from omni_rollout.models.qwen_image.sizes import Sizes
+from omni_rollout.models import family_module
+from omni_rollout.models.base.sizes import Pass, Sizes
 from omni_rollout.types import SamplingSpec
 
 CONTEXT_BYTES = 1 << 30  # what CUDA itself takes of a GPU, for each process on it. A round guess
@@ -59,8 +59,13 @@ class Run:
         """Text tokens of each guidance branch."""
         return [self.spec.prompt_width] + ([self.spec.negative_prompt_width] if self.spec.negative_prompt is not None else [])
 
+    @property
+    def activations(self) -> ModuleType:
+        """Of the family: what its passes hold."""
+        return family_module(self.spec.family, "activations")
+
     def passes(self, rows: int) -> list[Pass]:
-        image = (self.spec.height // 16) * (self.spec.width // 16)
+        image = family_module(self.spec.family, "spec").layout(self.spec).tokens
         return [Pass(rows=rows, image_tokens=image, text_tokens=width, item=self.item) for width in self.widths]
 
 
@@ -140,16 +145,16 @@ def _update(run: Run) -> Iterator[Part]:
     branches = run.passes(rows)
     tokens = " and ".join(f"{one.image_tokens} + {one.text_tokens}" for one in branches)
     what = f"{rows} rows of {tokens} tokens, {model.layers} blocks of width {model.width}"
-    saved = sum(activations.saved(model, one, lora=lora, checkpointing=checkpointing) for one in branches)
+    saved = sum(run.activations.saved(model, one, lora=lora, checkpointing=checkpointing) for one in branches)
     if checkpointing:
         yield Part(name="block inputs", bytes=saved, why=f"kept by gradient checkpointing: {what}")
-        widest = max(activations.saved_in_block(model, one, lora=lora) for one in branches)
+        widest = max(run.activations.saved_in_block(model, one, lora=lora) for one in branches)
         why = "activations and cast weights of the block that backward computes again"
         yield Part(name="one block", bytes=widest, why=why)
     else:
         cast = " and all weights cast or merged" if run.item == 2 or lora else ""
         yield Part(name="activations", bytes=saved, why=f"what backward needs{cast}: {what}")
-    working = max(activations.backward_working(model, one, lora=lora) for one in branches)
+    working = max(run.activations.backward_working(model, one, lora=lora) for one in branches)
     yield Part(name="backward", bytes=working, why="gradients within one block, as backward passes it")
     if len(branches) > 1 and not lora:
         why = f"4 bytes x {_billions(run.trained)}: gradients of one guidance branch wait for the other's"
@@ -174,8 +179,8 @@ def engine_parts(run: Run) -> list[Part]:
     image = run.passes(1)[0].image_tokens
     latents = rows * image * model.channels * 4 * (kept + 1)
     embeddings = rows * sum(run.widths) * model.text_width * run.item
-    forward = max(activations.forward_working(model, one) for one in run.passes(rows))
-    decode = activations.decode_working(sizes.vae_config, spec.height, spec.width, sizes.vae_item)
+    forward = max(run.activations.forward_working(model, one) for one in run.passes(rows))
+    decode = run.activations.decode_working(sizes.vae_config, spec.height, spec.width, sizes.vae_item)
     encoder, vae = sizes.text_encoder_parameters, sizes.vae_parameters
     return [
         Part(name="transformer", bytes=run.item * model.parameters, why=f"{run.item} bytes x {_billions(model.parameters)}"),

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from omni_rollout.config import TrainConfig, TrainerEngine
 from omni_rollout.errors import UserError
-from omni_rollout.models.qwen_image.sizes import Sizes
-from omni_rollout.models.qwen_image.spec import resolve
+from omni_rollout.models import family_module
+from omni_rollout.models.base.sizes import Sizes
 from omni_rollout.plan.memory import Part, Run, engine_parts, host_parts, rank_parts, start_parts, total
 
 
@@ -81,9 +81,10 @@ def make_run(config: TrainConfig, sizes: Sizes) -> Run:
     steps = None if size is None and placed is None else tuple(range(first, first + size if size else (placed or [0, 0])[1]))
     given = {
         key: getattr(sampling, key)
-        for key in ("height", "width", "num_inference_steps", "true_cfg_scale", "negative_prompt", "noise_level")
+        for key in ("height", "width", "num_inference_steps", "true_cfg_scale", "negative_prompt", "noise_level", "extra")
     }
     widths = {"prompt_width": config.collate.prompt_width, "negative_prompt_width": config.collate.negative_prompt_width}
+    resolve = family_module(config.model.family, "spec").resolve
     spec = resolve({**given, **widths, "sde_type": sampling.sde_type.value, "step_indices": steps})
     return Run(config=config, spec=spec, sizes=sizes)
 

@@ -1,8 +1,9 @@
 """Checkpoints: a folder that is complete or absent, that diffusers can load, and whose every file is checked.
 
 state.json                 kind (full or lora), RunState, sha256 of every other file, and of itself
-transformer/               kind full: fp32 master weights, QwenImageTransformer2DModel.from_pretrained reads it
-lora/                      kind lora: QwenImagePipeline.load_lora_weights reads it
+transformer/               kind full: fp32 master weights, from_pretrained of its class in diffusers reads it
+lora/                      kind lora: load_lora_weights of the family's pipeline reads it
+transformer_2/, lora_2/    the same of a second expert, where there is one
 ema/transformer|lora/      the same for the averaged weights, where an average is kept
 optimizer.safetensors      what TrainerEngine.state_dict() gave
 rng.safetensors            the process's generators, see `rng.py`
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from omni_rollout.errors import UserError
+from omni_rollout.models.base.policy import experts
 from omni_rollout.policy.lora import check_fit, has_lora, load_lora, read_lora, save_lora
 from omni_rollout.policy.rng import restore_rng, rng_state
 
@@ -108,15 +110,20 @@ def load_policy(folder: Path, transformer: nn.Module) -> Saved:
         raise UserError(
             f"{folder} holds full weights, this run trains a LoRA adapter; set trainer.lora_rank=0, or resume from another"
         )
-    if (folder / "lora").is_dir():
-        load_lora(transformer, folder / "lora")
-    else:
-        tensors = _read_full(folder)
-        check_fit(folder / "transformer", tensors, transformer.state_dict())
-        transformer.load_state_dict(tensors)
+    networks = experts(transformer)
+    for name, network in networks.items():
+        if (folder / "lora").is_dir():
+            load_lora(network, folder / _lora_folder(name))
+            continue
+        tensors = _read_full(folder / name)
+        check_fit(folder / name, tensors, network.state_dict())
+        network.load_state_dict(tensors)
     average = None
-    if (folder / "ema").is_dir():
-        average = read_lora(folder / "ema" / "lora") if (folder / "ema" / "lora").is_dir() else _read_full(folder / "ema")
+    if (ema := folder / "ema").is_dir():
+        lora, average = (ema / "lora").is_dir(), {}
+        for name in networks:
+            tensors = read_lora(ema / _lora_folder(name)) if lora else _read_full(ema / name)
+            average |= {_prefix(networks, name) + key: tensor for key, tensor in tensors.items()}
     return Saved(run=read_state(folder), average=average, optimizer=load_file(folder / OPTIMIZER))
 
 
@@ -152,16 +159,29 @@ def _kind(transformer: nn.Module) -> str:
     return "lora" if has_lora(transformer) else "full"
 
 
-def _save_weights(folder: Path, transformer: Any, weights: Mapping[str, torch.Tensor]) -> None:
-    if has_lora(transformer):
-        save_lora(transformer, folder / "lora", weights)
-        return
-    transformer.save_config(folder / "transformer")
-    save_torch_state_dict(dict(weights), folder / "transformer", filename_pattern=WEIGHTS, max_shard_size=FILE_SIZE)
+def _save_weights(folder: Path, policy: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    networks: dict[str, Any] = dict(experts(policy))
+    for name, network in networks.items():
+        prefix = _prefix(networks, name)
+        own = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+        if has_lora(network):
+            save_lora(network, folder / _lora_folder(name), own)
+            continue
+        network.save_config(folder / name)
+        save_torch_state_dict(own, folder / name, filename_pattern=WEIGHTS, max_shard_size=FILE_SIZE)
+
+
+def _prefix(networks: Mapping[str, nn.Module], name: str) -> str:
+    """Of the names of an expert's parameters in the policy."""
+    return "" if len(networks) == 1 else f"{name}."
+
+
+def _lora_folder(expert: str) -> str:
+    return "lora" + expert.removeprefix("transformer")
 
 
 def _read_full(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted((folder / "transformer").glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
     return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 

@@ -10,11 +10,12 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
+import diffusers
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -24,8 +25,9 @@ from torch import nn
 from omni_rollout.diffusion.exact_ops import ExactLinear
 from omni_rollout.diffusion.products import exact_linear
 from omni_rollout.errors import UserError
+from omni_rollout.models import family_module, family_of
+from omni_rollout.models.base.policy import experts
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ADAPTER = "default"
 PREFIX = "transformer."  # of every name in the file; diffusers' pipelines tell their parts' adapters apart by it
 
@@ -50,13 +52,14 @@ class MergedLoraLinear(lora.Linear):
         return exact_linear(x, self.effective_weight(), self.effective_bias())
 
 
-def attach_lora(transformer: Any, *, rank: int, alpha: int | None = None, seed: int = 0) -> list[nn.Parameter]:
-    """Freezes the transformer, adds fp32 factors to its attention layers, and returns them, the trainable ones.
+def attach_lora(policy: nn.Module, *, rank: int, alpha: int | None = None, seed: int = 0) -> list[nn.Parameter]:
+    """Freezes the policy, adds fp32 factors to its family's `LORA_TARGETS`, and returns them, the trainable ones.
 
-    A is Gaussian with deviation 1/rank, drawn from `seed` alone; B is zero, so the policy starts where the base is.
+    A is Gaussian with deviation 1/rank, drawn from `seed` alone; B is zero, so the policy starts where the base is. Of several
+    experts each has an adapter of its own.
 
     Args:
-        transformer: a diffusers model whose linears are `ExactLinear` already.
+        policy: a diffusers model whose linears are `ExactLinear` already, or `Experts` of such.
         alpha: the product B A is scaled by alpha / rank; None: twice the rank.
 
     Raises:
@@ -65,18 +68,23 @@ def attach_lora(transformer: Any, *, rank: int, alpha: int | None = None, seed: 
     """
     if rank < 1:
         raise UserError(f"trainer.lora_rank={rank}: expected at least 1; 0 trains full weights and attaches no adapter")
-    if has_lora(transformer):
+    if has_lora(policy):
         raise UserError("this transformer has a LoRA adapter already; attach one to a freshly loaded transformer")
-    targets = {
-        name: layer for name, layer in transformer.named_modules() if f".{name}".endswith(tuple(f".{t}" for t in TARGETS))
-    }
+    scale = 2 * rank if alpha is None else alpha
+    networks = experts(policy).values()
+    return [factor for place, network in enumerate(networks) for factor in _attach(network, rank, scale, seed + place)]
+
+
+def _attach(transformer: Any, rank: int, alpha: int, seed: int) -> list[nn.Parameter]:
+    wanted = _family_policy(transformer).LORA_TARGETS
+    endings = tuple(f".{target}" for target in wanted)
+    targets = {name: layer for name, layer in transformer.named_modules() if f".{name}".endswith(endings)}
     for name, layer in targets.items():
         if not isinstance(layer, ExactLinear):
             raise ValueError(f"{name} is a {type(layer).__name__}: expected ExactLinear; install the exact operators first")
     if not targets:
-        raise ValueError(f"{type(transformer).__name__} has none of the layers {', '.join(TARGETS)}")
-    scale = 2 * rank if alpha is None else alpha
-    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(TARGETS), init_lora_weights="gaussian")
+        raise ValueError(f"{type(transformer).__name__} has none of the layers {', '.join(wanted)}")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(wanted), init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         transformer.add_adapter(config, adapter_name=ADAPTER)  # freezes all else
@@ -96,12 +104,16 @@ def base_alone(transformer: nn.Module) -> Iterator[None]:
             layer.merges = True
 
 
+def _family_policy(transformer: nn.Module) -> ModuleType:
+    return family_module(family_of(transformer), "policy")
+
+
 def has_lora(transformer: nn.Module) -> bool:
     return bool(_wrappers(transformer))
 
 
 def save_lora(transformer: Any, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Writes what `QwenImagePipeline.load_lora_weights(folder)` reads, rank and alpha included.
+    """Writes what `load_lora_weights(folder)` of the family's pipeline in diffusers reads, rank and alpha included.
 
     Args:
         weights: the factors by parameter name; those of `transformer` may be shards.
@@ -110,7 +122,8 @@ def save_lora(transformer: Any, folder: Path, weights: Mapping[str, torch.Tensor
         raise UserError(f"{folder} is a file: expected a folder to save LoRA weights in")
     factors: dict[str, Any] = get_peft_model_state_dict(transformer, state_dict=weights, adapter_name=ADAPTER)
     adapter = transformer.peft_config[ADAPTER].to_dict()
-    QwenImagePipeline.save_lora_weights(
+    pipeline: Any = getattr(diffusers, _family_policy(transformer).LORA_PIPELINE)
+    pipeline.save_lora_weights(
         folder,
         transformer_lora_layers=factors,
         # A set has another order in every process, and the same factors shall be the same bytes.

@@ -17,6 +17,8 @@ from omni_rollout.diffusion.machine import differences as machine_differences
 from omni_rollout.diffusion.sde import SDEStep, sde_step
 from omni_rollout.errors import PinnedKnobError
 from omni_rollout.models import family_module
+from omni_rollout.models.base import velocity
+from omni_rollout.models.base.policy import batch_keys, conditioning
 from omni_rollout.types import Trajectory
 
 
@@ -61,15 +63,19 @@ def check_machine(there: Mapping[str, Any], expected: Mapping[str, Any]) -> None
 
 
 def micro_batches(
-    trajectories: Sequence[Trajectory], keys: Sequence[object], rows: Sequence[int], size: int
+    trajectories: Sequence[Trajectory], keys: Sequence[Sequence[object]], rows: Sequence[int], size: int
 ) -> Iterator[list[Pair]]:
-    """All stochastic steps of the trajectories in `rows`, in batches of at most `size` that may share a forward pass."""
+    """All stochastic steps of the trajectories in `rows`, in batches of at most `size` that may share a forward pass.
+
+    Args:
+        keys: of `batch_keys`.
+    """
     grouped: dict[object, list[Pair]] = defaultdict(list)
     for row in rows:
         trajectory = trajectories[row]
         spec = trajectory.spec
-        key = (keys[row], spec.sde_type, spec.noise_level, spec.log_prob_form)
-        grouped[key] += [Pair(row, index) for index in range(len(trajectory.step_indices))]
+        for index in range(len(trajectory.step_indices)):
+            grouped[keys[row][index], spec.sde_type, spec.noise_level, spec.log_prob_form].append(Pair(row, index))
     for pairs in grouped.values():
         rest = iter(pairs)
         while batch := list(islice(rest, size)):
@@ -85,7 +91,7 @@ def score(
         network: the policy's transformer, perhaps wrapped by a trainer engine.
         pairs: B steps that may share a forward pass (see `micro_batches`).
     """
-    policy, velocity = family_module(family, "policy"), family_module(family, "velocity").velocity
+    forward = partial(family_module(family, "policy").network, network)
     device = _device(network)
     chosen = [trajectories[pair.row] for pair in pairs]
     spec = chosen[0].spec
@@ -96,12 +102,13 @@ def score(
     steps = [int(trajectory.step_indices[pair.index]) for trajectory, pair in zip(chosen, pairs, strict=True)]
     latents = stack([trajectory.latents[pair.index] for trajectory, pair in zip(chosen, pairs, strict=True)])
     prev_sample = stack([trajectory.latents[pair.index + 1] for trajectory, pair in zip(chosen, pairs, strict=True)])
-    predicted = velocity(
-        partial(policy.network, network),
+    predicted = velocity.velocity(
+        forward,
         latents,
         stack([trajectory.timesteps[step] for trajectory, step in zip(chosen, steps, strict=True)]),
-        [policy.conditioning(trajectory, device) for trajectory in chosen],
+        [conditioning(trajectory, device) for trajectory in chosen],
         dtype,
+        expert=velocity.expert_at(spec, steps[0]),
     )
     return sde_step(
         predicted,
@@ -126,7 +133,7 @@ def recompute(
     network: nn.Module, trajectories: Sequence[Trajectory], *, family: str, dtype: torch.dtype, micro_batch_size: int
 ) -> list[torch.Tensor]:
     """The log-probs of every trajectory under `network`: one [T] fp32 tensor each, in the order given."""
-    keys = family_module(family, "policy").batch_keys(trajectories)
+    keys = batch_keys(trajectories)
     log_probs = [torch.empty_like(trajectory.log_probs) for trajectory in trajectories]
     for pairs in micro_batches(trajectories, keys, range(len(trajectories)), micro_batch_size):
         for pair, log_prob in zip(pairs, score(network, trajectories, pairs, family, dtype).log_prob.cpu(), strict=True):

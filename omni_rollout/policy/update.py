@@ -17,7 +17,8 @@ from torch import nn
 
 from omni_rollout.config import AlgorithmConfig, TrainerConfig
 from omni_rollout.diffusion.sde import gaussian_kl
-from omni_rollout.models import family_module
+from omni_rollout.models.base.policy import batch_keys
+from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.policy.engines import TrainerEngine
 from omni_rollout.policy.recompute import Pair, micro_batches, score
 from omni_rollout.types import Trajectory
@@ -91,7 +92,7 @@ class PolicyUpdate:
             advantages: [B], one per trajectory.
             old_log_probs: B of [T] fp32: what the ratio is taken to.
         """
-        keys = family_module(self._family, "policy").batch_keys(trajectories)
+        keys = batch_keys(trajectories)
         rows = list(range(len(trajectories)))
         random.Random(seed).shuffle(rows)
         result = Update(first=Scores(), all=Scores(), losses=[], ref_kls=[], grad_norms=[])
@@ -112,18 +113,26 @@ class PolicyUpdate:
         return result
 
     def _passes(
-        self, trajectories: Sequence[Trajectory], keys: Sequence[object], used: Sequence[int]
+        self, trajectories: Sequence[Trajectory], keys: Sequence[Sequence[object]], used: Sequence[int]
     ) -> list[tuple[list[Pair], bool]]:
         """This rank's micro-batches, filled up to as many as any rank has: forward and backward may gather weights from all.
 
-        False beside one that only fills up: the first of the update, which weighs nothing then.
+        Expert by expert, so that all ranks compute with the same one at a time. False beside one that only fills up: the first
+        with that expert, which weighs nothing then.
         """
-        shares = [
-            list(micro_batches(trajectories, keys, used[rank :: self._ranks], self._trainer.micro_batch_size))
-            for rank in range(self._ranks)
-        ]
-        own, most = shares[self._rank], max(len(share) for share in shares)
-        return [(pairs, True) for pairs in own] + [(pairs, False) for pairs in shares[0][:1] * (most - len(own))]
+        shares: list[dict[int, list[list[Pair]]]] = [{} for _ in range(self._ranks)]
+        for rank, share in enumerate(shares):
+            for pairs in micro_batches(trajectories, keys, used[rank :: self._ranks], self._trainer.micro_batch_size):
+                trajectory = trajectories[pairs[0].row]
+                expert = expert_at(trajectory.spec, int(trajectory.step_indices[pairs[0].index]))
+                share.setdefault(expert, []).append(pairs)
+        passes: list[tuple[list[Pair], bool]] = []
+        for expert in sorted({expert for share in shares for expert in share}):
+            of_expert = [share.get(expert, []) for share in shares]
+            own, most = of_expert[self._rank], max(map(len, of_expert))
+            filler = next(batches[0] for batches in of_expert if batches)
+            passes += [(pairs, True) for pairs in own] + [(filler, False)] * (most - len(own))
+        return passes
 
     def _accumulate(
         self,
@@ -158,7 +167,7 @@ class PolicyUpdate:
     def _keep_first(
         self,
         trajectories: Sequence[Trajectory],
-        keys: Sequence[object],
+        keys: Sequence[Sequence[object]],
         chosen: Sequence[int],
         old_log_probs: Sequence[torch.Tensor],
         used: Sequence[int],

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from omni_rollout.errors import UserError
-from omni_rollout.types import Prompt
+from omni_rollout.types import Kind, Prompt
 
 
 class RewardError(RuntimeError):
@@ -24,15 +24,16 @@ class RewardError(RuntimeError):
 
 
 class Reward(Protocol):
-    """Scores images. Higher is better."""
+    """Scores images, videos or layers. Higher is better."""
 
     name: str
+    kinds: frozenset[Kind]  # of media that it can score
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError for a prompt this reward cannot score; called before any image is sampled."""
 
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> list[float]:
-        """One finite number an image. `images` are [H, W, 3] uint8 RGB, of any sizes."""
+        """One finite number a sample. `images` are media of one of `kinds`, as `Trajectory.media` says, of any sizes."""
         ...
 
     def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -76,8 +77,11 @@ class WeightedSum:
         self.weights = dict(weights)
         self.rewards = {name: get_reward(name, threads) for name in weights}
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        for reward in self.rewards.values():
+    def check(self, prompts: Sequence[Prompt], kind: Kind) -> None:
+        """Raises UserError where a reward cannot score what the model makes, or a prompt; before anything is sampled."""
+        for name, reward in self.rewards.items():
+            if kind not in reward.kinds:
+                raise UserError(f"reward {name} scores {' and '.join(sorted(reward.kinds))}, this model makes {kind}")
             reward.check(prompts)
 
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> RewardBatch:

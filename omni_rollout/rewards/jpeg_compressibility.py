@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from omni_rollout.rewards.base import Reward, score_each
-from omni_rollout.types import Prompt
+from omni_rollout.types import Kind, Prompt
 
 QUALITY = 95
 
@@ -22,6 +22,7 @@ class JPEGCompressibility:
     """Minus the size in kB (1000 bytes) at JPEG quality 95; never above 0."""
 
     name = "jpeg_compressibility"
+    kinds: frozenset[Kind] = frozenset({"image"})
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Any prompt will do."""

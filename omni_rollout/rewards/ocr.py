@@ -19,7 +19,7 @@ import numpy as np
 
 from omni_rollout.errors import UserError
 from omni_rollout.rewards.base import Reward, score_each
-from omni_rollout.types import Prompt
+from omni_rollout.types import Kind, Prompt
 
 DETECTION_ABOVE = 128
 """Pixels of the short side: up to here the image is taken as one line of text; above, lines are searched for first.
@@ -36,6 +36,7 @@ class OCRReward:
     """Needs the wanted text of every prompt: its metadata `text`, else what stands between double quotes."""
 
     name = "ocr"
+    kinds: frozenset[Kind] = frozenset({"image"})
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads

@@ -1,4 +1,4 @@
-"""`omni-rollout rollout`: prompts in, one capsule and one PNG per image out."""
+"""`omni-rollout rollout`: prompts in, one capsule per sample out, with its image, video or layers beside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from omni_rollout.config import TrainConfig
 from omni_rollout.data.collate import Collator
 from omni_rollout.launch.progress import Progress
 from omni_rollout.rollout.engine import RolloutEngine
-from omni_rollout.trajectories.capsule import CapsuleError, save_capsule, save_png
+from omni_rollout.trajectories.capsule import CapsuleError, save_capsule
+from omni_rollout.trajectories.media import save_media
 from omni_rollout.types import Prompt, RequestError, RolloutRequest
 
 
@@ -59,7 +60,7 @@ def _sample(config: TrainConfig, requests: Sequence[RolloutRequest], out: Path, 
         for trajectory in engine.generate(requests, on_error=report):
             try:
                 save_capsule(trajectory, out / f"{trajectory.request_id}.safetensors")
-                save_png(trajectory, out / f"{trajectory.request_id}.png")
+                save_media(trajectory, out / trajectory.request_id)
                 made += 1
                 progress.describe(f"sampling, {made}/{len(requests)} images")
             except CapsuleError as error:  # numbers that overflowed, in this image alone

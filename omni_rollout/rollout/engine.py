@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
-from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 from omni_rollout.diffusion.machine import pin_switches
 from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobError, WeightSyncError
 from omni_rollout.models import family_module
+from omni_rollout.rollout.architecture import register
 from omni_rollout.rollout.guards import check_alone, check_distinct, check_pinned, check_threads, close_at_exit
 from omni_rollout.rollout.platform.linear import register_linears
-from omni_rollout.trajectories.digest import combined_digest, tensor_digests
+from omni_rollout.rollout.request import engine_request
+from omni_rollout.trajectories.digest import combined_digest, tensor_digest, tensor_digests
 from omni_rollout.types import RolloutRequest, Trajectory
 
 PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")
@@ -66,6 +66,7 @@ class RolloutEngine:
             register_linears()
         settings: dict[str, Any] = {
             "model": path,
+            "model_class_name": register(family),
             "dtype": dtype,
             "enforce_eager": parity != "fast",
             "distributed_executor_backend": "uni",
@@ -237,7 +238,7 @@ class RolloutEngine:
     ) -> None:
         try:
             output = None
-            async for outputs in self._engine.step_streaming(_engine_request(request, next(self._serial))):
+            async for outputs in self._engine.step_streaming(engine_request(request, next(self._serial))):
                 output = outputs[0]
             assert output is not None
             result: Trajectory | Exception = self._trajectory(request, output)
@@ -262,7 +263,8 @@ class RolloutEngine:
             prompt_embeds_mask=own("prompt_embeds_mask"),
             negative_prompt_embeds=own("negative_prompt_embeds") if guided else None,
             negative_prompt_embeds_mask=own("negative_prompt_embeds_mask") if guided else None,
-            image=output.images[0].cpu().numpy(),
+            conditions={name: tensor.clone().cpu() for name, tensor in record["conditions"].items()},
+            media=output.images[0].cpu().numpy(),
             prompt=request.prompt,
             spec=request.spec,
             seed=request.seed,
@@ -276,22 +278,6 @@ class RolloutEngine:
                 "negative_prompt_width": request.spec.negative_prompt_width if guided else None,
                 "guided": guided,
                 "batch_sizes": record["batch_sizes"],
-                "initial_noise": record["initial_noise"],
+                "initial_noise": tensor_digest(record["initial_noise"])[:16],
             },
         )
-
-
-def _engine_request(request: RolloutRequest, serial: int) -> OmniDiffusionRequest:
-    # Guidance and noise travel in extra_args: the engine's own fields would split batches and turn 0.0 into 4.0.
-    return OmniDiffusionRequest(
-        prompt={"prompt": request.prompt.text},
-        request_id=f"{request.request_id}#{serial}",  # the engine remembers ids; the same request may be sampled again
-        sampling_params=OmniDiffusionSamplingParams(
-            height=request.spec.height,
-            width=request.spec.width,
-            num_inference_steps=request.spec.num_inference_steps,
-            seed=request.seed,
-            generator_device="cpu",
-            extra_args={"spec": request.spec.to_json()},
-        ),
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,10 @@ from vllm_omni.diffusion.worker.diffusion_worker import CustomPipelineWorkerExte
 
 from omni_rollout.diffusion.machine import machine, pin_thread
 from omni_rollout.diffusion.self_check import Layer, attention_shape, linear_layers, self_check
+from omni_rollout.models import family_module
 from omni_rollout.rollout.platform.linear import pack_linears
 from omni_rollout.rollout.platform.native import all_native, use_native
 from omni_rollout.trajectories.digest import tensor_digests
-
-PREFIX = "transformer."
-FUSED = {  # fused projection -> the checkpoint's names, in the order of its rows
-    ".to_qkv.": (".to_q.", ".to_k.", ".to_v."),
-    ".add_kv_proj.": (".add_q_proj.", ".add_k_proj.", ".add_v_proj."),
-}
-RENAMED = {".to_out.weight": ".to_out.0.weight", ".to_out.bias": ".to_out.0.bias"}
 
 
 class RolloutWorkerExtension(CustomPipelineWorkerExtension):
@@ -30,13 +24,15 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
     def re_init_pipeline(self, custom_pipeline_args: dict[str, Any]) -> None:
         super().re_init_pipeline(custom_pipeline_args)
         if custom_pipeline_args["parity"] == "exact":
-            use_native(self.model_runner.pipeline.transformer)
+            for network in self.model_runner.pipeline.experts.values():
+                use_native(network)
         self._pack = custom_pipeline_args["parity"] == "fast" and not torch.cuda.is_available()
         self._repack()
 
     def _repack(self) -> None:
         if self._pack:
-            pack_linears(self.model_runner.pipeline.transformer)
+            for network in self.model_runner.pipeline.experts.values():
+                pack_linears(network)
 
     def pinned_knobs(self) -> dict[str, Any]:
         """What the exact profile pins, as it really is in this worker."""
@@ -47,7 +43,7 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
             "compiled": not config.enforce_eager,
             "cache_backend": config.cache_backend or "none",
             "quantization": config.quantization_config,
-            "native": all_native(pipeline.transformer),
+            "native": all(map(all_native, pipeline.experts.values())),
             "parallel": (parallel.tensor_parallel_size, parallel.sequence_parallel_size, parallel.cfg_parallel_size),
         }
 
@@ -57,7 +53,7 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         if not exact:
             return machine(pipeline.device)
         pin_thread(pipeline.threads)
-        transformer = pipeline.transformer
+        transformer = next(iter(pipeline.experts.values()))  # experts are of one shape
         attention = next((layer for layer in transformer.modules() if isinstance(layer, Attention)), None)
         heads, head_dim = attention_shape(transformer) if attention is None else (attention.num_heads, attention.head_size)
         return self_check(
@@ -65,14 +61,18 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         )
 
     def load_policy(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> dict[str, str]:
-        """Replaces the transformer's weights, then reads them back.
+        """Replaces the policy's weights, then reads them back.
+
+        Args:
+            named: by checkpoint name; of a policy of several experts, below the name of each one's folder.
 
         Returns:
             The digest of every tensor as it now stands in the engine, by checkpoint name.
         """
         pipeline = self.model_runner.pipeline
         with torch.no_grad():
-            pipeline.load_weights([(PREFIX + name, tensor) for name, tensor in named])
+            prefix = "transformer." if len(pipeline.experts) == 1 else ""
+            pipeline.load_weights([(prefix + name, tensor) for name, tensor in named])
         pipeline.policy_version = version
         self._repack()
         return self.policy_digests()
@@ -80,17 +80,14 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
     def policy_digests(self) -> dict[str, str]:
         return tensor_digests(self._named_weights())
 
-    def _named_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
-        for name, parameter in self.model_runner.pipeline.transformer.named_parameters():
-            for fused, parts in FUSED.items():
-                if fused in name:
-                    for part, rows in zip(parts, parameter.chunk(len(parts)), strict=True):
-                        yield name.replace(fused, part), rows
-                    break
-            else:
-                for engine_name, checkpoint_name in RENAMED.items():
-                    name = name.replace(engine_name, checkpoint_name)
-                yield name, parameter
+    def _named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        pipeline = self.model_runner.pipeline
+        table = family_module(pipeline.family, "weights")
+        for folder, network in pipeline.experts.items():
+            prefix = "" if len(pipeline.experts) == 1 else f"{folder}."
+            for name, parameter in network.named_parameters():
+                for own, tensor in checkpoint_names(name, parameter, table.FUSED, table.RENAMED):
+                    yield prefix + own, tensor
 
 
 def _linear_layers(transformer: torch.nn.Module) -> Iterator[Layer]:
@@ -101,3 +98,18 @@ def _linear_layers(transformer: torch.nn.Module) -> Iterator[Layer]:
             dense: Any = layer
             for features in getattr(dense, "output_partition_sizes", None) or [dense.output_size]:
                 yield Layer(name, features, dense.input_size)
+
+
+def checkpoint_names(
+    name: str, parameter: torch.Tensor, fused: Mapping[str, Sequence[str]], renamed: Mapping[str, str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A parameter of the engine under the names it has in the checkpoint; a fused one in its parts."""
+    for whole, parts in fused.items():
+        if whole in name:
+            yield from (
+                (name.replace(whole, part), rows) for part, rows in zip(parts, parameter.chunk(len(parts)), strict=True)
+            )
+            return
+    for engine_name, checkpoint_name in renamed.items():
+        name = name.replace(engine_name, checkpoint_name)
+    yield name, parameter

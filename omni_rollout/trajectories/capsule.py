@@ -1,16 +1,16 @@
 """Capsules: a Trajectory as one safetensors file that any trainer, on any machine, can replay.
 
-The tensors carry the names of the record's fields, the image is the uint8 tensor `image`, and the header holds everything
-else, each value a JSON string. Names are public API: a change of meaning is a new `FORMAT_VERSION`.
+The tensors carry the names of the record's fields, those of `conditions` as `conditions.NAME`, and the header holds everything
+else, each value a JSON string. Names are public API: a change of meaning is a new `FORMAT_VERSION`. Format 1, of Qwen-Image
+alone, had no conditions, no `family`, `extra` and `prompt_images`, and called the media `image`; it is read, no longer written.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args
@@ -18,13 +18,14 @@ from typing import Any, NoReturn, get_args
 import safetensors
 import safetensors.torch
 import torch
-from PIL import Image
 
 from omni_rollout.errors import UserError
+from omni_rollout.models import families, family_module
+from omni_rollout.models.base.sampling import resolve_extra
 from omni_rollout.trajectories import strict_json
-from omni_rollout.types import LogProbForm, Prompt, SamplingSpec, SDEType, Trajectory
+from omni_rollout.types import InputImage, LogProbForm, Prompt, RequestError, SamplingSpec, SDEType, Trajectory
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS = (
     "latents",
     "log_probs",
@@ -33,8 +34,9 @@ TENSORS = (
     "timesteps",
     "prompt_embeds",
     "prompt_embeds_mask",
-    "image",
+    "media",
 )
+CONDITION = "conditions."
 EMBEDDING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEGATIVE_TENSORS = ("negative_prompt_embeds", "negative_prompt_embeds_mask")  # present exactly when guidance was on
 SPEC_KEYS: dict[str, tuple[type, ...]] = {  # of SamplingSpec; its step_indices are the tensor of that name
@@ -48,11 +50,15 @@ SPEC_KEYS: dict[str, tuple[type, ...]] = {  # of SamplingSpec; its step_indices 
     "log_prob_form": (str,),
     "prompt_width": (int,),
     "negative_prompt_width": (int,),
+    "family": (str,),
+    "extra": (dict,),
 }
+ONE = {"family": "qwen_image", "extra": {}, "prompt_images": []}  # what a capsule of format 1 does not say
 KEYS: dict[str, tuple[type, ...]] = {
     "format_version": (int,),
     **SPEC_KEYS,
     "prompt": (str,),
+    "prompt_images": (list,),
     "prompt_metadata": (dict,),
     "seed": (int,),
     "group_id": (str,),
@@ -60,8 +66,7 @@ KEYS: dict[str, tuple[type, ...]] = {
     "policy_version": (int,),
     "fingerprint": (dict,),
 }
-TOKEN_PIXELS = 16  # along height and width, of one image token: eightfold VAE, then 2x2 patches
-CHOICES = {"format_version": (FORMAT_VERSION,), "sde_type": get_args(SDEType), "log_prob_form": get_args(LogProbForm)}
+CHOICES = {"format_version": (1, FORMAT_VERSION), "sde_type": get_args(SDEType), "log_prob_form": get_args(LogProbForm)}
 
 
 class CapsuleError(UserError):
@@ -75,8 +80,9 @@ def save_capsule(trajectory: Trajectory, path: str | Path) -> None:
         CapsuleError: a field that breaks the record's contract, or one that JSON would not give back as it is.
     """
     path = Path(path)
-    tensors = {name: getattr(trajectory, name) for name in TENSORS if name != "image"}
-    tensors["image"] = torch.from_numpy(trajectory.image.copy())
+    tensors = {name: getattr(trajectory, name) for name in TENSORS if name != "media"}
+    tensors["media"] = torch.from_numpy(trajectory.media.copy())
+    tensors |= {CONDITION + name: tensor for name, tensor in trajectory.conditions.items()}
     for name in NEGATIVE_TENSORS:
         if getattr(trajectory, name) is not None:
             tensors[name] = getattr(trajectory, name)
@@ -87,6 +93,7 @@ def save_capsule(trajectory: Trajectory, path: str | Path) -> None:
         "format_version": FORMAT_VERSION,
         **spec,
         "prompt": trajectory.prompt.text,
+        "prompt_images": [asdict(image) for image in trajectory.prompt.images],
         "prompt_metadata": dict(trajectory.prompt.metadata),
         "fingerprint": dict(trajectory.fingerprint),
         **{name: getattr(trajectory, name) for name in ("seed", "group_id", "member", "policy_version")},
@@ -96,7 +103,7 @@ def save_capsule(trajectory: Trajectory, path: str | Path) -> None:
     _check_tensors(path, tensors, trajectory.spec)
     # A clone owns its memory: safetensors refuses views that share it, such as rows of one batch.
     owned = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    _write(path, safetensors.torch.save(owned, metadata=header))
+    write_whole(path, safetensors.torch.save(owned, metadata=header))
 
 
 def load_capsule(path: str | Path) -> Trajectory:
@@ -112,30 +119,39 @@ def load_capsule(path: str | Path) -> Trajectory:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except (safetensors.SafetensorError, OSError) as error:
         raise CapsuleError(f"{path}: not a readable safetensors file ({error}); was it copied whole?") from error
-    values = {key: _from_json(path, key, header) for key in KEYS}
+    old = header.get("format_version") == "1"
+    values = {**ONE, **{key: _from_json(path, key, header) for key in KEYS if not (old and key in ONE)}}
+    if old and "image" in tensors:
+        tensors["media"] = tensors.pop("image")
     _check_values(path, values)
     indices = tensors.get("step_indices", torch.empty(0)).flatten().tolist()
     spec = SamplingSpec(**{key: values[key] for key in SPEC_KEYS}, step_indices=tuple(indices))
     _check_tensors(path, tensors, spec)
-    image = tensors.pop("image").numpy()
+    media = tensors.pop("media").numpy()
     return Trajectory(
-        **{name: tensors.get(name) for name in (*TENSORS, *NEGATIVE_TENSORS) if name != "image"},  # type: ignore[arg-type]
-        image=image,
-        prompt=Prompt(text=values["prompt"], metadata=values["prompt_metadata"]),
+        **{name: tensors.get(name) for name in (*TENSORS, *NEGATIVE_TENSORS) if name != "media"},  # type: ignore[arg-type]
+        conditions={name.removeprefix(CONDITION): tensors[name] for name in tensors if name.startswith(CONDITION)},
+        media=media,
+        prompt=Prompt(
+            text=values["prompt"],
+            images=tuple(_input_image(path, image) for image in values["prompt_images"]),
+            metadata=values["prompt_metadata"],
+        ),
         spec=spec,
         fingerprint=values["fingerprint"],
         **{name: values[name] for name in ("seed", "group_id", "member", "policy_version")},
     )
 
 
-def save_png(trajectory: Trajectory, path: str | Path) -> None:
-    """Writes the image as PNG; the file appears whole or not at all."""
-    buffer = io.BytesIO()
-    Image.fromarray(trajectory.image).save(buffer, format="PNG")
-    _write(Path(path), buffer.getvalue())
+def _input_image(path: Path, value: Any) -> InputImage:
+    names = {field.name: int if field.name in ("height", "width") else str for field in fields(InputImage)}
+    if not isinstance(value, dict) or {name: type(entry) for name, entry in value.items()} != names:
+        _refuse(path, "prompt_images", f"{repr(value)[:60]}, expected objects with {', '.join(names)}")
+    return InputImage(**value)
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """The file appears whole or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content)
@@ -180,9 +196,17 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
 
 def _check_spec(path: Path, values: Mapping[str, Any]) -> None:
     """What one number of a spec says about another."""
+    if values["family"] not in families():
+        _refuse(path, "family", f"{values['family']!r:.60}, expected one of {', '.join(families())}")
+    rules = family_module(values["family"], "spec").RULES
     for side in ("height", "width"):
-        if values[side] < TOKEN_PIXELS or values[side] % TOKEN_PIXELS:
-            _refuse(path, side, f"{values[side]}, expected a multiple of {TOKEN_PIXELS}")
+        if values[side] < rules.multiple or values[side] % rules.multiple:
+            _refuse(path, side, f"{values[side]}, expected a multiple of {rules.multiple}")
+    try:
+        if (whole := resolve_extra(values["extra"], rules)) != values["extra"]:
+            _refuse(path, "extra", f"{values['extra']}, expected {', '.join(whole)}, each with a value")
+    except RequestError as error:
+        _refuse(path, "extra", str(error))
     for key in ("num_inference_steps", "prompt_width", "negative_prompt_width"):
         if values[key] < 1:
             _refuse(path, key, f"{values[key]}, expected at least 1")
@@ -198,22 +222,26 @@ def _check_spec(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], spec: SamplingSpec) -> None:
-    expected = (*TENSORS, *NEGATIVE_TENSORS) if spec.guided else TENSORS
+    layout = family_module(spec.family, "spec").layout(spec)
+    conditions = {CONDITION + name: shape for name, shape in layout.conditions.items()}
+    expected = (*TENSORS, *conditions, *(NEGATIVE_TENSORS if spec.guided else ()))
     for name in expected:
         if name not in tensors:
             _refuse(path, name, "missing" + (", though guidance was on" if name in NEGATIVE_TENSORS else ""))
     for name in tensors.keys() - set(expected):
         _refuse(path, name, "unexpected" + (", since guidance was off" if name in NEGATIVE_TENSORS else ""))
     steps, stochastic = spec.num_inference_steps, tensors["log_probs"].numel()
-    tokens = (spec.height // TOKEN_PIXELS) * (spec.width // TOKEN_PIXELS)
     if stochastic and spec.sde_type == "ode":
         _refuse(path, "step_indices", f"{stochastic} stochastic steps, expected none with sde_type ode")
-    _check_layout(path, tensors, "latents", torch.float32, (stochastic + 1, tokens, None))
+    _check_layout(path, tensors, "latents", torch.float32, (stochastic + 1, *layout.latent))
     _check_layout(path, tensors, "log_probs", torch.float32, (stochastic,))
     _check_layout(path, tensors, "step_indices", torch.int64, (stochastic,))
     _check_layout(path, tensors, "sigmas", torch.float32, (steps + 1,))
     _check_layout(path, tensors, "timesteps", torch.float32, (steps,))
-    _check_layout(path, tensors, "image", torch.uint8, (spec.height, spec.width, 3))
+    _check_layout(path, tensors, "media", torch.uint8, layout.media)
+    for name, shape in conditions.items():
+        _check_layout(path, tensors, name, None, shape)
+        _check_finite(path, tensors, name)
     for name in ("latents", "log_probs", "sigmas", "timesteps"):
         _check_finite(path, tensors, name)
     indices, sigmas = tensors["step_indices"].tolist(), tensors["sigmas"]

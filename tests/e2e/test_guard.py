@@ -13,7 +13,7 @@ import torch
 
 from omni_rollout.config import TrainerConfig
 from omni_rollout.launch.compose import compose
-from omni_rollout.models.qwen_image import rollout
+from omni_rollout.models.base import rollout
 from omni_rollout.monitor import MismatchError, Monitor, last_words
 from omni_rollout.policy.engines import make_trainer_engine
 from omni_rollout.rewards import RewardError

@@ -221,7 +221,7 @@ def test_a_signal_before_the_first_step_ends_the_process_at_once(arguments, tmp_
 HANG = """
 import sys, time
 from omni_rollout.cli import main
-from omni_rollout.models.qwen_image import rollout
+from omni_rollout.models.base import rollout
 original, drawn = rollout.sde_step, []
 def step(*args, **kwargs):
     drawn.append(len(args[0]))

@@ -16,11 +16,13 @@ import torch
 from omni_rollout.config import TrainConfig
 from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.diffusion.guidance import guide
-from omni_rollout.models.qwen_image import rollout
+from omni_rollout.models.base import rollout
+from omni_rollout.models.base.causes import Setting
+from omni_rollout.models.base.velocity import Network
+from omni_rollout.models.qwen_image import spec as family_spec
 from omni_rollout.models.qwen_image.policy import load_policy
-from omni_rollout.models.qwen_image.velocity import Network
+from omni_rollout.models.qwen_image.rollout import QwenImageRolloutPipeline
 from omni_rollout.parity.attribution import Attribution, culprits
-from omni_rollout.parity.causes import Setting
 from omni_rollout.parity.findings import Finding
 from omni_rollout.parity.matrix import Cell
 from omni_rollout.parity.probe import CellResult, Probe
@@ -59,8 +61,8 @@ def wrap_velocity(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Lets `change(inputs)` alter what the engine, and only the engine, tells its transformer."""
     original = rollout.velocity
 
-    def velocity(network: Network, *args: Any) -> torch.Tensor:
-        return original(lambda **inputs: network(**change(inputs)), *args)
+    def velocity(network: Network, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return original(lambda **inputs: network(**change(inputs)), *args, **kwargs)
 
     monkeypatch.setattr(rollout, "velocity", velocity)
 
@@ -77,9 +79,9 @@ def test_timestep_cast_before_the_division(sides, monkeypatch):
 
     original = rollout.velocity
 
-    def velocity(network: Network, latents: torch.Tensor, timesteps: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def velocity(network: Network, latents: torch.Tensor, timesteps: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         told = cast(timesteps, torch.bfloat16)
-        return original(lambda **inputs: network(**{**inputs, "timestep": told}), latents, timesteps, *rest)
+        return original(lambda **inputs: network(**{**inputs, "timestep": told}), latents, timesteps, *rest, **more)
 
     monkeypatch.setattr(rollout, "velocity", velocity)
     seen = look(sides)
@@ -91,14 +93,14 @@ def test_timestep_cast_before_the_division(sides, monkeypatch):
 
 
 def test_latents_stored_in_bfloat16(sides, monkeypatch):
-    original = rollout.QwenImageRolloutPipeline.post_decode
+    original = QwenImageRolloutPipeline.post_decode
 
     def post_decode(self: Any, state: Any, **kwargs: Any) -> Any:
         run = state.extra["denoising"]
         run.latents = [latents.bfloat16().float() for latents in run.latents]
         return original(self, state, **kwargs)
 
-    monkeypatch.setattr(rollout.QwenImageRolloutPipeline, "post_decode", post_decode)
+    monkeypatch.setattr(QwenImageRolloutPipeline, "post_decode", post_decode)
     seen = look(sides)
     assert not seen.result.exact and where(seen)[0] == "latents" and "bfloat16" in seen.first.what
 
@@ -116,12 +118,12 @@ def test_latents_kept_in_bfloat16_between_steps(sides, monkeypatch):
 
 def test_sigma_off_by_one(sides, monkeypatch):
     original = rollout.sde_step
-    schedule = sides.scheduler
+    schedule = family_spec.schedule(sides.requests(PADDED, 1)[0].spec, sides.scheduler.config)
 
     def sde_step(velocity: torch.Tensor, sample: torch.Tensor, sigma: Any, sigma_next: Any, **kwargs: Any) -> Any:
         if kwargs["sde_type"] == "ode":
             return original(velocity, sample, sigma, sigma_next, **kwargs)
-        sigmas = rollout.build_schedule(schedule, 6, sample.shape[1]).sigmas
+        sigmas = schedule.sigmas
         position = min(int((sigmas == sigma).nonzero()) + 1, 4)
         return original(velocity, sample, sigmas[position], sigmas[position + 1], **kwargs)
 
@@ -131,9 +133,19 @@ def test_sigma_off_by_one(sides, monkeypatch):
 
 
 def test_a_schedule_of_its_own(sides, monkeypatch):
-    original = rollout.build_schedule
-    monkeypatch.setattr(rollout, "build_schedule", lambda scheduler, steps, tokens: original(scheduler, steps, tokens * 16))
-    first = sides.first_difference(sides.requests(PADDED, 1)[0])
+    original = rollout.RolloutMixin._resolve
+
+    def resolve(self: Any, state: Any) -> Any:
+        prompt, spec, _ = original(self, state)
+        return (
+            prompt,
+            spec,
+            family_spec.schedule(replace(spec, height=4 * spec.height, width=4 * spec.width), self.scheduler.config),
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout.RolloutMixin, "_resolve", resolve)
+        first = sides.first_difference(sides.requests(PADDED, 1)[0])
     assert first is not None and (first.where, first.name) == ("schedule", "sigmas")
 
 
@@ -166,9 +178,9 @@ def test_rope_length_from_the_mask_sum_of_an_unpadded_prompt_is_right(sides, mon
 
 def test_rope_table_shorter_than_the_text(sides, monkeypatch):
     """What a kernel without a length check does: positions past the valid tokens are not rotated. The mask hides it."""
-    original = rollout.QwenImageRolloutPipeline._network
+    original = QwenImageRolloutPipeline.call
 
-    def network(self: Any, *, encoder_hidden_states: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def network(self: Any, *, expert: int, encoder_hidden_states: torch.Tensor, **inputs: Any) -> torch.Tensor:
         valid = int(inputs["encoder_hidden_states_mask"].sum(dim=1).max())
         transformer = self.transformer
 
@@ -179,18 +191,18 @@ def test_rope_table_shorter_than_the_text(sides, monkeypatch):
 
         handle = transformer.image_rope_prepare.register_forward_hook(short)
         try:
-            return original(self, encoder_hidden_states=encoder_hidden_states, **inputs)
+            return original(self, expert=expert, encoder_hidden_states=encoder_hidden_states, **inputs)
         finally:
             handle.remove()
 
-    monkeypatch.setattr(rollout.QwenImageRolloutPipeline, "_network", network)
+    monkeypatch.setattr(QwenImageRolloutPipeline, "call", network)
     seen = look(sides)
     assert seen.result.measure is not None and seen.result.measure.exact, "masked padding hides it from the KL"
     assert where(seen) == ("module", "transformer_blocks.0.attn RoPE of the text query"), "but not from the trace"
 
 
 def _mutate_rope_length(sides: Probe, monkeypatch: pytest.MonkeyPatch, length: Any) -> None:
-    def network(self: Any, *, encoder_hidden_states: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def network(self: Any, *, expert: int, encoder_hidden_states: torch.Tensor, **inputs: Any) -> torch.Tensor:
         mask = inputs["encoder_hidden_states_mask"]
         rows, width = encoder_hidden_states.shape[:2]
         valid = width if mask is None else int(mask.sum(dim=1).max())
@@ -202,7 +214,7 @@ def _mutate_rope_length(sides: Probe, monkeypatch: pytest.MonkeyPatch, length: A
             **inputs,
         )[0]
 
-    monkeypatch.setattr(rollout.QwenImageRolloutPipeline, "_network", network)
+    monkeypatch.setattr(QwenImageRolloutPipeline, "call", network)
 
 
 def test_mask_dropped_on_one_side(sides, monkeypatch):
@@ -230,7 +242,9 @@ def test_guidance_combined_in_another_dtype(sides, monkeypatch):
 
     original = rollout.velocity
 
-    def velocity(network: Network, latents: Any, timesteps: Any, conditions: Any, dtype: Any) -> torch.Tensor:
+    def velocity(
+        network: Network, latents: Any, timesteps: Any, conditions: Any, dtype: Any, *, expert: int = 0
+    ) -> torch.Tensor:
         outputs: list[torch.Tensor] = []
 
         def keeping(**inputs: Any) -> torch.Tensor:
@@ -240,7 +254,7 @@ def test_guidance_combined_in_another_dtype(sides, monkeypatch):
         result = original(keeping, latents, timesteps, conditions, dtype)
         if len(outputs) == 1:
             return result
-        scale = torch.tensor([row.true_cfg_scale for row in conditions])
+        scale = torch.tensor([row.spec.true_cfg_scale for row in conditions])
         assert torch.equal(result, guide(*outputs, scale)), "the mutant must differ from the original in one thing"
         return in_bfloat16(*outputs, scale)
 
@@ -264,8 +278,8 @@ def test_window_shifted_by_one(sides, monkeypatch):
 
 
 def test_a_seed_reused_within_a_group(sides, monkeypatch):
-    original = engine_module._engine_request
-    monkeypatch.setattr(engine_module, "_engine_request", lambda request, serial: original(replace(request, seed=5), serial))
+    original = engine_module.engine_request
+    monkeypatch.setattr(engine_module, "engine_request", lambda request, serial: original(replace(request, seed=5), serial))
     result = sides.cell(PADDED, 3)
     assert result.measure is not None and result.measure.exact, "the recomputation cannot see it"
     assert not result.exact and [finding.where for finding in result.findings] == ["seed"]

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from omni_rollout.trajectories.capsule import FORMAT_VERSION, KEYS, CapsuleError, load_capsule, save_capsule, save_png
+from omni_rollout.trajectories.capsule import FORMAT_VERSION, KEYS, CapsuleError, load_capsule, save_capsule
+from omni_rollout.trajectories.media import save_media
 from omni_rollout.types import Prompt, SamplingSpec, Trajectory
 
 VALUES = st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | st.lists(st.integers())
@@ -50,7 +51,7 @@ def trajectory(
         prompt_embeds_mask=torch.arange(width) < max(1, width - 2),
         negative_prompt_embeds=randn(negative_width, 7).to(dtype) if guided else None,
         negative_prompt_embeds_mask=torch.arange(negative_width) < 1 if guided else None,
-        image=np.random.default_rng(seed).integers(0, 256, (16, 16 * columns, 3), np.uint8),
+        media=np.random.default_rng(seed).integers(0, 256, (16, 16 * columns, 3), np.uint8),
         prompt=Prompt(text='ein Schild "42" ✓', metadata={"text": "42"} if metadata is None else metadata),
         spec=spec,
         seed=seed + 2**40,
@@ -90,15 +91,15 @@ def test_the_file_has_the_public_names(tmp_path: Path) -> None:
     with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert set(file.keys()) == {
             "latents", "log_probs", "step_indices", "sigmas", "timesteps", "prompt_embeds", "prompt_embeds_mask",
-            "negative_prompt_embeds", "negative_prompt_embeds_mask", "image",
+            "negative_prompt_embeds", "negative_prompt_embeds_mask", "media",
         }  # fmt: skip
         header = {key: json.loads(value) for key, value in file.metadata().items()}
     assert header == {
         "height": 16, "width": 48, "num_inference_steps": 4, "true_cfg_scale": 4.0, "negative_prompt": " ",
         "noise_level": 0.1 + 0.2, "sde_type": "sde", "log_prob_form": "gaussian", "prompt_width": 5,
         "negative_prompt_width": 6, "seed": 2**40, "group_id": "0a1b", "member": 3, "policy_version": 17,
-        "fingerprint": dict(trajectory().fingerprint), "format_version": 1, "prompt": 'ein Schild "42" ✓',
-        "prompt_metadata": {"text": "42"},
+        "fingerprint": dict(trajectory().fingerprint), "format_version": 2, "prompt": 'ein Schild "42" ✓',
+        "prompt_metadata": {"text": "42"}, "prompt_images": [], "family": "qwen_image", "extra": {},
     }  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_png_holds_the_image(tmp_path: Path) -> None:
-    save_png(trajectory(), tmp_path / "a.png")
+    assert save_media(trajectory(), tmp_path / "a") == [tmp_path / "a.png"]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), trajectory().image)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
@@ -158,7 +159,7 @@ def poked(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     ("field", "tensor", "message"),
     [
         ("latents", None, "missing"),
-        ("image", None, "missing"),
+        ("media", None, "missing"),
         ("step_indices", None, "missing"),
         ("log_probs", None, "missing"),
         ("negative_prompt_embeds", None, "missing, though guidance was on"),
@@ -189,8 +190,8 @@ def poked(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
         ("prompt_embeds_mask", lambda t: t.flip(0), "not right padded"),
         ("prompt_embeds_mask", lambda t: t & False, "not right padded"),
         ("negative_prompt_embeds_mask", lambda t: t[:5].clone(), r"shape \[5\], expected \[6\]"),
-        ("image", lambda t: t.float(), "torch.float32, expected torch.uint8"),
-        ("image", lambda t: t[:, :, :1].clone(), r"shape \[16, 48, 1\], expected \[16, 48, 3\]"),
+        ("media", lambda t: t.float(), "torch.float32, expected torch.uint8"),
+        ("media", lambda t: t[:, :, :1].clone(), r"shape \[16, 48, 1\], expected \[16, 48, 3\]"),
     ],
 )
 def test_wrong_tensors_are_refused_by_file_and_field(tmp_path: Path, field: str, tensor: Any, message: str) -> None:
@@ -203,7 +204,7 @@ def test_wrong_tensors_are_refused_by_file_and_field(tmp_path: Path, field: str,
     ("field", "value", "message"),
     [
         ("format_version", None, "missing from the header"),
-        ("format_version", str(FORMAT_VERSION + 1), f"{FORMAT_VERSION + 1}, expected {FORMAT_VERSION}"),
+        ("format_version", str(FORMAT_VERSION + 1), f"{FORMAT_VERSION + 1}, expected 1 or {FORMAT_VERSION}"),
         ("fingerprint", "{", "is not JSON"),
         ("fingerprint", "[" * 100_000, "is not JSON"),
         ("fingerprint", '"x"', "is str, expected dict"),
@@ -320,7 +321,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         ({"step_indices": torch.tensor([1, 2])}, r"step_indices: \[1, 2\], but the spec says \(0, 1\)"),
         ({"prompt_embeds_mask": torch.tensor([False, True, True, True, True])}, "prompt_embeds_mask: not right padded"),
         ({"negative_prompt_embeds": None}, "negative_prompt_embeds: missing, though guidance was on"),
-        ({"image": np.zeros((16, 48, 3), np.float32)}, "image: torch.float32"),
+        ({"media": np.zeros((16, 48, 3), np.float32)}, "media: torch.float32"),
         ({"fingerprint": {"widths": (5, 6)}}, "fingerprint: .*would come back from JSON as"),
         ({"fingerprint": {"digest": object()}}, "fingerprint: .*cannot be written as JSON"),
         ({"prompt": Prompt(text="a", metadata={"x": math.nan})}, "prompt_metadata: .*cannot be written as JSON"),

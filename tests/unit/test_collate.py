@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from omni_rollout.config import CollateConfig, EvaluationConfig, SamplingConfig, SDETypeName
 from omni_rollout.data.collate import Collator, derive_seed
 from omni_rollout.data.seeds import SeedLedger
+from omni_rollout.models.base.velocity import pad_to_width
 from omni_rollout.models.qwen_image.spec import DEFAULTS, resolve
-from omni_rollout.models.qwen_image.velocity import pad_to_width
 from omni_rollout.nano.tokenizer import make_tokenizer
 from omni_rollout.types import Prompt, RequestError, SamplingSpec
 

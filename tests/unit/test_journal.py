@@ -44,7 +44,7 @@ def finished(asked: RolloutRequest) -> Trajectory:
         prompt_embeds_mask=torch.tensor([True, True, False, False]),
         negative_prompt_embeds=None,
         negative_prompt_embeds_mask=None,
-        image=np.random.default_rng(asked.member).integers(0, 256, (16, 16, 3), np.uint8),
+        media=np.random.default_rng(asked.member).integers(0, 256, (16, 16, 3), np.uint8),
         prompt=asked.prompt,
         spec=asked.spec,
         seed=asked.seed,
@@ -125,15 +125,15 @@ def test_steps_are_forgotten_when_a_checkpoint_holds_them(tmp_path):
 
 
 def test_a_full_disk_gives_its_room_back_and_says_so_once(tmp_path, monkeypatch):
-    journal, write = Journal(tmp_path), capsule._write
+    journal, write = Journal(tmp_path), capsule.write_whole
     journal.keep(STEP, finished(request(0)))
 
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(capsule, "_write", full)
+    monkeypatch.setattr(capsule, "write_whole", full)
     journal.keep(STEP, finished(request(1)))
-    monkeypatch.setattr(capsule, "_write", write)
+    monkeypatch.setattr(capsule, "write_whole", write)
     journal.keep(STEP, finished(request(2)))
     assert "No space left" in str(journal.failure) and journal.count(after=0) == 0
     journal.take(STEP + 1, [], EXPECTED, 7)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from omni_rollout.errors import UserError
+from omni_rollout.models.base.causes import swapped
 from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.parity.attribution import CauseResult, culprits
-from omni_rollout.parity.causes import CAUSES, swapped
+from omni_rollout.parity.causes import causes
 from omni_rollout.parity.findings import Finding, from_seeds, from_weights
 from omni_rollout.parity.html import to_html
 from omni_rollout.parity.matrix import Cell, Matrix, cells, submissions
@@ -24,6 +25,8 @@ from omni_rollout.parity.measure import Measure, measure, measure_steps
 from omni_rollout.parity.probe import CellResult, Report
 from omni_rollout.parity.report import print_report, to_json, verdict, write_json
 from omni_rollout.types import Prompt, Trajectory
+
+CAUSES = causes("qwen_image")
 
 CELL = Cell(dtype="float32", guidance=1.0, width="natural", in_flight="3")
 
@@ -41,7 +44,7 @@ def trajectory_of(log_probs: torch.Tensor, *, seed: int = 0, latents_seed: int =
         prompt_embeds_mask=torch.ones(4, dtype=torch.bool),
         negative_prompt_embeds=None,
         negative_prompt_embeds_mask=None,
-        image=np.zeros((32, 32, 3), np.uint8),
+        media=np.zeros((32, 32, 3), np.uint8),
         prompt=Prompt(text="x"),
         spec=spec,
         seed=seed,

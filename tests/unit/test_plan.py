@@ -27,9 +27,10 @@ from omni_rollout.diffusion.sde import sde_step
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
 from omni_rollout.launch.paths import recipe_dir
+from omni_rollout.models.base.velocity import Conditioning, velocity
 from omni_rollout.models.qwen_image import policy, sizes
 from omni_rollout.models.qwen_image.activations import CONDITIONING_ROWS, Pass, saved
-from omni_rollout.models.qwen_image.velocity import Conditioning, velocity
+from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.nano.components import make_transformer
 from omni_rollout.plan.command import closest
 from omni_rollout.plan.memory import total
@@ -103,9 +104,7 @@ def kept_by_autograd(transformer: Any, run: Pass, text_width: int, dtype: torch.
         prompt_embeds_mask=mask,
         negative_prompt_embeds=None,
         negative_prompt_embeds_mask=None,
-        true_cfg_scale=1.0,
-        height=side,
-        width=side,
+        spec=resolve({"height": side, "width": side, "true_cfg_scale": 1.0, "prompt_width": len(mask)}),
     )
     tables = (transformer.pos_embed.pos_freqs, transformer.pos_embed.neg_freqs)
     parameters = {tensor.untyped_storage().data_ptr() for tensor in (*transformer.parameters(), *tables)}

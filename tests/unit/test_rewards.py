@@ -94,7 +94,7 @@ def test_target_text(prompt: Prompt, expected: str) -> None:
 )
 def test_prompts_without_a_target_are_refused_before_any_work(prompt: Prompt, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        WeightedSum({"jpeg_compressibility": 1.0, "ocr": 1.0}).check([asks_for("42"), prompt])
+        WeightedSum({"jpeg_compressibility": 1.0, "ocr": 1.0}).check([asks_for("42"), prompt], "image")
     with pytest.raises(UserError, match=message):
         OCRReward()([BLANK], [prompt])
 

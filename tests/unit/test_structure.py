@@ -19,9 +19,10 @@ MAX_FILE, MAX_FUNCTION, MAX_TOP = 300, 60, 7
 STAGES = (
     ("errors",),
     ("types", "config"),
-    ("diffusion", "trajectories"),
-    ("launch",),  # its checks read files of a model, but no family's code
+    ("diffusion",),
     ("models",),
+    ("trajectories",),  # after models: a capsule asks its family's spec.py for the shapes
+    ("launch",),
     ("data",),  # after models: collate asks a family's spec.py what a request means
     ("rollout",),
     ("rewards", "algorithms", "policy"),

@@ -220,7 +220,7 @@ def test_verls_reward_worker_runs_our_manager(random_checkpoint: Path, tmp_path:
     adopt(config)
     images = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
     prompt = Prompt(text="a cat")
-    rows = DataProto.concat([to_score(cast(Any, SimpleNamespace(image=image, prompt=prompt))) for image in images])
+    rows = DataProto.concat([to_score(cast(Any, SimpleNamespace(media=image, prompt=prompt))) for image in images])
     outputs = asyncio.run(RewardLoopWorker(config).compute_score_batch(rows))
     expected = WeightedSum({"jpeg_compressibility": 1.0})(list(images), [prompt] * 3)
     assert [output["reward_score"] for output in outputs] == expected.total

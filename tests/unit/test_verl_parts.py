@@ -61,7 +61,7 @@ def test_a_trajectory_comes_back_from_its_fields_as_it_was():
         prompt_embeds_mask=torch.ones(16, dtype=torch.bool),
         negative_prompt_embeds=None,
         negative_prompt_embeds_mask=None,
-        image=np.zeros((64, 64, 3), np.uint8),
+        media=np.zeros((64, 64, 3), np.uint8),
         prompt=Prompt(text="a cat", metadata={"text": "7"}),
         spec=SPEC,
         seed=3,

@@ -191,14 +191,14 @@ class Sampling:
 def to_sample(trajectory: Trajectory, score: dict[str, Any], step: int, partition: str) -> dict[str, Any]:
     """What TransferQueue is asked to put. What is not learned from leaves its tensors behind."""
     sample = {
-        "prompt": {"text": trajectory.prompt.text, "metadata": dict(trajectory.prompt.metadata)},
-        "image": trajectory.image,
+        "prompt": trajectory.prompt.to_json(),
+        "media": trajectory.media,
         "fingerprint": dict(trajectory.fingerprint),
         "elements": math.prod(trajectory.latents.shape[1:]),
         "reward": score["reward_score"],
         "breakdown": score["reward_extra_info"],
     }
-    learned_from = {"trajectory": to_fields(trajectory)} if partition == "train" else {}
+    learned_from = {"trajectory": to_fields(replace(trajectory, media=trajectory.media[:0]))} if partition == "train" else {}
     tag = {
         "status": "success",
         "request_id": trajectory.request_id,

@@ -27,7 +27,7 @@ class Samples:
     """A step's images and rewards, in the order of request ids."""
 
     prompts: list[dict[str, Any]]  # text, metadata
-    images: list[np.ndarray]
+    media: list[np.ndarray]
     rewards: list[float]
     breakdown: dict[str, list[float]]
     group_ids: list[str]
@@ -38,7 +38,7 @@ class Samples:
     def of(cls, stored: Sequence[Mapping[str, Any]], tags: Sequence[Mapping[str, Any]]) -> Samples:
         return cls(
             prompts=[sample["prompt"] for sample in stored],
-            images=[sample["image"] for sample in stored],
+            media=[sample["media"] for sample in stored],
             rewards=[sample["reward"] for sample in stored],
             breakdown={name: [sample["breakdown"][name] for sample in stored] for name in stored[0]["breakdown"]},
             group_ids=[tag["group_id"] for tag in tags],
@@ -54,7 +54,7 @@ def captioned(samples: Samples, *, rewards: bool = True) -> list[CaptionedImage]
     texts = [prompt["text"] for prompt in samples.prompts]
     if rewards:
         texts = [f"{reward:.2f} {text}" for reward, text in zip(samples.rewards, texts, strict=True)]
-    return list(zip(texts, samples.images, strict=True))
+    return list(zip(texts, samples.media, strict=True))
 
 
 def merged(updates: Sequence[Update]) -> Update:

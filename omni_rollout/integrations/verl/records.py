@@ -101,7 +101,7 @@ def adopt(config: DictConfig) -> TrainConfig:
 def to_fields(trajectory: Trajectory) -> dict[str, Any]:
     """A trajectory in types that TransferQueue carries as they are; it would turn a dataclass into a dictionary."""
     values = {field.name: getattr(trajectory, field.name) for field in fields(Trajectory)}
-    values["prompt"] = {"text": trajectory.prompt.text, "metadata": dict(trajectory.prompt.metadata)}
+    values["prompt"] = trajectory.prompt.to_json()
     values["spec"] = trajectory.spec.to_json()
     values["fingerprint"] = dict(trajectory.fingerprint)
     return values
@@ -112,7 +112,7 @@ def from_fields(values: Mapping[str, Any]) -> Trajectory:
     return Trajectory(
         **{
             **given,
-            "prompt": Prompt(text=given["prompt"]["text"], metadata=given["prompt"]["metadata"]),
+            "prompt": Prompt.from_json(given["prompt"]),
             "spec": SamplingSpec.from_json(given["spec"]),
         }
     )

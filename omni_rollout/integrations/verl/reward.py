@@ -27,7 +27,7 @@ class RewardManager(RewardManagerBase):
     async def run_single(self, data: DataProto) -> dict[str, Any]:
         """`reward_score`: the weighted sum; `reward_extra_info`: each reward before its weight."""
         row = data.non_tensor_batch
-        batch = self._rewards([row["image"][0]], [row["prompt"][0]])
+        batch = self._rewards([row["media"][0]], [row["prompt"][0]])
         return {
             "reward_score": batch.total[0],
             "reward_extra_info": {name: values[0] for name, values in batch.breakdown.items()},
@@ -54,7 +54,7 @@ class RewardWorkers(RewardLoopManager):
 def to_score(trajectory: Trajectory) -> DataProto:
     """What `run_single` reads."""
     row: dict[str, np.ndarray] = {}
-    for name, value in (("image", trajectory.image), ("prompt", trajectory.prompt)):
-        row[name] = np.empty(1, dtype=object)  # np.array would look into the image
+    for name, value in (("media", trajectory.media), ("prompt", trajectory.prompt)):
+        row[name] = np.empty(1, dtype=object)  # np.array would look into the array
         row[name][0] = value
     return DataProto(non_tensor_batch=row)

@@ -37,6 +37,7 @@ from omni_rollout.integrations.verl.metrics import Samples, captioned, merged, o
 from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank
 from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, Weights, adopt, column
 from omni_rollout.integrations.verl.reward import RewardWorkers
+from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Monitor, last_words, step_metrics, step_notes
 from omni_rollout.policy.recompute import check_machine
 from omni_rollout.rewards import WeightedSum
@@ -102,11 +103,11 @@ class OmniTrainer(PPOTrainer):
         prompts = load_prompts(run.prompts)
         self.evaluation_prompts = load_prompts(run.evaluation.prompts) if run.evaluation.prompts else prompts
         self.rewards = WeightedSum(run.reward.weights, run.reward.threads)
-        self.rewards.check([*prompts, *self.evaluation_prompts])
+        self.rewards.check([*prompts, *self.evaluation_prompts], family_module(run.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(run.model.path, subfolder="tokenizer")
         self.collator = Collator(run.model.family, tokenizer, run.sampling, run.collate)
         for prompt in [*prompts, *self.evaluation_prompts]:
-            self.collator.check(self.collator.spec(), prompt)
+            self.collator.check(self.collator.spec(images=prompt.images), prompt)
         self.stream = PromptStream(prompts, run.rollout.prompts_per_step, run.sampling.seed)
         self.algorithm = algorithms.get_algorithm(run.algorithm.name)
         self.seeds = SeedLedger(Path(run.run_dir) / "seeds.jsonl")
@@ -232,7 +233,7 @@ class OmniTrainer(PPOTrainer):
         batch = self._balance_batch(batch, {})
         samples = self._samples(batch)
         tq.kv_clear(keys=batch.keys, partition_id="val")
-        scores = self.rewards.evaluate(samples.images, [Prompt(**prompt) for prompt in samples.prompts])
+        scores = self.rewards.evaluate(samples.media, [Prompt.from_json(prompt) for prompt in samples.prompts])
         return {f"evaluation/{key}": value for key, value in scores.items()}, captioned(samples, rewards=False)
 
     def _compute_metrics(

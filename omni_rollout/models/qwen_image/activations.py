@@ -7,26 +7,11 @@ norms that round in fp32. Batches are of one size; attention's score matrix is n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from omni_rollout.models.qwen_image.sizes import Transformer
+from omni_rollout.models.base.sizes import Pass, Transformer
 
 CONDITIONING_ROWS = 16  # diffusion/products.py, without importing torch for it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pass:
-    """One forward pass of one guidance branch."""
-
-    rows: int
-    image_tokens: int
-    text_tokens: int
-    item: int  # bytes of the compute dtype
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * (self.image_tokens + self.text_tokens)
 
 
 def saved(model: Transformer, run: Pass, *, lora: bool, checkpointing: bool) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ from omni_rollout.diffusion import exact_ops
 from omni_rollout.diffusion.activations import install_activations
 from omni_rollout.diffusion.machine import pin_switches
 from omni_rollout.errors import PinnedKnobError
-from omni_rollout.models.qwen_image.velocity import Conditioning
 from omni_rollout.types import Trajectory
 
+# What LoRA is added to, and the class of diffusers whose pipelines read what is saved.
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+LORA_PIPELINE = "QwenImagePipeline"
 BLOCK_NORMS = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
 
 
@@ -59,26 +60,16 @@ def check_attention() -> None:
         )
 
 
-def network(transformer: torch.nn.Module, **inputs: Any) -> torch.Tensor:
-    return transformer(**inputs, return_dict=False)[0]
+def network(policy: torch.nn.Module, *, expert: int = 0, **inputs: Any) -> torch.Tensor:
+    """The transformer, perhaps wrapped by a trainer engine, on what `velocity` gives it."""
+    return policy(**inputs, return_dict=False)[0]
 
 
-def conditioning(trajectory: Trajectory, device: torch.device) -> Conditioning:
-    def on_device(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.to(device)
-
-    return Conditioning(
-        prompt_embeds=trajectory.prompt_embeds.to(device),
-        prompt_embeds_mask=trajectory.prompt_embeds_mask.to(device),
-        negative_prompt_embeds=on_device(trajectory.negative_prompt_embeds),
-        negative_prompt_embeds_mask=on_device(trajectory.negative_prompt_embeds_mask),
-        true_cfg_scale=trajectory.spec.true_cfg_scale,
-        height=trajectory.spec.height,
-        width=trajectory.spec.width,
-    )
-
-
-def batch_keys(trajectories: Sequence[Trajectory]) -> list[tuple[object, ...]]:
-    """One key per trajectory; those with equal keys may share a forward pass."""
-    cpu = torch.device("cpu")
-    return [conditioning(trajectory, cpu).batch_key for trajectory in trajectories]
+def misfit(policy: Any, trajectory: Trajectory) -> str | None:
+    """Why the trajectory cannot be one of this transformer's; None: it may be."""
+    expected = {"latents": policy.config.in_channels, "prompt_embeds": policy.config.joint_attention_dim}
+    for name, size in expected.items():
+        found = getattr(trajectory, name).shape[-1]
+        if found != size:
+            return f"{name} has {found} channels, the model has {size}"
+    return None

@@ -10,6 +10,16 @@ from typing import Any
 import torch
 from diffusers.models.transformers import transformer_qwenimage
 
+from omni_rollout.types import InputImage
+
+MEANING = {  # input of the transformer -> what it says when the two sides give it another one
+    "timestep": "the timestep is cast or scaled differently, or belongs to another step",
+    "hidden_states": "the latents that the transformer saw are not those of the record",
+    "encoder_hidden_states": "the text is not the same width, or not the same text",
+    "encoder_hidden_states_mask": "one side has another mask than the other, or none",
+    "img_shapes": "the image grid differs",
+}
+SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 6}  # sampling, where the config leaves it to us
 FUSED = {  # the engine's projection -> the trainer's, in the order of its columns
     "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "attn.add_kv_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -17,6 +27,11 @@ FUSED = {  # the engine's projection -> the trainer's, in the order of its colum
 MODULATED = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")  # the engine's class normalises and modulates
 ROTATED = ("image query", "image key", "text query", "text key")  # the order of RoPE's calls within a block
 OUTPUT_PROJECTIONS = (".to_out.0", ".to_add_out")
+
+
+def pictures(number: int) -> tuple[InputImage, ...]:
+    """Of the parity probe's prompt `number`."""
+    return ()
 
 
 def trainer_outputs(name: str, output: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omni_rollout.errors import UserError
+from omni_rollout.models.base.sizes import Sizes, Transformer
 
 PARTS = ("transformer", "text_encoder", "vae")
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # as safetensors names them
@@ -54,35 +54,6 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
         },
     }
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transformer:
-    layers: int
-    width: int  # heads * head_dim
-    heads: int
-    text_width: int  # of the prompt embeddings
-    channels: int  # of a packed latent
-    out_channels: int  # of its velocity
-    parameters: int
-    block_parameters: int
-
-    def lora_parameters(self, rank: int) -> int:
-        """Of the two factors beside each of the eight attention projections of a block; all are width x width."""
-        return self.layers * 8 * 2 * rank * self.width
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Of one checkpoint."""
-
-    transformer: Transformer
-    text_encoder_parameters: int  # without the vision tower: the engine drops it
-    vision_parameters: int
-    vae_parameters: int
-    vae_config: Mapping[str, Any]
-    text_encoder_item: int  # bytes of a stored weight; the engine keeps that dtype
-    vae_item: int
 
 
 def read_sizes(path: str) -> Sizes:

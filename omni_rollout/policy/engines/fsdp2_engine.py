@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from omni_rollout.config import Offload, TrainerConfig
+from omni_rollout.models.base.policy import experts
 from omni_rollout.policy.engines.torch_engine import TorchEngine, check_shape, total_norm_of_parts, trainable_by_name
 
 
@@ -75,9 +76,13 @@ class FSDP2Engine(TorchEngine):
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, offload: OffloadPolicy) -> nn.Module:
-    """Cuts the parameters in place, block by block (the members of its module lists), then those outside of blocks."""
-    blocks = [block for child in module.children() if isinstance(child, nn.ModuleList) for block in child]
-    for layer in [*blocks, module]:
+    """Cuts the parameters in place, block by block (the members of its module lists), then those outside of blocks.
+
+    Each of several experts is a unit of its own: a step gathers nothing of the one that it does not take.
+    """
+    networks = list(experts(module).values())
+    blocks = [block for net in networks for child in net.children() if isinstance(child, nn.ModuleList) for block in child]
+    for layer in [*blocks, *(net for net in networks if net is not module), module]:
         # The root's are given back after forward too: else what is written to the shards is not seen by the next forward.
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, offload_policy=offload)
         cast(FSDPModule, layer).set_gradient_divide_factor(1.0)  # a sum, not a mean

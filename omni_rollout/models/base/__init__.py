@@ -1,0 +1,1 @@
+"""What every family shares: sampling parameters, the velocity, the denoising loop, policies of one or two experts."""

@@ -1,0 +1,35 @@
+"""Input images: described where prompts are read, opened where they are encoded, and the same bytes in both places."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from omni_rollout.types import InputImage, RequestError
+
+
+def describe(path: Path) -> InputImage:
+    """Raises OSError: no such file, or none that PIL can read."""
+    content = path.read_bytes()
+    with Image.open(io.BytesIO(content)) as image:
+        width, height = image.size
+    return InputImage(path=str(path), sha256=hashlib.sha256(content).hexdigest(), height=height, width=width)
+
+
+def open_image(image: InputImage, mode: str = "RGB") -> Image.Image:
+    """The pixels, in PIL's `mode`.
+
+    Raises:
+        RequestError: the file cannot be read, or is another one than the prompt was read with.
+    """
+    try:
+        content = Path(image.path).read_bytes()
+        opened = Image.open(io.BytesIO(content)).convert(mode)
+    except OSError as error:
+        raise RequestError(f"{image.path}: cannot be read as an image ({error})") from error
+    if hashlib.sha256(content).hexdigest() != image.sha256:
+        raise RequestError(f"{image.path}: not the file that the prompt was read with (its sha256 differs)")
+    return opened

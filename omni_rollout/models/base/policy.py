@@ -1,0 +1,64 @@
+"""Policies of one expert or two on the trainer's side, and what a trajectory tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from omni_rollout.models.base.velocity import Conditioning
+from omni_rollout.types import Trajectory
+
+
+class Experts(nn.Module):
+    """Several transformers, of which each step takes one; children are named as their folders in the checkpoint."""
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, network in networks.items():
+            self.add_module(name, network)
+
+    def forward(self, *, expert: int, **inputs: Any) -> Any:
+        return list(self.children())[expert](**inputs)
+
+    def enable_gradient_checkpointing(self) -> None:
+        for network in self.children():
+            enable: Any = network.enable_gradient_checkpointing
+            enable()
+
+
+def experts(policy: nn.Module) -> dict[str, nn.Module]:
+    """Folder in the checkpoint -> transformer, in the order of the family's `EXPERTS`.
+
+    Parameters of a policy of one have bare names, of several `<folder>.<name>`.
+    """
+    inner = (
+        policy.module if not isinstance(policy, Experts) and isinstance(getattr(policy, "module", None), Experts) else policy
+    )
+    return dict(inner.named_children()) if isinstance(inner, Experts) else {"transformer": policy}
+
+
+def conditioning(trajectory: Trajectory, device: torch.device) -> Conditioning:
+    def on_device(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    return Conditioning(
+        prompt_embeds=trajectory.prompt_embeds.to(device),
+        prompt_embeds_mask=trajectory.prompt_embeds_mask.to(device),
+        negative_prompt_embeds=on_device(trajectory.negative_prompt_embeds),
+        negative_prompt_embeds_mask=on_device(trajectory.negative_prompt_embeds_mask),
+        spec=trajectory.spec,
+        conditions={name: tensor.to(device) for name, tensor in trajectory.conditions.items()},
+    )
+
+
+def batch_keys(trajectories: Sequence[Trajectory]) -> list[list[tuple[object, ...]]]:
+    """One key per trajectory and stochastic step; steps of equal keys may share a forward pass."""
+    cpu = torch.device("cpu")
+    rows = [conditioning(trajectory, cpu) for trajectory in trajectories]
+    return [
+        [row.batch_key(step) for step in trajectory.step_indices.tolist()]
+        for row, trajectory in zip(rows, trajectories, strict=True)
+    ]

@@ -1,0 +1,190 @@
+"""The denoising loop inside vllm-omni's engine, step by step, recording what RL needs: once, for every family.
+
+The engine calls prepare_encode once per request, denoise_step once per step for all requests in flight, step_scheduler
+per request and step, post_decode at the end. Its `InputBatch` trims prompt embeddings to the longest valid prompt in
+flight and refuses mixed guidance, so it is given none of that: the authoritative tensors live in `state.extra`, and
+denoise_step builds its own batches from them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+
+from omni_rollout.diffusion.machine import machine, pin_thread
+from omni_rollout.diffusion.schedule import WARM_UP, Schedule
+from omni_rollout.diffusion.sde import sde_step
+from omni_rollout.models import family_module
+from omni_rollout.models.base.velocity import Conditioning, expert_at, velocity
+from omni_rollout.types import Prompt, SamplingSpec
+
+WARM_UP_WIDTH = 64
+
+
+@dataclass
+class Denoising:
+    """One request's way through the engine; lives in `state.extra["denoising"]`."""
+
+    spec: SamplingSpec
+    schedule: Schedule
+    conditioning: Conditioning
+    initial_noise: torch.Tensor  # [1, *shape] fp32
+    latents: list[torch.Tensor] = field(default_factory=list)  # T+1 of [1, *shape] fp32
+    log_probs: list[torch.Tensor] = field(default_factory=list)  # T of [1] fp32
+    batch_sizes: list[int] = field(default_factory=list)  # requests in the same forward pass, per step
+
+
+class RolloutMixin:
+    """First base of a family's pipeline, before vllm-omni's own class.
+
+    A family gives `family`, `encode`, `noise`, `decode`, `call` and, where its operators must be changed, `install`.
+    """
+
+    family: ClassVar[str]
+    supports_step_execution: ClassVar[bool] = True
+    supports_request_batch: ClassVar[bool] = False
+    support_image_input: ClassVar[bool] = False  # so the engine's warm-up sends no picture
+    scheduler: Any
+    device: Any
+
+    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
+        super().__init__(od_config=od_config, prefix=prefix)  # type: ignore[call-arg]
+        self._interrupt = False
+        self.dtype = od_config.dtype
+        self.policy_version = 0
+        arguments: Any = od_config.custom_pipeline_args
+        self.steps = 0  # that were taken, of all requests: what a command shows as it waits
+        self.parity: str = arguments["parity"]
+        self.threads: int = arguments["threads"]
+        self.install(str(od_config.model))
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
+    def experts(self) -> dict[str, nn.Module]:
+        """Folder in the checkpoint -> network, in the order of the family's `EXPERTS`."""
+        return {name: getattr(self, name) for name in family_module(self.family, "spec").EXPERTS}
+
+    def install(self, model: str) -> None:
+        """Replaces operators, or with parity=reference the network; the checkpoint is at `model`."""
+
+    def encode(self, prompt: Prompt, spec: SamplingSpec) -> Conditioning:
+        """Text, and with input images the vision tower and the VAE."""
+        raise NotImplementedError
+
+    def noise(self, spec: SamplingSpec, generator: torch.Generator) -> torch.Tensor:
+        """[1, *shape] fp32."""
+        raise NotImplementedError
+
+    def decode(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
+        """[1, *shape] fp32 -> uint8 media, of the shape of `Layout.media`."""
+        raise NotImplementedError
+
+    def call(self, *, expert: int, **inputs: Any) -> torch.Tensor:
+        """The engine's network on what `velocity` gives it."""
+        raise NotImplementedError
+
+    def warm_up(self, height: int, width: int) -> tuple[Prompt, SamplingSpec]:
+        """What the engine samples once as it starts, one step; a family with input images makes blank ones."""
+        size = {"height": height, "width": width, "true_cfg_scale": 1.0, "sde_type": "ode", "prompt_width": WARM_UP_WIDTH}
+        return Prompt(text="dummy run"), family_module(self.family, "spec").resolve(size)
+
+    def prepare_encode(self, state: Any, **_: Any) -> Any:
+        prompt, spec, schedule = self._resolve(state)
+        conditioning = self.encode(prompt, spec)
+        state.latents = self.noise(spec, state.sampling.generator)
+        state.timesteps = schedule.timesteps
+        state.step_index = 0
+        state.do_true_cfg = False  # for the engine; guidance is ours, per request
+        state.extra["denoising"] = Denoising(
+            spec=spec, schedule=schedule, conditioning=conditioning, initial_noise=state.latents.clone()
+        )
+        return state
+
+    def _resolve(self, state: Any) -> tuple[Prompt, SamplingSpec, Schedule]:
+        if OmniDiffusionRequest.is_dummy_run_request_id(state.request_id):
+            return *self.warm_up(state.sampling.height, state.sampling.width), WARM_UP
+        asked = state.sampling.extra_args
+        spec = SamplingSpec.from_json(asked["spec"])
+        schedule = family_module(spec.family, "spec").schedule(spec, self.scheduler.config)
+        return Prompt.from_json(asked["prompt"]), spec, schedule
+
+    def denoise_step(self, input_batch: Any, *, states: Any = None, **_: Any) -> torch.Tensor:
+        pin_thread(self.threads)  # this is the engine's own thread
+        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for position, state in enumerate(states):
+            groups[state.extra["denoising"].conditioning.batch_key(state.step_index)].append(position)
+        rows: list[torch.Tensor] = [torch.empty(0)] * len(states)
+        for positions in groups.values():
+            members = [states[position] for position in positions]
+            result = velocity(
+                self.call,
+                torch.cat([state.latents for state in members]),
+                torch.stack([state.timesteps[state.step_index] for state in members]).to(self.device),
+                [state.extra["denoising"].conditioning for state in members],
+                self.dtype,
+                expert=expert_at(members[0].extra["denoising"].spec, members[0].step_index),
+            )
+            for row, position in enumerate(positions):
+                rows[position] = result[row : row + 1]
+                states[position].extra["denoising"].batch_sizes.append(len(members))
+        if len({row.shape for row in rows}) > 1:
+            raise ValueError(f"latents of shapes {[list(row.shape) for row in rows]} in one batch of the engine")
+        return torch.cat(rows)
+
+    def step_scheduler(self, state: Any, noise_pred: torch.Tensor, **_: Any) -> None:
+        run: Denoising = state.extra["denoising"]
+        index = state.step_index
+        stochastic = index in run.spec.step_indices
+        step = sde_step(
+            noise_pred,
+            state.latents,
+            run.schedule.sigmas[index],
+            run.schedule.sigmas[index + 1],
+            noise_level=run.spec.noise_level,
+            sde_type=run.spec.sde_type if stochastic else "ode",
+            generator=state.sampling.generator,
+            log_prob_form=run.spec.log_prob_form,
+        )
+        if stochastic:
+            if not run.latents:
+                run.latents.append(state.latents.clone())
+            run.latents.append(step.prev_sample)
+            run.log_probs.append(step.log_prob)
+        state.latents = step.prev_sample.clone()  # the runner writes into state.latents in place
+        state.step_index += 1
+        self.steps += 1
+
+    def post_decode(self, state: Any, **_: Any) -> DiffusionOutput:
+        run: Denoising = state.extra["denoising"]
+        condition = run.conditioning
+        record = {
+            "latents": torch.cat(run.latents) if run.latents else state.latents[:0],
+            "log_probs": torch.cat(run.log_probs) if run.log_probs else torch.empty(0),
+            "sigmas": run.schedule.sigmas,
+            "timesteps": run.schedule.timesteps,
+            "prompt_embeds": condition.prompt_embeds,
+            "prompt_embeds_mask": condition.prompt_embeds_mask,
+            "negative_prompt_embeds": condition.negative_prompt_embeds,
+            "negative_prompt_embeds_mask": condition.negative_prompt_embeds_mask,
+            "conditions": dict(condition.conditions),
+            "policy_version": self.policy_version,
+            "machine": machine(self.device),
+            "batch_sizes": run.batch_sizes,
+            "initial_noise": run.initial_noise,
+        }
+        media = self.decode(state.latents, run.spec)
+        return DiffusionOutput(output={"payload": {"image": media}, "metadata": {"rollout": record}}, to_cpu=True)
+
+
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] of any shape -> 0 to 255."""
+    return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,0 +1,50 @@
+"""What a family's `sizes.py` and `activations.py` tell the plan: no torch, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer:
+    layers: int
+    width: int  # heads * head_dim
+    heads: int
+    text_width: int  # of the prompt embeddings
+    channels: int  # of a packed latent
+    out_channels: int  # of its velocity
+    parameters: int
+    block_parameters: int
+
+    def lora_parameters(self, rank: int) -> int:
+        """Of the two factors beside each of the eight attention projections of a block; all are width x width."""
+        return self.layers * 8 * 2 * rank * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of one checkpoint."""
+
+    transformer: Transformer
+    text_encoder_parameters: int  # without the vision tower: the engine drops it
+    vision_parameters: int
+    vae_parameters: int
+    vae_config: Mapping[str, Any]
+    text_encoder_item: int  # bytes of a stored weight; the engine keeps that dtype
+    vae_item: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One forward pass of one guidance branch."""
+
+    rows: int
+    image_tokens: int
+    text_tokens: int
+    item: int  # bytes of the compute dtype
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * (self.image_tokens + self.text_tokens)
