@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from omni_rollout.errors import PinnedKnobError
+
 # oneDNN's instruction sets, weakest first, by the names that ONEDNN_MAX_CPU_ISA takes; what a CPU must say to have one.
 _ISAS = (
     ("SSE41", lambda: True),
@@ -23,6 +25,25 @@ _CAPS["AVX512_CORE_FP16"] = "AVX512_CORE_BF16"
 MUST_AGREE = ("threads", "calls", "torch", "switches")  # of a rollout and of who scores it, whatever else is shown to be equal
 MAY_DIFFER = ("device", "instruction_set")  # where the self-check found the same bits on both
 
+# cuBLAS offers the kernels that its workspace has room for. It and torch read this once, as CUDA starts: too late for
+# `pin_switches`, so it is set as this module is imported, which both sides do before they touch a device.
+WORKSPACE, PINNED_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+CUDA_VARIABLES = (  # others that decide which kernel multiplies; nothing sets them, so whoever did is told apart by them
+    "CUBLASLT_WORKSPACE_SIZE",
+    "CUBLAS_EMULATE_SINGLE_PRECISION",
+    "DISABLE_ADDMM_CUDA_LT",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_CUBLASLT_UNIFIED_WORKSPACE",
+)
+if not torch.cuda.is_initialized():
+    os.environ.setdefault(WORKSPACE, PINNED_WORKSPACE)
+
+
+def compute_device() -> torch.device:
+    """Where a whole policy computes, on either side: the GPU of this process, if it has one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def pin_switches() -> None:
     """Sets what changes the bits of products for a whole process; on both sides the same."""
@@ -30,9 +51,34 @@ def pin_switches() -> None:
     torch.backends.mkldnn.enabled = True  # type: ignore[attr-defined]
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.enable_cudnn_sdp(False)  # vLLM does so in the engine's process: Hopper would take cuDNN's kernel
+    _pin_cuda()
+
+
+def _pin_cuda() -> None:
+    """Choices among a GPU's kernels. They can be set on any machine, and change nothing without a GPU."""
+    cuda = torch.backends.cuda
+    cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    cuda.matmul.allow_fp16_accumulation = False
+    cuda.preferred_blas_library("cublas")  # TORCH_BLAS_PREFER_CUBLASLT changes it
+    cuda.enable_cudnn_sdp(False)  # vLLM does so in the engine's process: Hopper would take cuDNN's kernel
+    cuda.enable_flash_sdp(True)
+    cuda.enable_mem_efficient_sdp(True)
+    cuda.enable_math_sdp(True)
+    cuda.allow_fp16_bf16_reduction_math_sdp(False)
+    if torch.cuda.is_available():
+        torch.cuda.tunable.enable(False)  # it chooses kernels by how long they take
+
+
+def check_workspace(device: torch.device) -> None:
+    """Raises PinnedKnobError where cuBLAS was started with another workspace than the pinned one."""
+    found = os.environ.get(WORKSPACE)
+    if device.type == "cuda" and found != PINNED_WORKSPACE:
+        raise PinnedKnobError(
+            f"parity=exact pins {WORKSPACE} to {PINNED_WORKSPACE}, here it is {found or 'not set'}, and CUDA has read it: "
+            f"export {WORKSPACE}={PINNED_WORKSPACE} before the program starts, or import omni_rollout.diffusion.machine "
+            "before anything uses the GPU"
+        )
 
 
 def pin_thread(threads: int) -> None:
@@ -49,7 +95,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "instruction_set": instruction_set() if device.type == "cpu" else "",
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "torch": torch.__version__,
-        "switches": _switches(),
+        "switches": _switches(device),
     }
 
 
@@ -78,17 +124,38 @@ def onednn_isa() -> str:
     return [name for name, has in allowed if has()][-1]
 
 
-def _switches() -> str:
-    """Each that is not as `pin_switches` and `pin_thread` set it, or `pinned`."""
-    matmul = torch.backends.cuda.matmul
-    found = {
-        f"float32_matmul_precision={torch.get_float32_matmul_precision()}": torch.get_float32_matmul_precision() == "highest",
+def _switches(device: torch.device) -> str:
+    """Each that is not as `pin_switches` and `pin_thread` set it, or `pinned`; on a GPU the workspace too."""
+    cuda, precision = torch.backends.cuda, torch.get_float32_matmul_precision()
+    as_pinned = {
+        f"float32_matmul_precision={precision}": precision == "highest",
         "mkldnn.enabled=False": torch.backends.mkldnn.enabled,  # type: ignore[attr-defined]
         "flush_denormal=True": bool(torch.full((1,), 1e-39).mul(0.5)),
         "cudnn.allow_tf32=True": not torch.backends.cudnn.allow_tf32,
-        "bf16_reduced_precision_reduction=True": not matmul.allow_bf16_reduced_precision_reduction,
+        "cudnn.benchmark=True": not torch.backends.cudnn.benchmark,
+        "bf16_reduced_precision_reduction=True": not cuda.matmul.allow_bf16_reduced_precision_reduction,
+        "fp16_reduced_precision_reduction=True": not cuda.matmul.allow_fp16_reduced_precision_reduction,
+        "fp16_accumulation=True": not cuda.matmul.allow_fp16_accumulation,
+        "blas=cublaslt": cuda.preferred_blas_library() == torch._C._BlasBackend.Cublas,
+        "cudnn_sdp=True": not cuda.cudnn_sdp_enabled(),
+        "flash_sdp=False": cuda.flash_sdp_enabled(),
+        "mem_efficient_sdp=False": cuda.mem_efficient_sdp_enabled(),
     }
-    return ", ".join(name for name, as_pinned in found.items() if not as_pinned) or "pinned"
+    found = [name for name, pinned in as_pinned.items() if not pinned]
+    if device.type == "cuda":
+        found += _cuda_switches()
+    return ", ".join(found) or "pinned"
+
+
+def _cuda_switches() -> list[str]:
+    """What only a process with a GPU can be asked for."""
+    found = ["tunable=True"] if torch.cuda.tunable.is_enabled() else []
+    found += [f"{name}={os.environ[name]}" for name in CUDA_VARIABLES if name in os.environ]
+    if os.environ.get(WORKSPACE) != PINNED_WORKSPACE:
+        found.append(f"{WORKSPACE}={os.environ.get(WORKSPACE)}")
+    if hasattr(torch._C, "_cuda_getCublasWorkspaceSize"):  # torch 2.13 says what it took; a call may have changed it
+        found.append(f"cuBLAS workspace of {torch.backends.cuda.cublas_workspace_size()} bytes")
+    return found
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

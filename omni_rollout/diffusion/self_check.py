@@ -17,8 +17,9 @@ from torch import nn
 
 from omni_rollout.diffusion import products
 from omni_rollout.diffusion.activations import exact_gelu, exact_silu
+from omni_rollout.diffusion.attention import exact_attention
 from omni_rollout.diffusion.exact_ops import HasEffectiveWeight
-from omni_rollout.diffusion.machine import machine
+from omni_rollout.diffusion.machine import check_workspace, machine
 from omni_rollout.diffusion.products import Calls, block_rows, exact_linear
 from omni_rollout.errors import PinnedKnobError
 
@@ -64,8 +65,9 @@ def self_check(
     Blocks of constant shape are tried first, then one sample a call.
 
     Raises:
-        PinnedKnobError: neither is exact here; names the layer or the operator.
+        PinnedKnobError: neither is exact here; names the layer or the operator. Or what was to be set before CUDA started.
     """
+    check_workspace(device)
     distinct = {(layer.out_features, layer.in_features): layer for layer in layers}
     here = machine(device)
     key = (*sorted(distinct), heads, head_dim, dtype, *(str(value) for value in here.values()))
@@ -100,7 +102,7 @@ def _find_calls(layers: list[Layer], heads: int, head_dim: int, dtype: torch.dty
             )
     if products.calls() is Calls.samples:
         return Checked(Calls.samples.value, digest.hexdigest())
-    sizes = {block_rows(layer.out_features, layer.in_features, conditioning=False) for layer in layers}
+    sizes = {block_rows(layer.out_features, layer.in_features, conditioning=False, device=device.type) for layer in layers}
     rows = [products.CONDITIONING_ROWS, *sorted(sizes)]
     return Checked(f"blocks of {', '.join(map(str, rows))} rows", digest.hexdigest())
 
@@ -113,7 +115,8 @@ def _first_inexact(layers: list[Layer], values: _Values, digest: Any) -> Layer |
         def product(x: torch.Tensor, weight: torch.Tensor = weight, bias: torch.Tensor = bias) -> torch.Tensor:
             return exact_linear(x, weight, bias)
 
-        tokens = block_rows(layer.out_features, layer.in_features, conditioning=False) // 2 + 13  # cuts across blocks
+        rows = block_rows(layer.out_features, layer.in_features, conditioning=False, device=values.device.type)
+        tokens = rows // 2 + 13  # cuts across blocks
         for shape in ((3, tokens, layer.in_features), (5, layer.in_features)):
             if not _exact(product, values(*shape), digest):
                 return layer
@@ -124,9 +127,13 @@ def _operators(values: _Values, heads: int, head_dim: int) -> Iterator[tuple[str
     width = heads * head_dim
     mask = (torch.arange(_TOKENS, device=values.device) % 7 != 3)[None, None, None]
 
-    def attention(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        query, key, value = (part.unflatten(-1, (heads, head_dim)).transpose(1, 2) for part in x.chunk(3, dim=-1))
+    def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+    def attention(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        query, key, value = (part.unflatten(-1, (heads, head_dim)) for part in x.chunk(3, dim=-1))
+        return exact_attention(sdpa, query, key, value, mask)
 
     joint = values(3, _TOKENS, 3 * width) / 64
     yield "attention", attention, joint

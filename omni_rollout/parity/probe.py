@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from transformers import AutoTokenizer
 
 from omni_rollout.config import TrainConfig
+from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.errors import UserError
 from omni_rollout.launch.progress import Progress
 from omni_rollout.models import family_module
@@ -163,7 +164,7 @@ def probe(config: TrainConfig, matrix: Matrix, progress: Progress) -> Report:
         model, parity = config.model, config.parity.value
         progress.stage(f"{dtype}: loading the model into the engine and the trainer")
         with RolloutEngine(model.path, family=model.family, dtype=dtype, max_num_seqs=matrix.images, parity=parity) as engine:
-            policy = policy_module.load_policy(model.path, getattr(torch, dtype), parity)
+            policy = policy_module.load_policy(model.path, getattr(torch, dtype), parity).to(compute_device())
             _probe_dtype(Probe(engine, policy, config), matrix, report, progress)
     return report
 

@@ -12,6 +12,7 @@ import torch
 
 from omni_rollout.config import DType, TrainConfig
 from omni_rollout.diffusion.exact_ops import effective_weights
+from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.models import family_module
 from omni_rollout.parity.measure import Measure, measure
 from omni_rollout.policy.recompute import recompute
@@ -52,7 +53,8 @@ class Scorer:
     @cached_property
     def policy(self) -> Any:
         model = self.config.model
-        return family_module(model.family, "policy").load_policy(model.path, getattr(torch, self.dtype), self.parity)
+        policy = family_module(model.family, "policy").load_policy(model.path, getattr(torch, self.dtype), self.parity)
+        return policy.to(compute_device())
 
     @cached_property
     def weights(self) -> str:

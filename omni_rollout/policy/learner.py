@@ -16,6 +16,7 @@ from torch import nn
 from omni_rollout.config import Parity, TrainConfig, TrainerEngine
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.diffusion.exact_ops import effective_weights
+from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.diffusion.self_check import attention_shape, linear_layers, self_check
 from omni_rollout.models import family_module
 from omni_rollout.policy.checkpoint import RunState, load_generators, load_policy, save_policy
@@ -49,8 +50,9 @@ class Learner:
         seed_generators(config.sampling.seed)
         load = family_module(config.model.family, "policy").load_policy
         self.policy = load(config.model.path, self.dtype, config.parity.value)
-        if torch.cuda.is_available() and trainer.engine is not TrainerEngine.fsdp2:
-            self.policy.to("cuda")
+        self._device = compute_device()
+        if trainer.engine is not TrainerEngine.fsdp2:
+            self.policy.to(self._device)
         start = copy.deepcopy(self.policy).requires_grad_(False) if config.algorithm.kl_coef and not trainer.lora_rank else None
         if trainer.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
@@ -61,7 +63,6 @@ class Learner:
             self.parameters = list(self.policy.parameters())
         saved = load_policy(checkpoint, self.policy) if checkpoint is not None else None
         self._layers, self._attention = list(linear_layers(self.policy)), attention_shape(self.policy)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.engine = make_trainer_engine(trainer, self.policy, self.parameters)
         self.update = PolicyUpdate(
             self.engine,

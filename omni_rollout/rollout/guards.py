@@ -13,7 +13,8 @@ from omni_rollout.errors import PinnedKnobError, UserError
 from omni_rollout.types import RequestError, RolloutRequest
 
 PINNED: dict[str, tuple[Any, ...]] = {  # knob of the engine -> values under which the bits were compared
-    "attention": (["CpuSDPAImpl"], ["SDPAImpl"]),
+    "attention": (["CpuSDPAImpl"], ["ExactSDPAImpl"]),  # on a CPU, on a GPU
+    "linear": (True,),
     "compiled": (False,),
     "cache_backend": ("none",),
     "quantization": (None,),

@@ -13,7 +13,8 @@ from vllm_omni.diffusion.worker.diffusion_worker import CustomPipelineWorkerExte
 from omni_rollout.diffusion.machine import machine, pin_thread
 from omni_rollout.diffusion.self_check import Layer, attention_shape, linear_layers, self_check
 from omni_rollout.models import family_module
-from omni_rollout.rollout.platform.linear import pack_linears
+from omni_rollout.rollout.platform.attention import install_attention
+from omni_rollout.rollout.platform.linear import is_exact, pack_linears
 from omni_rollout.rollout.platform.native import all_native, use_native
 from omni_rollout.trajectories.digest import tensor_digests
 
@@ -26,6 +27,7 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         if custom_pipeline_args["parity"] == "exact":
             for network in self.model_runner.pipeline.experts.values():
                 use_native(network)
+                install_attention(network)
         self._pack = custom_pipeline_args["parity"] == "fast" and not torch.cuda.is_available()
         self._repack()
 
@@ -38,8 +40,12 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         """What the exact profile pins, as it really is in this worker."""
         config, pipeline = self.model_runner.od_config, self.model_runner.pipeline
         parallel = config.parallel_config
+        layers = [layer for layer in pipeline.modules() if isinstance(layer, Attention)]
         return {
-            "attention": sorted({type(m.attention).__name__ for m in pipeline.modules() if isinstance(m, Attention)}),
+            "attention": sorted({type(impl).__name__ for m in layers for impl in (m.attention, m.sdpa_fallback)}),
+            "linear": all(
+                is_exact(m) for network in pipeline.experts.values() for m in network.modules() if isinstance(m, LinearBase)
+            ),
             "compiled": not config.enforce_eager,
             "cache_backend": config.cache_backend or "none",
             "quantization": config.quantization_config,

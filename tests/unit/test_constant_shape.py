@@ -99,8 +99,8 @@ def test_every_call_of_a_layer_has_the_shape_that_the_layer_decides(monkeypatch)
     for shape in ((1, 1, 64), (1, 128, 64), (7, 33, 64), (64,), (16, 64), (40, 64)):
         exact_linear(normal(*shape).view(-1, 64) if len(shape) < 3 else normal(*shape), weight, None)
     assert seen == {(products.NARROW_ROWS, 64), (products.CONDITIONING_ROWS, 64)}
-    assert block_rows(3072, 3072, conditioning=False) == products.WIDE_ROWS
-    assert block_rows(3072, 3072, conditioning=True) == products.CONDITIONING_ROWS
+    assert block_rows(3072, 3072, conditioning=False, device="cpu") == products.WIDE_ROWS
+    assert block_rows(3072, 3072, conditioning=True, device="cpu") == products.CONDITIONING_ROWS
 
 
 def test_one_sample_a_call_needs_no_equal_positions(monkeypatch):

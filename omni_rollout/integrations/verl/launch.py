@@ -15,6 +15,7 @@ from ray.exceptions import RayTaskError
 from verl.plugin.platform import PlatformRegistry, get_platform
 
 from omni_rollout.config import TrainConfig
+from omni_rollout.diffusion.machine import WORKSPACE
 from omni_rollout.errors import RunFailedError, UserError
 from omni_rollout.integrations.verl import NAME
 from omni_rollout.integrations.verl.deaths import DEATHS, cause_of, describe, note_restart
@@ -25,7 +26,7 @@ from omni_rollout.run.stop import StopFlag
 
 CONFIG_DIR = Path(__file__).parent / "config"
 CONFIG_NAME = "omni_rollout_trainer"
-PASSED_ON = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", "WANDB_MODE")
+PASSED_ON = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", "WANDB_MODE", WORKSPACE)
 
 
 def train(config: TrainConfig) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, _native_attention
 from diffusers.models.transformers import transformer_qwenimage
 
 from omni_rollout.diffusion import exact_ops
 from omni_rollout.diffusion.activations import install_activations
+from omni_rollout.diffusion.attention import exact_attention
 from omni_rollout.diffusion.machine import pin_switches
 from omni_rollout.errors import PinnedKnobError
 from omni_rollout.types import Trajectory
@@ -27,7 +28,7 @@ def load_policy(path: str, dtype: torch.dtype, parity: str = "exact") -> QwenIma
     """The checkpoint's transformer with fp32 master weights, computing in `dtype`.
 
     Rounds where the engine's transformer does (`exact`, `fast`) or where diffusers' own does (`reference`), and registers
-    the RoPE that goes with it in diffusers' table of RoPE functions, for this whole process.
+    the RoPE and the attention that go with it in diffusers' tables of them, for this whole process.
 
     Raises:
         PinnedKnobError: diffusers is set to another attention backend than torch's.
@@ -39,6 +40,8 @@ def load_policy(path: str, dtype: torch.dtype, parity: str = "exact") -> QwenIma
     exact_ops.install_linears(transformer, dtype)
     install_activations(transformer)
     rope: Any = transformer_qwenimage.ROPE_PER_DEVICE
+    attention: Any = _AttentionBackendRegistry._backends
+    attention[AttentionBackendName.NATIVE] = _exact_attention if parity == "exact" else _native_attention
     if parity == "reference":
         exact_ops.install_rms_norms(transformer, exact_ops.ReferenceRMSNorm)
         rope["cpu"] = rope["cuda"] = partial(transformer_qwenimage.apply_rotary_emb_qwen, use_real=False)
@@ -58,6 +61,16 @@ def check_attention() -> None:
         raise PinnedKnobError(
             f"diffusers' attention backend is {backend.value}, the engine's is torch's: unset DIFFUSERS_ATTN_BACKEND (native)"
         )
+
+
+@wraps(_native_attention)
+def _exact_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, **others: Any
+) -> torch.Tensor:
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return _native_attention(query, key, value, attn_mask=mask, **others)
+
+    return exact_attention(attend, query, key, value, attn_mask)
 
 
 def network(policy: torch.nn.Module, *, expert: int = 0, **inputs: Any) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from omni_rollout.config import Offload, TrainerConfig
+from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.models.base.policy import experts
 from omni_rollout.policy.engines.torch_engine import TorchEngine, check_shape, total_norm_of_parts, trainable_by_name
 
@@ -28,7 +29,7 @@ class FSDP2Engine(TorchEngine):
 
     def __init__(self, config: TrainerConfig, policy: nn.Module, parameters: list[nn.Parameter]) -> None:
         names = list(trainable_by_name(policy, parameters))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = compute_device().type
         self._mesh = init_device_mesh(device, (dist.get_world_size(),))
         # Parameters and optimizer go together: the optimizer steps where the shards are.
         whole_on_cpu = CPUOffloadPolicy(pin_memory=device != "cpu")

@@ -1,10 +1,15 @@
-"""torch's scaled dot-product attention for the CPU; the engine's own class refuses platforms it does not know."""
+"""torch's scaled dot-product attention: for the CPU, which the engine's own class refuses, and exact on a GPU."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend, SDPAImpl
+from vllm_omni.diffusion.attention.layer import Attention
+
+from omni_rollout.diffusion.attention import exact_attention
 
 
 class CpuSDPAImpl(SDPAImpl):
@@ -22,3 +27,30 @@ class CpuSDPABackend(SDPABackend):
     @staticmethod
     def get_impl_cls() -> type[SDPAImpl]:
         return CpuSDPAImpl
+
+
+class ExactSDPAImpl(SDPAImpl):
+    """The engine's own, on a GPU, in calls that do not depend on the batch."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        own = super().forward
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            return own(query, key, value, None if attn_metadata is None else replace(attn_metadata, attn_mask=mask))
+
+        return exact_attention(attend, query, key, value, None if attn_metadata is None else attn_metadata.attn_mask)
+
+
+def install_attention(module: torch.nn.Module) -> None:
+    """Gives every attention layer below `module` exact calls; a CPU's have them. fp32 takes the fallback."""
+    for layer in module.modules():
+        if isinstance(layer, Attention):
+            for implementation in (layer.attention, layer.sdpa_fallback):
+                if type(implementation) is SDPAImpl:
+                    implementation.__class__ = ExactSDPAImpl

@@ -1,7 +1,8 @@
 """Linear layers that keep their weights, so that new ones can be loaded.
 
 vLLM's CPU layers pack each weight for oneDNN after loading and leave an empty parameter behind: a second
-`load_weights`, which is what RL does after every step, then fails. vLLM's hook for out-of-tree layers replaces them.
+`load_weights`, which is what RL does after every step, then fails. vLLM's hook for out-of-tree layers replaces them; vLLM asks
+it on every platform, so `register_linears` makes products exact on a GPU as well. Packing is for CPUs only.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ class PackedLinearMethod(KeptWeightLinearMethod):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.cpu_linear(x, layer.weight, bias)
+
+
+def is_exact(layer: Any) -> bool:
+    """Whether it multiplies by `exact_linear`."""
+    return type(layer.quant_method) is KeptWeightLinearMethod
 
 
 def pack_linears(module: torch.nn.Module) -> None:
