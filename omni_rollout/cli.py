@@ -10,36 +10,10 @@ from pathlib import Path
 
 from omni_rollout import __version__
 from omni_rollout.errors import EngineHungError, RunFailedError, UserError
+from omni_rollout.launch.help import REPLAY_STATUS, ROLLOUT_KEYS, TRAIN_KEYS
 from omni_rollout.launch.outputs import folder_problem
 
 _TRACEBACK = "OMNI_ROLLOUT_TRACEBACK"
-_ROLLOUT_KEYS = """
-keys (all of them, with their defaults: omni_rollout/config.py):
-  model=nano|qwen_image                   a checkpoint with its own sizes, steps, guidance and text width
-  model.path=FOLDER                       a checkpoint in diffusers layout; after model=nano, with that one's sizes
-  model.dtype=float32|bfloat16            what the transformer computes in
-  sampling.height, .width                 pixels, multiples of 16
-  collate.prompt_width                    text tokens, for every prompt the same
-  sampling.num_inference_steps, .true_cfg_scale, .negative_prompt, .seed
-  sampling.sde_type=sde|cps|dance_sde|ode, .noise_level, .sde_window_size, .sde_window_range
-  rollout.group_size                      images per prompt: 1 for rollout, 8 for train
-  rollout.max_num_seqs                    images denoised together
-"""
-_TRAIN_KEYS = f"""{_ROLLOUT_KEYS.rstrip()}
-  rollout.prompts_per_step
-  reward=ocr|jpeg_compressibility         or reward.weights={{NAME: WEIGHT}}
-  backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
-  trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|deepspeed
-  evaluation.images, .every, .prompts     fixed seeds, before and after training
-  wandb.mode=online|offline|disabled      without a key: offline
-  run_dir=FOLDER                          config.yaml, metrics.jsonl, images/, checkpoints/
-  trainer.save_every, .keep_checkpoints   steps between checkpoints, and how many stay
-  trainer.resume=none|auto|FOLDER         go on from run_dir's newest checkpoint, or from one that is named
-
-examples:
-  omni-rollout train experiment=nano_ocr
-  omni-rollout train experiment=nano_ocr trainer.steps=10 trainer.lora_rank=16 run_dir=runs/lora
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,9 +95,11 @@ def _parity(parsed: argparse.Namespace) -> int:
 
     matrix = Matrix.parse(parsed.matrix)  # a typo must not wait for the engine's libraries
     with progress_of(config.model.path, "loading torch and the engine") as progress:
+        from omni_rollout.nano.random_weights import build_random
         from omni_rollout.parity.command import parity
 
-        return parity(config, json_path=parsed.json, html_path=parsed.html, matrix=matrix, progress=progress)
+        files = {"json_path": parsed.json, "html_path": parsed.html}
+        return parity(config, **files, matrix=matrix, progress=progress, build_wide=build_random)
 
 
 def _replay(parsed: argparse.Namespace) -> int:
@@ -193,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add(commands, "train", _train, "train a policy against rewards", _TRAIN_KEYS).add_argument(
+    _add(commands, "train", _train, "train a policy against rewards", TRAIN_KEYS).add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides; start from an experiment: experiment=nano_ocr"
     )
     rollout = _add(
@@ -201,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         "rollout",
         _rollout,
         "sample images and keep their trajectories: a capsule (*.safetensors) and a PNG for each",
-        f"{_ROLLOUT_KEYS}\nexample:\n  omni-rollout rollout model=nano prompts=prompts.txt out=rollouts rollout.group_size=4\n",
+        f"{ROLLOUT_KEYS}\nexample:\n  omni-rollout rollout model=nano prompts=prompts.txt out=rollouts rollout.group_size=4\n",
     )
     rollout.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="prompts=FILE, out=FOLDER and Hydra overrides")
     _add_parity(commands)
@@ -238,14 +214,14 @@ def _add_parity(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default=[],
         metavar="WORD",
         help="what to measure; by default dtype=float32,bfloat16 guidance=1.0,4.0 width=natural,64,256 "
-        "in_flight=1,3,8,staggered images=8 causes=true compile=false",
+        "in_flight=1,3,8,staggered images=8 causes=true compile=false true_width=true",
     )
     replay = _add(
         commands,
         "replay",
         _replay,
-        "score capsules from any run or machine: do they still hold? (exit status 1 if one does not)",
-        "example:\n  omni-rollout replay rollouts/*.safetensors model=nano --json replay.json\n",
+        "score capsules from any run or machine: do they still hold?",
+        REPLAY_STATUS,
     )
     replay.add_argument("words", nargs="+", metavar="CAPSULE|KEY=VALUE", help="files, and Hydra overrides for the checkpoint")
     for command in (parity, replay):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,12 @@ def attention_shape(policy: nn.Module) -> tuple[int, int]:
     """(heads, channels of a head) of a diffusers transformer."""
     config: Any = next(module.config for module in policy.modules() if hasattr(module, "config"))
     return config.num_attention_heads, config.attention_head_dim
+
+
+def checker(policy: nn.Module, dtype: torch.dtype, device: torch.device) -> Callable[[], dict[str, Any]]:
+    """`self_check` of what the trainer's `policy` is made of now, for whenever it is asked for."""
+    heads, head_dim = attention_shape(policy)
+    return partial(self_check, list(linear_layers(policy)), heads=heads, head_dim=head_dim, dtype=dtype, device=device)
 
 
 def self_check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ def _find(*, fix: bool) -> Iterator[Finding]:
         problem = import_problem(statement)
         yield Finding(name, problem is None, f"`{statement}` works" if problem is None else f"`{statement}`: {problem}")
     yield _check_nano()
+    yield from check_machine()
 
 
 def check_versions(requirements: list[Requirement]) -> Iterator[Finding]:
@@ -125,6 +127,21 @@ def _check_nano() -> Finding:
     if (checkpoint / "model_index.json").is_file():
         return Finding("nano", True, str(checkpoint))
     return Finding("nano", True, f"not built; `omni-rollout nano build --out {checkpoint.parent}` makes it")
+
+
+def check_machine() -> Iterator[Finding]:
+    """The self-check's result here, as `launch.machine_check` finds it in an interpreter of its own."""
+    command = [sys.executable, "-m", "omni_rollout.launch.machine_check"]
+    checkpoint = recipe_dir("nano") / "checkpoint"
+    if (checkpoint / "model_index.json").is_file():
+        command.append(str(checkpoint))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith("["):
+            yield Finding(*json.loads(line))
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        yield Finding("machine", False, f"the self-check ended: {lines[-1] if lines else f'status {done.returncode}'}")
 
 
 def _installed(distribution: str) -> bool:

@@ -26,6 +26,7 @@ LORA = next(cause for cause in SHARED if cause.name == "lora_application")
 
 @dataclass(frozen=True, kw_only=True)
 class CauseResult:
+    model: str
     cause: Cause
     dtype: str
     alone: Measure | None = None  # None: not run
@@ -41,8 +42,9 @@ class CauseResult:
 class Attribution:
     """Measures the causes against one policy and one set of its trajectories."""
 
-    def __init__(self, setting: Setting, dtype: str, clip_range: float, *, compiled: bool) -> None:
-        self._setting, self._dtype, self._clip_range, self._compiled = setting, dtype, clip_range, compiled
+    def __init__(self, setting: Setting, model: str, dtype: str, clip_range: float, *, compiled: bool = False) -> None:
+        self._setting, self._model, self._dtype = setting, model, dtype
+        self._clip_range, self._compiled = clip_range, compiled
 
     def score(self, trajectories: Sequence[Trajectory], causes: Sequence[Cause] = ()) -> Measure:
         setting = self._setting
@@ -66,12 +68,13 @@ class Attribution:
                 continue
             if cause.slow and not self._compiled:
                 reason = "it compiles for minutes; ask for it with compile=true"
-                results.append(CauseResult(cause=cause, dtype=self._dtype, not_run=reason))
+                results.append(CauseResult(model=self._model, cause=cause, dtype=self._dtype, not_run=reason))
                 continue
             if not cause.slow:
                 added.append(cause)
             results.append(
                 CauseResult(
+                    model=self._model,
                     cause=cause,
                     dtype=self._dtype,
                     alone=self.score(trajectories, [cause]),
@@ -79,6 +82,11 @@ class Attribution:
                 )
             )
         return results
+
+    def cause(self, name: str, trajectories: Sequence[Trajectory]) -> CauseResult:
+        """One of them, by itself."""
+        cause = next(cause for cause in causes(self._setting.family) if cause.name == name)
+        return CauseResult(model=self._model, cause=cause, dtype=self._dtype, alone=self.score(trajectories, [cause]))
 
     def lora(self, engine: RolloutEngine, requests: Sequence[RolloutRequest], rank: int) -> CauseResult:
         """Gives both sides an adapter, so it comes last: engine and policy are other ones afterwards."""
@@ -92,9 +100,10 @@ class Attribution:
         before = self.score(trajectories)
         if not before.exact:
             reason = f"with an adapter the two sides differ from the start, by up to {before.max_abs_diff:.3g}"
-            return CauseResult(cause=LORA, dtype=self._dtype, not_run=reason)
+            return CauseResult(model=self._model, cause=LORA, dtype=self._dtype, not_run=reason)
         everything = [cause for cause in causes(self._setting.family) if not cause.slow]
         return CauseResult(
+            model=self._model,
             cause=LORA,
             dtype=self._dtype,
             alone=self.score(trajectories, [LORA]),

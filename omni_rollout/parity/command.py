@@ -13,7 +13,7 @@ from omni_rollout.config import TrainConfig
 from omni_rollout.launch.progress import Progress
 from omni_rollout.parity.html import write_html
 from omni_rollout.parity.matrix import Matrix
-from omni_rollout.parity.probe import probe
+from omni_rollout.parity.probe import BuildWide, probe
 from omni_rollout.parity.replay import Replayed, replay_capsules
 from omni_rollout.parity.report import numbers, print_report, to_json, write_json
 
@@ -25,8 +25,12 @@ def parity(
     html_path: Path | None = None,
     matrix: Matrix | None = None,
     progress: Progress | None = None,
+    build_wide: BuildWide | None = None,
 ) -> int:
     """Runs the matrix and reports it, on stdout; `progress`, which it ends before that, is told of every result.
+
+    Args:
+        build_wide: see `probe`.
 
     Returns:
         0 when the KL is exactly 0 with equal bits in every cell and no trace found a difference, else 1.
@@ -34,7 +38,7 @@ def parity(
     _use_threads(config)
     console = Console(width=None if sys.stdout.isatty() else 160)  # in a file, a table need not fit a terminal
     progress = progress or Progress(shown=False)
-    report = probe(config, matrix or Matrix(), progress)
+    report = probe(config, matrix or Matrix(), progress, build_wide)
     progress.close()
     if json_path is not None:
         write_json(to_json(report), json_path)
@@ -50,7 +54,8 @@ def replay(
     """Scores each capsule with the checkpoint at `config.model.path`; ends `progress` before it reports.
 
     Returns:
-        0 when every capsule holds bit for bit, else 1.
+        0: every capsule holds bit for bit; 1: one does not, or was refused; otherwise some are of another machine, and 3: their
+        gaps are within what rounding explains; 4: one is not.
     """
     _use_threads(config)
     progress = progress or Progress(shown=False)
@@ -64,7 +69,9 @@ def replay(
         console.print(_line(result), markup=False, highlight=False)
     held = sum(result.holds for result in results)
     console.print(f"{held} of {len(results)} capsules hold bit for bit", markup=False, highlight=False)
-    return 0 if results and held == len(results) else 1
+    if others := {result.status for result in results} - {"equal"}:
+        return 1 if others & {"different", "refused"} else 4 if "outside" in others else 3
+    return 0 if results else 1
 
 
 def _line(result: Replayed) -> str:
@@ -74,6 +81,10 @@ def _line(result: Replayed) -> str:
     notes = f"; not honoured: {', '.join(result.not_honoured)}" if result.not_honoured else ""
     if result.holds:
         return f"equal      {result.path}: {result.measure.log_probs} log-probs{notes}"
+    if result.other_machine:
+        gap = f"largest gap {result.measure.max_abs_diff:.3g}, {result.status} what rounding explains"
+        other = f"another machine: {', '.join(result.other_machine)}; {gap} (up to {result.explained:.3g} here)"
+        return f"{result.status:<9}  {result.path}: {other}{notes}"
     return f"different  {result.path}: by up to {result.measure.max_abs_diff:.3g}, KL {result.measure.kl:.3g}{notes}"
 
 
@@ -83,6 +94,8 @@ def _capsule(result: Replayed) -> dict[str, object]:
         "status": result.status,
         "refused": result.refused,
         "not_honoured": list(result.not_honoured),
+        "other_machine": list(result.other_machine),
+        "explained": result.explained if result.other_machine else None,
         **numbers(result.measure),
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from omni_rollout.parity.attribution import CauseResult
 from omni_rollout.parity.measure import Measure
 from omni_rollout.parity.probe import CellResult, Report
-from omni_rollout.parity.report import cell_label, ranked, verdict
+from omni_rollout.parity.report import cell_label, ranked, several_models, verdict
 
 WIDTH, BAR, LABEL = 760, 18, 190  # pixels: of a plot, of a bar with its gap, of the text before it
 FLOOR = 1e-10  # nothing smaller is drawn; fp32 log-probs of size 1 resolve 1e-7
@@ -45,7 +45,7 @@ def to_html(report: Report) -> str:
         parts += [
             "<h2>What each broken rule would cost</h2>",
             "<p>Mean |d| of log-probs (per element) when the trainer breaks this one rule; logarithmic.</p>",
-            *(_bars(dtype, found) for dtype, found in _by_dtype(ranked(report.causes))),
+            *(_bars(heading, found) for heading, found in _by_dtype(ranked(report.causes))),
             _causes(ranked(report.causes)),
         ]
     rows = [[key, str(value)] for key, value in report.environment.items()]
@@ -63,9 +63,10 @@ def _findings(report: Report) -> str:
 
 
 def _cells(results: Sequence[CellResult]) -> str:
-    header = ["dtype", "guidance", "width", "in flight", "batches", *_NUMBERS]
+    header = ["model", "dtype", "guidance", "width", "in flight", "batches", *_NUMBERS]
     rows = [
         [
+            result.model,
             result.cell.dtype,
             f"{result.cell.guidance:g}",
             result.cell.width,
@@ -75,13 +76,14 @@ def _cells(results: Sequence[CellResult]) -> str:
         ]
         for result in results
     ]
-    return _table(header, rows, text=1, bad=[not result.exact for result in results])
+    return _table(header, rows, text=2, bad=[not result.exact for result in results])
 
 
 def _causes(results: Sequence[CauseResult]) -> str:
-    header = ["dtype", "cause", "what is broken", "settled by", *_NUMBERS, "added to those before: mean |d|"]
+    header = ["model", "dtype", "cause", "what is broken", "settled by", *_NUMBERS, "added to those before: mean |d|"]
     rows = [
         [
+            result.model,
             result.dtype,
             result.cause.name,
             f"{result.cause.breaks} (not run: {result.not_run})" if result.not_run else result.cause.breaks,
@@ -91,7 +93,7 @@ def _causes(results: Sequence[CauseResult]) -> str:
         ]
         for result in results
     ]
-    return _table(header, rows, text=4)
+    return _table(header, rows, text=5)
 
 
 _NUMBERS = ("log-probs", "KL", "KL nats", "KL/clip", "clipped", "equal bits", "mean |d|", "max |d|")
@@ -133,7 +135,7 @@ def _length(value: float, largest: float) -> float:
     return math.log(value / FLOOR) / math.log(max(largest, 10 * FLOOR) / FLOOR)
 
 
-def _bars(dtype: str, results: Sequence[CauseResult]) -> str:
+def _bars(heading: str, results: Sequence[CauseResult]) -> str:
     measured = [result for result in results if result.alone is not None]
     largest = max((result.size for result in measured), default=FLOOR)
     space = WIDTH - LABEL - 90
@@ -146,7 +148,7 @@ def _bars(dtype: str, results: Sequence[CauseResult]) -> str:
             f'<rect x="{LABEL}" y="{y + 3}" width="{length:.1f}" height="{BAR - 5}" fill="#4a7ab5"/>'
             f'<text x="{LABEL + length + 6:.1f}" y="{y + 13}">{value}</text>'
         )
-    return f"<h3>{escape(dtype)}</h3>{_svg(len(measured) * BAR, lines)}"
+    return f"<h3>{escape(heading)}</h3>{_svg(len(measured) * BAR, lines)}"
 
 
 def _steps(results: Sequence[CellResult]) -> str:
@@ -177,8 +179,11 @@ def _worst(results: Iterable[CellResult]) -> dict[int, float]:
 
 
 def _by_dtype(results: Sequence[CauseResult]) -> list[tuple[str, list[CauseResult]]]:
-    dtypes = dict.fromkeys(result.dtype for result in results)
-    return [(dtype, [result for result in results if result.dtype == dtype]) for dtype in dtypes]
+    named = several_models(results)
+    found: dict[str, list[CauseResult]] = {}
+    for result in results:
+        found.setdefault(f"{result.model}, {result.dtype}" if named else result.dtype, []).append(result)
+    return list(found.items())
 
 
 def _svg(height: int, lines: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ class Matrix:
     images: int = 8  # per cell; also the engine's places
     causes: bool = True  # measure what each broken rule would cost
     compile: bool = False  # among the causes; compiling takes minutes
+    true_width: bool = True  # also one block of Qwen-Image's own width, in a matrix of its own
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Matrix:
@@ -133,7 +134,7 @@ def _value(name: str, text: str) -> Any:
         return tuple(words)
     if name == "images" and _positive(text):
         return int(text)
-    if name in ("causes", "compile") and text in ("true", "false"):
+    if name in ("causes", "compile", "true_width") and text in ("true", "false"):
         return text == "true"
     if name == "guidance" and all(_scale(word) for word in words):
         return tuple(float(word) for word in words)
@@ -148,6 +149,7 @@ _EXPECTED = {
     "images": "expected 1 or more, below 2**31",
     "causes": "expected true or false",
     "compile": "expected true or false",
+    "true_width": "expected true or false",
 }
 
 

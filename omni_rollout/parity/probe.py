@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from transformers import AutoTokenizer
 
 from omni_rollout.config import TrainConfig
-from omni_rollout.diffusion.machine import compute_device
+from omni_rollout.diffusion.self_check import attention_shape
 from omni_rollout.errors import UserError
 from omni_rollout.launch.progress import Progress
 from omni_rollout.models import family_module
@@ -28,11 +31,18 @@ from omni_rollout.policy.recompute import recompute
 from omni_rollout.rollout.engine import PACKAGES, RolloutEngine, package_version
 from omni_rollout.types import RolloutRequest, Trajectory
 
+TRUE_HEADS, TRUE_HEAD_DIM = 24, 128  # Qwen-Image's
+TRUE_WIDTH_NAME = "one random block of 24 x 128"
+# Guidance runs both branches; a forward pass in fp32 takes a second, whatever the size of the images.
+TRUE_WIDTH = Matrix(guidance=(4.0,), width=(NATURAL, "64"), in_flight=("1", "3"), images=3)
+TRUE_WIDTH_STEPS = 2
+BuildWide = Callable[..., object]  # `nano.random_weights.build_random`, which stands to the right of this room
 LORA_RANK = 4  # of the adapter that both sides are given, where the config trains full weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellResult:
+    model: str
     cell: Cell
     measure: Measure | None  # None: no image came out
     steps: dict[int, Measure]
@@ -68,10 +78,12 @@ class Probe:
 
     Args:
         config: its `model.path` gives the tokenizer and the schedule.
+        name: what results call the model; its path, if nothing else is given.
     """
 
-    def __init__(self, engine: RolloutEngine, policy: torch.nn.Module, config: TrainConfig) -> None:
+    def __init__(self, engine: RolloutEngine, policy: torch.nn.Module, config: TrainConfig, name: str | None = None) -> None:
         model = config.model
+        self.name = name or model.path
         self.engine, self.policy, self.config = engine, policy, config
         self.dtype: torch.dtype = getattr(torch, engine.dtype)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model.path, subfolder="tokenizer")
@@ -103,6 +115,7 @@ class Probe:
         clip_range = self.config.trainer.clip_range
         log_probs = self.recompute(trajectories) if trajectories else []
         return CellResult(
+            model=self.name,
             cell=cell,
             measure=measure(trajectories, log_probs, clip_range) if trajectories else None,
             steps=measure_steps(trajectories, log_probs, clip_range),
@@ -154,37 +167,86 @@ def environment(engine: RolloutEngine) -> dict[str, Any]:
     }
 
 
-def probe(config: TrainConfig, matrix: Matrix, progress: Progress) -> Report:
-    """Starts one engine per dtype and runs the whole matrix in it."""
+def probe(config: TrainConfig, matrix: Matrix, progress: Progress, build_wide: BuildWide | None = None) -> Report:
+    """Starts one engine per dtype and runs the whole matrix in it.
+
+    Args:
+        build_wide: writes a random model of the true width, to be measured too where the matrix wants that and the given
+            model is narrower.
+    """
     if config.sampling.sde_type.value == "ode" or config.sampling.noise_level == 0:
         raise UserError("an ode has no log-probs to compare: choose sampling.sde_type=sde and a noise_level above 0")
     report = Report(model=config.model.path, parity=config.parity.value, clip_range=config.trainer.clip_range, environment={})
-    policy_module = family_module(config.model.family, "policy")
+    width = 0
     for dtype in matrix.dtype:
-        model, parity = config.model, config.parity.value
         progress.stage(f"{dtype}: loading the model into the engine and the trainer")
-        with RolloutEngine(model.path, family=model.family, dtype=dtype, max_num_seqs=matrix.images, parity=parity) as engine:
-            policy = policy_module.load_policy(model.path, getattr(torch, dtype), parity).to(compute_device())
-            _probe_dtype(Probe(engine, policy, config), matrix, report, progress)
+        with _both_sides(config, dtype, matrix.images) as sides:
+            heads, head_dim = attention_shape(sides.policy)
+            width = heads * head_dim
+            _probe_dtype(sides, matrix, report, progress)
+    if matrix.true_width and build_wide is not None and width < TRUE_HEADS * TRUE_HEAD_DIM:
+        _probe_true_width(config, matrix, report, progress, build_wide)
     return report
+
+
+@contextmanager
+def _both_sides(config: TrainConfig, dtype: str, places: int, name: str | None = None) -> Iterator[Probe]:
+    model, parity = config.model, config.parity.value
+    load_policy = family_module(model.family, "policy").load_policy
+    with RolloutEngine(model.path, family=model.family, dtype=dtype, max_num_seqs=places, parity=parity) as engine:
+        yield Probe(engine, load_policy(model.path, getattr(torch, dtype), parity), config, name)
 
 
 def _probe_dtype(sides: Probe, matrix: Matrix, report: Report, progress: Progress) -> None:
     dtype = sides.engine.dtype
     report.environment = report.environment or environment(sides.engine)
-    results: list[CellResult] = []
-    whole = list(cells(matrix, dtype))
-    progress.stage(f"{dtype}: sampling and recomputing", len(whole), "cells")
-    for cell in progress.track(whole):
-        results.append(sides.cell(cell, matrix.images))
-        kl = results[-1].measure.kl if results[-1].measure else float("nan")
-        progress.describe(f"{dtype}: guidance {cell.guidance}, width {cell.width}, in flight {cell.in_flight}, KL {kl:.3g}")
-    report.cells += results
+    results = _cells(sides, matrix, report, progress)
     progress.stage(f"{dtype}: looking for a first difference")
     differences = sides.first_differences(matrix, results)
     if matrix.causes:
         differences += _causes(sides, matrix, report, progress)
     report.findings += [(dtype, finding) for finding in differences]
+
+
+def _cells(sides: Probe, matrix: Matrix, report: Report, progress: Progress, where: str = "") -> list[CellResult]:
+    dtype = sides.engine.dtype
+    results: list[CellResult] = []
+    whole = list(cells(matrix, dtype))
+    progress.stage(f"{where}{dtype}: sampling and recomputing", len(whole), "cells")
+    for cell in progress.track(whole):
+        results.append(sides.cell(cell, matrix.images))
+        kl = results[-1].measure.kl if results[-1].measure else float("nan")
+        told = f"guidance {cell.guidance}, width {cell.width}, in flight {cell.in_flight}, KL {kl:.3g}"
+        progress.describe(f"{where}{dtype}: {told}")
+    report.cells += results
+    return results
+
+
+def _probe_true_width(config: TrainConfig, matrix: Matrix, report: Report, progress: Progress, build_wide: BuildWide) -> None:
+    """One block of Qwen-Image's own width with random weights: kernels are chosen by size."""
+    small = replace(TRUE_WIDTH, dtype=matrix.dtype, causes=matrix.causes)
+    with tempfile.TemporaryDirectory() as folder:
+        progress.stage(f"{TRUE_WIDTH_NAME}: making it")
+        build_wide(Path(folder), layers=1, heads=TRUE_HEADS, head_dim=TRUE_HEAD_DIM)
+        sampling = replace(config.sampling, height=64, width=64, num_inference_steps=TRUE_WIDTH_STEPS)
+        wide = replace(config, model=replace(config.model, path=folder), sampling=sampling)
+        for dtype in small.dtype:
+            progress.stage(f"{TRUE_WIDTH_NAME}, {dtype}: loading it into the engine and the trainer")
+            with _both_sides(wide, dtype, small.images, TRUE_WIDTH_NAME) as sides:
+                results = _cells(sides, small, report, progress, f"{TRUE_WIDTH_NAME}, ")
+                if not all(result.exact for result in results):
+                    report.findings += [(dtype, finding) for finding in sides.first_differences(small, results)]
+                elif small.causes:
+                    report.causes.append(_constant_shape(sides, small))
+
+
+def _constant_shape(sides: Probe, matrix: Matrix) -> CauseResult:
+    """What it would cost to multiply rows as they come, which is what the width decides."""
+    cell = Cell(dtype=sides.engine.dtype, guidance=max(matrix.guidance), width="64", in_flight=str(matrix.images))
+    trajectories = list(sides.engine.generate(sides.requests(cell, matrix.images)))
+    setting = Setting(sides.policy, sides.config.model.family, sides.dtype)
+    attribution = Attribution(setting, sides.name, sides.engine.dtype, sides.config.trainer.clip_range)
+    return attribution.cause("constant_shape", trajectories)
 
 
 def _causes(sides: Probe, matrix: Matrix, report: Report, progress: Progress) -> list[Finding]:
@@ -205,7 +267,7 @@ def _causes(sides: Probe, matrix: Matrix, report: Report, progress: Progress) ->
     if not trajectories:
         return []
     setting = Setting(sides.policy, config.model.family, sides.dtype)
-    attribution = Attribution(setting, dtype, config.trainer.clip_range, compiled=matrix.compile)
+    attribution = Attribution(setting, sides.name, dtype, config.trainer.clip_range, compiled=matrix.compile)
     baseline = attribution.score(trajectories)
     report.baselines[dtype] = baseline
     results = attribution.causes(trajectories, progress.track)
@@ -214,6 +276,8 @@ def _causes(sides: Probe, matrix: Matrix, report: Report, progress: Progress) ->
         progress.stage(f"{dtype}: the same with an adapter")
         results.append(attribution.lora(engine, images(), config.trainer.lora_rank or LORA_RANK))
     else:
-        results.append(CauseResult(cause=LORA, dtype=dtype, not_run="the two sides differ before an adapter is added"))
+        results.append(
+            CauseResult(model=sides.name, cause=LORA, dtype=dtype, not_run="the two sides differ before an adapter is added")
+        )
     report.causes += results
     return found

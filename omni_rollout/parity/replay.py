@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 
 from omni_rollout.config import DType, TrainConfig
 from omni_rollout.diffusion.exact_ops import effective_weights
-from omni_rollout.diffusion.machine import compute_device
+from omni_rollout.diffusion.machine import compute_device, differences, machine
+from omni_rollout.diffusion.self_check import checker
 from omni_rollout.models import family_module
+from omni_rollout.parity.causes import Setting, calls_as_they_come, math_attention
 from omni_rollout.parity.measure import Measure, measure
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.rollout.engine import PACKAGES, package_version
@@ -22,6 +24,7 @@ from omni_rollout.trajectories.digest import combined_digest, tensor_digest
 from omni_rollout.types import Trajectory
 
 ATTENTION = "TORCH_SDPA"  # what the trainer's attention is
+MARGIN = 16  # rounding explains a gap of as many times what this machine's own other kernels make of the same capsule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,8 @@ class Replayed:
     refused: str | None = None  # why it was not scored
     measure: Measure | None = None
     not_honoured: tuple[str, ...] = ()  # fields of its fingerprint that are otherwise here, in words
+    other_machine: tuple[str, ...] = ()  # where the bits differ: the same of its machine; empty: the machine is no excuse
+    explained: float = 0.0  # the largest gap that rounding explains here, where the machine is another
 
     @property
     def holds(self) -> bool:
@@ -37,9 +42,12 @@ class Replayed:
 
     @property
     def status(self) -> str:
+        """`refused`, `equal`, `different`, or of another machine `within` or `outside` what rounding explains."""
         if self.measure is None:
             return "refused"
-        return "equal" if self.holds else "different"
+        if self.holds or not self.other_machine:
+            return "equal" if self.holds else "different"
+        return "within" if self.measure.max_abs_diff <= self.explained else "outside"
 
 
 @dataclass
@@ -61,22 +69,44 @@ class Scorer:
         named = effective_weights(self.policy, getattr(torch, self.dtype))
         return combined_digest({name: tensor_digest(tensor) for name, tensor in named})
 
+    @cached_property
+    def machine(self) -> dict[str, Any]:
+        """As a fingerprint has it: with the self-check's results, unless the profile has none."""
+        device = next(self.policy.parameters()).device
+        return machine(device) if self.parity == "fast" else checker(self.policy, getattr(torch, self.dtype), device)()
+
     def score(self, path: Path, trajectory: Trajectory) -> Replayed:
         reason = self._misfit(trajectory)
         if reason is not None:
             return Replayed(path=path, refused=reason)
-        log_probs = recompute(
+        here = self.machine  # before anything is multiplied: the self-check decides how
+        log_probs = self._log_probs(trajectory)
+        found = Replayed(
+            path=path,
+            measure=measure([trajectory], [log_probs], self.config.trainer.clip_range),
+            not_honoured=tuple(self._not_honoured(trajectory)),
+        )
+        if found.holds or any(not field.startswith("versions.") for field in found.not_honoured):
+            return found  # other weights, another dtype: the gap is not the machine's
+        other = other_machine(trajectory.fingerprint.get("machine"), here)
+        return replace(found, other_machine=tuple(other), explained=self._explained(trajectory, log_probs)) if other else found
+
+    def _log_probs(self, trajectory: Trajectory) -> torch.Tensor:
+        (log_probs,) = recompute(
             self.policy,
             [trajectory],
             family=self.config.model.family,
             dtype=getattr(torch, self.dtype),
             micro_batch_size=self.config.trainer.micro_batch_size,
         )
-        return Replayed(
-            path=path,
-            measure=measure([trajectory], log_probs, self.config.trainer.clip_range),
-            not_honoured=tuple(self._not_honoured(trajectory)),
-        )
+        return log_probs
+
+    def _explained(self, trajectory: Trajectory, log_probs: torch.Tensor) -> float:
+        """MARGIN times what this machine's own other kernels change in this trajectory, and at least one spacing of fp32."""
+        setting = Setting(self.policy, self.config.model.family, getattr(torch, self.dtype))
+        with math_attention(setting), calls_as_they_come(setting):
+            gap = (self._log_probs(trajectory).double() - log_probs.double()).abs().max().item()
+        return MARGIN * max(gap, torch.finfo(torch.float32).eps * log_probs.abs().max().item())
 
     def _misfit(self, trajectory: Trajectory) -> str | None:
         """Why the trajectory cannot be one of this model's."""
@@ -107,6 +137,13 @@ class Scorer:
             if versions.get(name) != package_version(name):
                 found.append(f"versions.{name} ({_told(versions.get(name))}, here {package_version(name)})")
         return found
+
+
+def other_machine(there: Any, here: Mapping[str, Any]) -> list[str]:
+    """What of the machine that a capsule was made on is not as it is here, in words."""
+    if not isinstance(there, Mapping) or not there:
+        return ["which one, the capsule does not say"]
+    return differences(there, here if "kernels" in there else {name: value for name, value in here.items() if name in there})
 
 
 def replay_capsules(config: TrainConfig, paths: Iterable[Path]) -> list[Replayed]:

@@ -39,8 +39,14 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def ranked(causes: Iterable[CauseResult]) -> list[CauseResult]:
-    """By dtype, the largest contribution first."""
-    return sorted(causes, key=lambda result: (result.dtype != "float32", result.dtype, -result.size))
+    """By model, in the order in which they were measured, and dtype; the largest contribution first."""
+    found = list(causes)
+    models = list(dict.fromkeys(result.model for result in found))
+    return sorted(found, key=lambda result: (models.index(result.model), result.dtype != "float32", result.dtype, -result.size))
+
+
+def several_models(results: Iterable[CellResult | CauseResult]) -> bool:
+    return len({result.model for result in results}) > 1
 
 
 def numbers(measured: Measure | None) -> dict[str, float | int | None]:
@@ -73,28 +79,32 @@ def verdict(report: Report) -> str:
 
 
 def _cells_table(results: Iterable[CellResult], clip_range: float) -> Table:
+    results = list(results)
     table = Table(title=f"rollout against recomputation, frozen weights, clip_range {clip_range:g}")
-    for name in ("dtype", "guidance", "width", "in flight", "batches", "log-probs"):
+    named = several_models(results)
+    for name in (*["model"] * named, "dtype", "guidance", "width", "in flight", "batches", "log-probs"):
         table.add_column(name)
     for name in ("KL", "KL nats", "KL/clip", "clipped", "equal bits", "max |d|"):
         table.add_column(name, justify="right")
     for result in results:
         cell, found = result.cell, result.measure
         batches = ",".join(map(str, result.batch_sizes))
-        row = [cell.dtype, f"{cell.guidance:g}", cell.width, cell.in_flight, batches]
+        row = [*[result.model] * named, cell.dtype, f"{cell.guidance:g}", cell.width, cell.in_flight, batches]
         row += [str(found.log_probs), *_columns(found), f"{found.max_abs_diff:.3g}"] if found else ["no image"]
         table.add_row(*row, style="" if result.exact else "red")
     return table
 
 
 def _causes_table(results: Iterable[CauseResult]) -> Table:
+    results = list(results)
+    named = several_models(results)
     table = Table(title="what each broken rule would cost, ranked by the mean gap; added: with all before it in docs/parity.md")
-    for name in ("dtype", "cause", "what is broken"):
+    for name in (*["model"] * named, "dtype", "cause", "what is broken"):
         table.add_column(name)
     for name in ("mean |d|", "KL", "KL nats", "KL/clip", "clipped", "equal bits", "added: mean |d|"):
         table.add_column(name, justify="right")
     for result in results:
-        row = [result.dtype, result.cause.name, result.cause.breaks]
+        row = [*[result.model] * named, result.dtype, result.cause.name, result.cause.breaks]
         if result.alone is None:
             row[-1] += f" (not run: {result.not_run})"
         else:
@@ -116,12 +126,13 @@ def _columns(found: Measure) -> list[str]:
 
 def cell_label(result: CellResult) -> str:
     cell = result.cell
-    return f"{cell.dtype}, guidance {cell.guidance:g}, width {cell.width}, in flight {cell.in_flight}"
+    return f"{result.model}: {cell.dtype}, guidance {cell.guidance:g}, width {cell.width}, in flight {cell.in_flight}"
 
 
 def _cell(result: CellResult) -> dict[str, Any]:
     cell = result.cell
     return {
+        "model": result.model,
         "dtype": cell.dtype,
         "true_cfg_scale": cell.guidance,
         "prompt_width": cell.width if cell.width == NATURAL else int(cell.width),
@@ -138,6 +149,7 @@ def _cell(result: CellResult) -> dict[str, Any]:
 
 def _cause(result: CauseResult) -> dict[str, Any]:
     return {
+        "model": result.model,
         "name": result.cause.name,
         "dtype": result.dtype,
         "breaks": result.cause.breaks,

@@ -17,7 +17,7 @@ from omni_rollout.config import Parity, TrainConfig, TrainerEngine
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.diffusion.machine import compute_device
-from omni_rollout.diffusion.self_check import attention_shape, linear_layers, self_check
+from omni_rollout.diffusion.self_check import checker
 from omni_rollout.models import family_module
 from omni_rollout.policy.checkpoint import RunState, load_generators, load_policy, save_policy
 from omni_rollout.policy.ema import ExponentialAverage
@@ -62,7 +62,7 @@ class Learner:
         else:
             self.parameters = list(self.policy.parameters())
         saved = load_policy(checkpoint, self.policy) if checkpoint is not None else None
-        self._layers, self._attention = list(linear_layers(self.policy)), attention_shape(self.policy)
+        self._machine = checker(self.policy, self.dtype, self._device)
         self.engine = make_trainer_engine(trainer, self.policy, self.parameters)
         self.update = PolicyUpdate(
             self.engine,
@@ -90,11 +90,7 @@ class Learner:
         """
         config = self.config
         found = {"dtype": config.model.dtype.value, "parity": config.parity.value, "weights": weights}
-        if config.parity is Parity.fast:
-            return found
-        heads, head_dim = self._attention
-        machine = self_check(self._layers, heads=heads, head_dim=head_dim, dtype=self.dtype, device=self._device)
-        return {**found, "machine": machine}
+        return found if config.parity is Parity.fast else {**found, "machine": self._machine()}
 
     def _reference(self, start: nn.Module | None) -> Callable[[], AbstractContextManager[nn.Module]]:
         """The policy the run started from: a copy, or under LoRA the base that the adapter is added to."""

@@ -27,7 +27,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_parity_says_zero_and_exits_0(model, tmp_path):
     out = tmp_path / "parity.json"
-    matrix = ["dtype=bfloat16", "guidance=4.0", "width=natural,64", "in_flight=3", "images=3", "causes=false"]
+    matrix = [
+        "dtype=bfloat16",
+        "guidance=4.0",
+        "width=natural,64",
+        "in_flight=3",
+        "images=3",
+        "causes=false",
+        "true_width=false",
+    ]
     done = command("parity", f"model.path={model}", "--json", str(out), "--html", str(tmp_path / "p.html"), "--matrix", *matrix)
     assert done.returncode == 0, done.stderr
     cells = json.loads(out.read_text())["cells"]

@@ -25,7 +25,7 @@ COSTLY = {
         "mask_dropped",
         "latent_storage",
         "log_prob_reduction",
-        "conditioning_gemm",
+        "constant_shape",
         "attention_backend",
         "lora_application",
     },

@@ -63,12 +63,19 @@ def measured(gap: float) -> Measure:
 def report_of(gap: float, **changes: object) -> Report:
     steps = {0: measured(gap), 1: measured(0.0)}
     result = CellResult(
-        cell=CELL, measure=measured(gap), steps=steps, batch_sizes=(1, 3), widths=(5, 9), errors=(), findings=()
+        model="a <model>",
+        cell=CELL,
+        measure=measured(gap),
+        steps=steps,
+        batch_sizes=(1, 3),
+        widths=(5, 9),
+        errors=(),
+        findings=(),
     )
     causes = [
-        CauseResult(cause=CAUSES[0], dtype="float32", alone=measured(1e-4), cumulative=measured(1e-4)),
-        CauseResult(cause=CAUSES[1], dtype="float32", alone=measured(-1e-3), cumulative=measured(2e-3)),
-        CauseResult(cause=CAUSES[2], dtype="float32", not_run="no compiler"),
+        CauseResult(model="a <model>", cause=CAUSES[0], dtype="float32", alone=measured(1e-4), cumulative=measured(1e-4)),
+        CauseResult(model="a <model>", cause=CAUSES[1], dtype="float32", alone=measured(-1e-3), cumulative=measured(2e-3)),
+        CauseResult(model="a <model>", cause=CAUSES[2], dtype="float32", not_run="no compiler"),
     ]
     report = Report(model="a <model>", parity="exact", clip_range=1e-4, environment={"device": "CPU"}, cells=[result])
     report.causes = causes
@@ -144,9 +151,9 @@ def test_weights_name_the_first_tensors():
 
 def test_a_cause_is_the_culprit_when_breaking_it_on_both_sides_heals():
     results = [
-        CauseResult(cause=CAUSES[0], dtype="bfloat16", alone=measured(0.1)),
-        CauseResult(cause=CAUSES[2], dtype="bfloat16", alone=measured(0.0)),
-        CauseResult(cause=CAUSES[3], dtype="bfloat16", not_run="x"),
+        CauseResult(model="a <model>", cause=CAUSES[0], dtype="bfloat16", alone=measured(0.1)),
+        CauseResult(model="a <model>", cause=CAUSES[2], dtype="bfloat16", alone=measured(0.0)),
+        CauseResult(model="a <model>", cause=CAUSES[3], dtype="bfloat16", not_run="x"),
     ]
     assert [finding.name for finding in culprits(measured(0.1), results)] == [CAUSES[2].name]
     assert culprits(measured(0.0), results) == []

@@ -1,0 +1,41 @@
+"""What `omni-rollout COMMAND --help` says below the options."""
+
+ROLLOUT_KEYS = """
+keys (all of them, with their defaults: omni_rollout/config.py):
+  model=nano|qwen_image                   a checkpoint with its own sizes, steps, guidance and text width
+  model.path=FOLDER                       a checkpoint in diffusers layout; after model=nano, with that one's sizes
+  model.dtype=float32|bfloat16            what the transformer computes in
+  sampling.height, .width                 pixels, multiples of 16
+  collate.prompt_width                    text tokens, for every prompt the same
+  sampling.num_inference_steps, .true_cfg_scale, .negative_prompt, .seed
+  sampling.sde_type=sde|cps|dance_sde|ode, .noise_level, .sde_window_size, .sde_window_range
+  rollout.group_size                      images per prompt: 1 for rollout, 8 for train
+  rollout.max_num_seqs                    images denoised together
+"""
+TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
+  rollout.prompts_per_step
+  reward=ocr|jpeg_compressibility         or reward.weights={{NAME: WEIGHT}}
+  backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
+  trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|deepspeed
+  evaluation.images, .every, .prompts     fixed seeds, before and after training
+  wandb.mode=online|offline|disabled      without a key: offline
+  run_dir=FOLDER                          config.yaml, metrics.jsonl, images/, checkpoints/
+  trainer.save_every, .keep_checkpoints   steps between checkpoints, and how many stay
+  trainer.resume=none|auto|FOLDER         go on from run_dir's newest checkpoint, or from one that is named
+
+examples:
+  omni-rollout train experiment=nano_ocr
+  omni-rollout train experiment=nano_ocr trainer.steps=10 trainer.lora_rank=16 run_dir=runs/lora
+"""
+
+
+REPLAY_STATUS = """
+exit status:
+  0  every log-prob has the same bits, whatever machine it comes from
+  1  a capsule does not hold, or was refused
+  3  some were made on another machine, whose kernels round otherwise: no gap is larger than rounding explains
+  4  the same, and a gap is larger; what rounding explains is measured here, by scoring the capsule again with other kernels
+
+example:
+  omni-rollout replay rollouts/*.safetensors model=nano --json replay.json
+"""
