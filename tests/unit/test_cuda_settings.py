@@ -1,4 +1,4 @@
-"""What is decided for a GPU without one at hand: rows of a block, alignment, the workspace that is refused when it comes late."""
+"""What is decided for a GPU without one at hand: rows of a block, alignment, the workspace, one sample a call."""
 
 from __future__ import annotations
 
