@@ -194,7 +194,7 @@ def _both_sides(config: TrainConfig, dtype: str, places: int, name: str | None =
     model, parity = config.model, config.parity.value
     load_policy = family_module(model.family, "policy").load_policy
     with RolloutEngine(model.path, family=model.family, dtype=dtype, max_num_seqs=places, parity=parity) as engine:
-        yield Probe(engine, load_policy(model.path, getattr(torch, dtype), parity), config, name)
+        yield Probe(engine, load_policy(model.path, getattr(torch, dtype), parity).to(compute_device()), config, name)
 
 
 def _probe_dtype(sides: Probe, matrix: Matrix, report: Report, progress: Progress) -> None:
