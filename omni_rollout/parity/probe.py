@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from transformers import AutoTokenizer
 
 from omni_rollout.config import TrainConfig
+from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.diffusion.self_check import attention_shape
 from omni_rollout.errors import UserError
 from omni_rollout.launch.progress import Progress

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """What the exact profile sets of CUDA, and how it cuts products and attention there: all of it looked at without a GPU."""
-=======
-"""What is decided for a GPU without one at hand: rows of a block, alignment, the workspace, one sample a call."""
->>>>>>> d478375273d173df4c8d88a42d53c5656bfbc596
 
 from __future__ import annotations
 
