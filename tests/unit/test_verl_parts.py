@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,21 @@ from omegaconf import OmegaConf
 pytest.importorskip("verl")
 
 from omni_rollout.config import RewardConfig, TrainConfig
-from omni_rollout.errors import UserError
+from omni_rollout.errors import PinnedKnobError, UserError
 from omni_rollout.integrations.verl import agent_loop
 from omni_rollout.integrations.verl.launch import check_platform, verl_config
 from omni_rollout.integrations.verl.metrics import merged
-from omni_rollout.integrations.verl.records import NOT_OURS, adopt, buckets, from_fields, run_config, to_fields, to_section
+from omni_rollout.integrations.verl.records import (
+    NOT_OURS,
+    Weights,
+    adopt,
+    buckets,
+    from_fields,
+    run_config,
+    to_fields,
+    to_section,
+)
+from omni_rollout.integrations.verl.server import RolloutServer
 from omni_rollout.launch.compose import compose
 from omni_rollout.policy.update import Scores, Update
 from omni_rollout.rollout.dispatch import Dispatcher
@@ -132,3 +143,14 @@ def test_merged_shares_are_all_rows():
     both = merged([update(1.0, 2.0), update(3.0)])
     assert torch.cat(both.all.log_probs).tolist() == [1.0, 2.0, 3.0]
     assert both.losses == [1.0, 2.0, 3.0] and both.grad_norms == [2.0]
+
+
+@pytest.mark.parametrize("field", ["threads", "calls", "kernels"])
+def test_a_server_refuses_weights_of_a_trainer_on_another_machine(field):
+    here = {"device": "CPU", "threads": 2, "calls": "blocks", "torch": "2", "switches": "", "kernels": "a"}
+    server = object.__new__(RolloutServer)
+    server._engine = SimpleNamespace(machine={**here, field: "other"}, weights_digest="d", policy_version=1)
+    with pytest.raises(PinnedKnobError, match=f"the engine and the trainer would not compute the same bits: {field}"):
+        server.load(Weights(version=1, digest="d", buckets=(), machine=here))
+    server._engine.machine = here
+    assert server.load(Weights(version=1, digest="d", buckets=(), machine=here)) == "d"
