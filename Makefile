@@ -8,7 +8,7 @@ INSTALLED := .venv/installed-$(EXTRA)
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint slow equality faults simulation bench doctor clean
+.PHONY: demo test lint slow equality exact faults simulation bench doctor clean
 
 demo: $(INSTALLED)
 	$(BIN)/omni-rollout train experiment=nano_ocr
@@ -29,6 +29,10 @@ slow: $(INSTALLED)
 # One process, and verl with one and two ranks under every trainer engine, over the same steps: prints the table.
 equality: $(INSTALLED)
 	$(BIN)/pytest -q -s -m slow tests/e2e/test_equality.py
+
+# Engine against trainer under every instruction set of this CPU and several numbers of threads: rewrites the table of docs/parity.md.
+exact: $(INSTALLED)
+	$(BIN)/python -m benchmarks.exact
 
 # Kills, hangs, full disks, damaged checkpoints: prints what was kept, repeated, and how long it took.
 faults: $(INSTALLED)

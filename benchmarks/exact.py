@@ -60,16 +60,13 @@ def settings(quick: bool) -> Iterator[Setting]:
     caps = [cap for cap, flag in ONEDNN.items() if not flag or flag in cpu_flags()]
     yield Setting("", "", tuple((2, "wide", job) for job in ("cells", "update", "lora", "large")))
     yield Setting("", "", ((2, "nano", "cells"), (2, "random16", "cells"), *((n, "nano", "cells") for n in (1, 3, 5, 7))))
-    for cap in caps[:-1]:
-        yield Setting(cap, "", ((2, "nano", "cells"), (1, "nano", "cells")))
-    for cap in (caps[0], caps[-1]):
-        yield Setting(cap, "avx2", ((2, "nano", "cells"), (1, "nano", "cells")))
-    yield Setting("", "", ((1, "wide", "few"),))
-    yield Setting("", "avx2", ((2, "wide", "few"),))
+    nano = ((2, "nano", "cells"), (1, "nano", "cells"))
     for cap in reversed(caps[:-1]):  # the slowest last: bf16 without instructions for it
-        yield Setting(cap, "", ((2, "wide", "few"),))
-    for cap in caps[1:-1]:
-        yield Setting(cap, "avx2", ((2, "nano", "cells"), (1, "nano", "cells")))
+        yield Setting(cap, "", ((2, "wide", "few"), *nano))
+    yield Setting("", "avx2", ((2, "wide", "few"), (1, "wide", "few"), *nano))
+    yield Setting("", "", ((1, "wide", "few"),))
+    for cap in reversed(caps[:-1]):
+        yield Setting(cap, "avx2", nano)
 
 
 def run(setting: Setting, models: dict[str, str]) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer
 
 from omni_rollout.config import TrainConfig
@@ -22,6 +23,8 @@ def rollout_to_folder(config: TrainConfig, prompts: Sequence[Prompt], out: Path,
     Returns:
         How many images were made, and how many could not be; `progress` is told of each of those.
     """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     progress.stage("loading the tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
     collator = Collator(config.model.family, tokenizer, config.sampling, config.collate)

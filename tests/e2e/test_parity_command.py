@@ -11,6 +11,8 @@ import pytest
 
 from omni_rollout.nano.random_weights import build_random
 
+ROOT = Path(__file__).parents[2]
+
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -72,3 +74,13 @@ def test_a_wrong_word_is_one_line(model):
     done = command("parity", f"model.path={model}", "--matrix", "dtyp=bfloat16")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "dtype" in done.stderr
     assert command("replay", "model=nano").returncode == 2
+
+
+@pytest.mark.slow
+def test_make_exact_finds_every_cell_exact(tmp_path):
+    words = ["-m", "benchmarks.exact", "--quick", "--docs", "none", "--json", str(tmp_path / "exact.jsonl")]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=550, cwd=ROOT)
+    results = [json.loads(line) for line in (tmp_path / "exact.jsonl").read_text().splitlines()]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(results) == 4 and all(found["exact"] == found["cells"] > 0 for found in results)
+    assert {found["instruction_set"] for found in results} >= {"torch AVX2, oneDNN AVX2"}

@@ -71,6 +71,7 @@ NOT_RUN = {  # as it is printed, with its placeholders filled in -> why not, and
     "make demo": NotRun("installs, then trains for minutes", makes),
     "make test": NotRun("runs this test", makes),
     "make equality": NotRun("half an hour of trainings", makes),
+    "make exact": NotRun("half an hour; its quick form is tested by itself", makes),
     "make faults": NotRun("half an hour of kills", makes),
     "EXTRA=cuda make doctor": NotRun("installs the build for CUDA", makes),
     ".venv/bin/pytest -m gpu": NotRun("needs a CUDA device", selects),

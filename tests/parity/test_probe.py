@@ -173,3 +173,26 @@ def test_one_wrong_bit_is_enough(capsules, checkpoint, tmp_path):
     save_capsule(replace(trajectory, log_probs=log_probs), path)
     status, (result,) = replay([path], config_of(checkpoint), tmp_path)
     assert status == 1 and result["status"] == "different" and result["bitwise_equal_fraction"] == pytest.approx(2 / 3)
+
+
+def test_the_true_width_has_cells_of_its_own_and_the_size_of_its_cause(checkpoint, tmp_path, capsys):
+    built = []
+
+    def small(out: Path, *, layers: int, heads: int, head_dim: int) -> Path:  # what it is called with, in a size for tests
+        built.append((layers, heads, head_dim, out))
+        return build_random(out, layers=1, heads=2)
+
+    matrix = Matrix.parse(["dtype=bfloat16", "guidance=4.0", "width=64", "in_flight=3", "images=3"])
+    status = command.parity(config_of(checkpoint), json_path=tmp_path / "out.json", matrix=matrix, build_wide=small)
+    report = json.loads((tmp_path / "out.json").read_text())
+    ((layers, heads, head_dim, folder),) = built
+    assert status == 0 and (layers, heads * head_dim) == (1, 3072) and not folder.exists()
+    assert [cell["model"] for cell in report["cells"]] == [checkpoint, *["one random block of 24 x 128"] * 4]
+    own = [cause["name"] for cause in report["causes"] if cause["model"] != checkpoint]
+    assert own == ["constant_shape"] and "one random block" in capsys.readouterr().out
+
+
+def test_a_model_of_that_width_is_not_measured_twice(checkpoint, monkeypatch):
+    monkeypatch.setattr("omni_rollout.parity.probe.TRUE_HEADS", 1)
+    matrix = Matrix.parse(["dtype=bfloat16", "guidance=4.0", "width=64", "in_flight=3", "images=1", "causes=false"])
+    assert command.parity(config_of(checkpoint), matrix=matrix, build_wide=lambda *_, **__: pytest.fail("built")) == 0

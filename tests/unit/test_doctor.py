@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from omni_rollout.launch import machine_check
 from omni_rollout.launch.doctor import check_optional, check_versions, import_problem
 
 BROKEN = "omni_rollout_broken_example"
@@ -59,3 +60,28 @@ def test_a_module_that_loads_is_left_alone_and_an_absent_one_is_not_missed() -> 
     assert check_optional("pytest", fix=True).ok
     assert check_optional("no_such_module_here", fix=True).ok
     assert import_problem("import pytest") is None
+
+
+def test_what_onednn_says_of_itself_must_agree_with_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "Intel AVX-512 with Intel DL Boost and bfloat16 support"
+    monkeypatch.setattr(machine_check, "onednn_says", lambda: told)
+    ((_, agrees, text),) = machine_check._instruction_set("torch AVX512, oneDNN AVX512_CORE_BF16", "AVX512_CORE_BF16")
+    assert agrees and told in text
+    ((_, agrees, text),) = machine_check._instruction_set("torch AVX512, oneDNN AVX512_CORE_AMX", "AVX512_CORE_AMX")
+    assert not agrees and "AVX512_CORE_BF16: fingerprints name the wrong one" in text
+    monkeypatch.setattr(machine_check, "onednn_says", lambda: None)
+    ((_, agrees, text),) = machine_check._instruction_set("torch AVX2, oneDNN AVX2", "AVX2")
+    assert agrees and "said nothing" in text
+
+
+@pytest.mark.parametrize("cap", ["AVX2", "AVX512_CORE", ""])
+def test_onednn_itself_agrees_here(cap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from omni_rollout.diffusion.machine import instruction_set, onednn_isa
+
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
+    assert all(ok for _, ok, _ in machine_check._instruction_set(instruction_set(), onednn_isa()))
+
+
+def test_the_layers_of_a_checkpoint_are_read_from_its_headers(random_checkpoint: Path) -> None:
+    shapes, heads, head_dim = machine_check._shapes(random_checkpoint)
+    assert (heads, head_dim) == (4, 32) and (128, 128) in shapes.values() and (512, 128) in shapes.values()
