@@ -58,7 +58,7 @@ def selects(command: str) -> None:
     """The marker is one that pytest knows, and tests carry it."""
     marker = command.rpartition(" -m ")[2]
     assert f'"{marker}: ' in (ROOT / "pyproject.toml").read_text()
-    assert any(f"pytest.mark.{marker}" in path.read_text() for path in ROOT.glob("tests/*/test_*.py"))
+    assert any(f"pytest.mark.{marker}" in path.read_text() for path in ROOT.glob("tests/*/*.py"))
 
 
 @dataclass(frozen=True)
