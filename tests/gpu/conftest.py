@@ -34,19 +34,19 @@ SIZES = {
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=pytest.mark.gpu, id="cuda")]
 
 
-@pytest.fixture(scope="package", params=DEVICES)
+@pytest.fixture(scope="module", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     if torch.cuda.is_available() != (request.param == "cuda"):
         pytest.skip("needs a CUDA device" if request.param == "cuda" else "the engine takes this machine's GPU")
     return request.param
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def checkpoint(device: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build_random(tmp_path_factory.mktemp("random") / device, **SIZES[device].model))
 
 
-@pytest.fixture(scope="package", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def sides(request: pytest.FixtureRequest, device: str, checkpoint: str) -> Iterator[Sides]:
     pair = Sides(device, checkpoint, request.param)
     yield pair
