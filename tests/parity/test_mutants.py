@@ -87,7 +87,7 @@ def test_timestep_cast_before_the_division(sides, monkeypatch):
     seen = look(sides)
     assert not seen.result.exact and where(seen) == ("input", "timestep")
     trajectories = list(sides.engine.generate(sides.requests(PADDED, 3)))
-    attribution = Attribution(Setting(sides.policy, "qwen_image", torch.bfloat16), "bfloat16", 1e-4, compiled=False)
+    attribution = Attribution(Setting(sides.policy, "qwen_image", torch.bfloat16), "random", "bfloat16", 1e-4)
     found = culprits(attribution.score(trajectories), attribution.causes(trajectories))
     assert [finding.name for finding in found] == ["timestep_cast"]
 
