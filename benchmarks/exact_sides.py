@@ -20,7 +20,7 @@ STEPS = {"nano": 3, "random16": 3, "wide": 2}
 
 
 def main() -> None:
-    """`[[threads, name, path, job], ...]` as JSON."""
+    """`[[threads, name, path, job], ...]` as JSON, then the dtypes."""
     import torch
 
     from omni_rollout.launch.progress import quieten_libraries
@@ -29,7 +29,7 @@ def main() -> None:
     quieten_libraries(work[0][2])
     for threads, name, path in dict.fromkeys((threads, name, path) for threads, name, path, _ in work):
         jobs = [job for *where, job in work if where == [threads, name, path]]
-        for dtype in ("bfloat16", "float32"):
+        for dtype in sys.argv[2:]:
             torch.set_num_threads(threads)
             for found in compared(name, path, dtype, jobs):
                 print(MARK + json.dumps({"threads": threads, "model": name, "dtype": dtype, **found}), flush=True)

@@ -34,8 +34,8 @@ from omni_rollout.types import RolloutRequest, Trajectory
 
 TRUE_HEADS, TRUE_HEAD_DIM = 24, 128  # Qwen-Image's
 TRUE_WIDTH_NAME = "one random block of 24 x 128"
-# Guidance runs both branches; a forward pass in fp32 takes a second, whatever the size of the images.
-TRUE_WIDTH = Matrix(guidance=(4.0,), width=(NATURAL, "64"), in_flight=("1", "3"), images=3)
+# Guidance runs both branches; at one width the trainer's batch holds what the engine ran alone. fp32: a second a pass.
+TRUE_WIDTH = Matrix(guidance=(4.0,), width=("64",), in_flight=("1", "3"), images=3)
 TRUE_WIDTH_STEPS = 2
 BuildWide = Callable[..., object]  # `nano.random_weights.build_random`, which stands to the right of this room
 LORA_RANK = 4  # of the adapter that both sides are given, where the config trains full weights

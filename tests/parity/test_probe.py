@@ -187,7 +187,7 @@ def test_the_true_width_has_cells_of_its_own_and_the_size_of_its_cause(checkpoin
     report = json.loads((tmp_path / "out.json").read_text())
     ((layers, heads, head_dim, folder),) = built
     assert status == 0 and (layers, heads * head_dim) == (1, 3072) and not folder.exists()
-    assert [cell["model"] for cell in report["cells"]] == [checkpoint, *["one random block of 24 x 128"] * 4]
+    assert [cell["model"] for cell in report["cells"]] == [checkpoint, *["one random block of 24 x 128"] * 2]
     own = [cause["name"] for cause in report["causes"] if cause["model"] != checkpoint]
     assert own == ["constant_shape"] and "one random block" in capsys.readouterr().out
 
