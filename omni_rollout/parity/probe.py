@@ -24,7 +24,7 @@ from omni_rollout.models import family_module
 from omni_rollout.models.base.causes import Setting
 from omni_rollout.parity.attribution import LORA, Attribution, CauseResult, culprits
 from omni_rollout.parity.causes import causes
-from omni_rollout.parity.findings import Finding, from_seeds, from_trace, from_weights
+from omni_rollout.parity.findings import Finding, from_encodings, from_seeds, from_trace, from_weights
 from omni_rollout.parity.matrix import NATURAL, STAGGERED, Cell, Matrix, cells, renamed, requests, submissions
 from omni_rollout.parity.measure import Measure, measure, measure_steps
 from omni_rollout.parity.trace import differing_weights, trace
@@ -123,7 +123,7 @@ class Probe:
             batch_sizes=tuple(sorted({size for t in trajectories for size in t.fingerprint["batch_sizes"]})),
             widths=tuple(sorted({t.spec.prompt_width for t in trajectories})),
             errors=tuple(errors),
-            findings=tuple(from_seeds(trajectories)),
+            findings=(*from_seeds(trajectories), *from_encodings(trajectories)),
         )
 
     def weights(self) -> list[Finding]:

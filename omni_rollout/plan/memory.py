@@ -181,13 +181,14 @@ def engine_parts(run: Run) -> list[Part]:
     embeddings = rows * sum(run.widths) * model.text_width * run.item
     forward = max(run.activations.forward_working(model, one) for one in run.passes(rows))
     decode = run.activations.decode_working(sizes.vae_config, spec.height, spec.width, sizes.vae_item)
-    encoder, vae = sizes.text_encoder_parameters, sizes.vae_parameters
+    encoder, vae = sizes.encoder_parameters, sizes.vae_parameters
+    tower = "with" if sizes.vision_kept else "without"
     return [
         Part(name="transformer", bytes=run.item * model.parameters, why=f"{run.item} bytes x {_billions(model.parameters)}"),
         Part(
             name="text encoder",
             bytes=sizes.text_encoder_item * encoder,
-            why=f"{sizes.text_encoder_item} bytes x {_billions(encoder)}, without its vision tower",
+            why=f"{sizes.text_encoder_item} bytes x {_billions(encoder)}, {tower} its vision tower",
         ),
         Part(name="VAE", bytes=sizes.vae_item * vae, why=f"{sizes.vae_item} bytes x {_billions(vae)}"),
         Part(

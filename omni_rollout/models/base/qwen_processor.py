@@ -1,9 +1,9 @@
 """Qwen2-VL's processor of text and images without torchvision.
 
-transformers' own `Qwen2VLProcessor` holds a processor of videos that needs torchvision, for which there is no CPU wheel beside the
-torch that vLLM pins: its class alone would keep every pipeline of Qwen-Image with input images from starting. What those
-pipelines ask of it is little: scale and cut images by PIL, and write as many image tokens into the text as each fills. That is
-here, and it is used on a GPU as well, so that both see the same pixels.
+transformers' own `Qwen2VLProcessor` holds a processor of videos that needs torchvision, which has no CPU wheel beside the torch
+that vLLM pins: it alone would keep every pipeline of Qwen-Image with input images from starting. What those ask of it is
+little: scale and cut images by PIL, and write as many image tokens into the text as each fills. That is here, and it is used
+on a GPU as well, so that both see the same pixels.
 """
 
 from __future__ import annotations

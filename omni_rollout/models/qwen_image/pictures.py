@@ -19,13 +19,14 @@ WARM_UP_PICTURE = 32  # pixels
 
 
 class QwenPictures:
-    """Between `RolloutMixin` and the stock pipeline, whose parts it uses."""
+    """Between `QwenTransformer` and `RolloutMixin`; uses parts of the stock pipeline, which is the last base."""
 
     family: ClassVar[str]
     stock: ClassVar[type]
     transformer: Any
     vae: Any
     image_processor: Any
+    _encode_vae_image: Any
     device: Any
     dtype: torch.dtype
 
@@ -45,19 +46,15 @@ class QwenPictures:
 
     def _encode_image(self, image: Image.Image, height: int, width: int) -> torch.Tensor:
         pixels = self.image_processor.preprocess(self.scaled(image, height, width), height, width).unsqueeze(2)
-        # To the VAE's dtype, not the text encoder's as the stock pipelines have it: the engine may hold the two in different ones.
+        # In the VAE's dtype; the stock pipelines take the text encoder's, and the engine may hold the two in different ones.
         latents = self._encode_vae_image(image=pixels.to(self.device, self.vae.dtype), generator=None)
         return packed(latents[0].transpose(0, 1)).to(self.dtype)
-
-    def _encode_vae_image(self, image: torch.Tensor, generator: Any) -> torch.Tensor:
-        """[1, 16, 1, h, w], normalised; the stock pipeline's."""
-        return super()._encode_vae_image(image=image, generator=generator)  # type: ignore[misc]
 
     def scaled(self, image: Image.Image, height: int, width: int) -> Image.Image:
         return self.image_processor.resize(image, height, width)
 
     def decoded(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """[frames * S, C] fp32 -> [frames, height, width, channels] uint8. A frame at a time, whose bits its company would move."""
+        """[frames * S, C] fp32 -> [frames, height, width, channels] uint8; frame by frame, since company would move bits."""
         frames = unpacked(latents, height // 16, width // 16).to(self.vae.dtype)
         config = self.vae.config
 
