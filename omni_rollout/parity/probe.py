@@ -228,7 +228,7 @@ def _probe_true_width(config: TrainConfig, matrix: Matrix, report: Report, progr
     small = replace(TRUE_WIDTH, dtype=matrix.dtype, causes=matrix.causes)
     with tempfile.TemporaryDirectory() as folder:
         progress.stage(f"{TRUE_WIDTH_NAME}: making it")
-        build_wide(Path(folder), layers=1, heads=TRUE_HEADS, head_dim=TRUE_HEAD_DIM)
+        build_wide(Path(folder), family=config.model.family, layers=1, heads=TRUE_HEADS, head_dim=TRUE_HEAD_DIM)
         sampling = replace(config.sampling, height=64, width=64, num_inference_steps=TRUE_WIDTH_STEPS)
         wide = replace(config, model=replace(config.model, path=folder), sampling=sampling)
         for dtype in small.dtype:
