@@ -26,7 +26,26 @@ def layered(number: int) -> tuple[dict[str, Any], tuple[InputImage, ...]]:
     return {"height": 96 if kind == 2 else 64, "width": 64, "extra": extra}, (made_image(number, 64, 80),)
 
 
-KINDS = {"qwen_image_layered": layered}
+def edit(number: int) -> tuple[dict[str, Any], tuple[InputImage, ...]]:
+    """Two target sizes, two of the input image, two of what the text encoder is shown."""
+    kind = number // 2 % 4
+    sizes = {"image_sizes": [[64, 96 if kind == 1 else 64]], "vision_sizes": [[56, 112 if kind == 3 else 56]]}
+    return {"height": 96 if kind == 2 else 64, "width": 64, "extra": sizes}, (made_image(number, 64, 80),)
+
+
+def edit_plus(number: int) -> tuple[dict[str, Any], tuple[InputImage, ...]]:
+    """One to three input images of sizes of their own."""
+    kind = number // 2 % 4
+    several = (2, 1, 3, 2)[kind]
+    sizes = {
+        "image_sizes": [[64, 96], [64, 64], [32, 64]][:several],
+        "vision_sizes": [[56, 84], [56, 56], [56, 112]][:several],
+    }
+    images = tuple(made_image(10 * number + place, 64, 64 + 16 * place) for place in range(several))
+    return {"height": 96 if kind == 2 else 64, "width": 64, "extra": sizes}, images
+
+
+KINDS = {"qwen_image_layered": layered, "qwen_image_edit": edit, "qwen_image_edit_plus": edit_plus}
 FAMILIES = tuple(KINDS)
 
 

@@ -13,22 +13,21 @@ from omni_rollout.models import family_module
 from omni_rollout.models.base.images import made_image
 from omni_rollout.models.base.qwen_processor import pil_processor
 from omni_rollout.models.base.rollout import WARM_UP_WIDTH, to_uint8
+from omni_rollout.models.qwen_image.rollout import QwenTransformer
 from omni_rollout.types import Prompt, SamplingSpec
 
 WARM_UP_PICTURE = 32  # pixels
 
 
-class QwenPictures:
-    """Between `QwenTransformer` and `RolloutMixin`; uses parts of the stock pipeline, which is the last base."""
+class QwenPictures(QwenTransformer):
+    """The first base, before `RolloutMixin`; uses parts of the stock pipeline, which is the last."""
 
     family: ClassVar[str]
     stock: ClassVar[type]
-    transformer: Any
     vae: Any
     image_processor: Any
     _encode_vae_image: Any
     device: Any
-    dtype: torch.dtype
 
     def __init__(self, *, od_config: Any, prefix: str = "") -> None:
         with pil_processor(sys.modules[self.stock.__module__]):

@@ -11,11 +11,10 @@ from vllm_omni.diffusion.models.qwen_image.pipeline_qwen_image_layered import Qw
 
 from omni_rollout.models.base.rollout import RolloutMixin
 from omni_rollout.models.qwen_image.pictures import QwenPictures
-from omni_rollout.models.qwen_image.rollout import QwenTransformer
 from omni_rollout.types import SamplingSpec
 
 
-class QwenImageLayeredRolloutPipeline(QwenTransformer, QwenPictures, RolloutMixin, QwenImageLayeredPipeline):
+class QwenImageLayeredRolloutPipeline(QwenPictures, RolloutMixin, QwenImageLayeredPipeline):
     family: ClassVar[str] = "qwen_image_layered"
     stock: ClassVar[type] = QwenImageLayeredPipeline
     mode: ClassVar[str] = "RGBA"
