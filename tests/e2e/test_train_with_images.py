@@ -1,4 +1,4 @@
-"""The whole road for families with input images: prompts that carry pictures, a random model, a reward that needs no reading."""
+"""The whole road for families with input images: prompts that carry pictures, a random model, a simple reward."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from omni_rollout.train import train
 STEPS = 2
 OWN = {  # overrides, the reward, and how many pictures the two prompts have
     "qwen_image_layered": (["sampling.extra={layers: 2, resolution: 64}"], "recomposition", (1, 1)),
+    "qwen_image_edit": (["sampling.extra={vae_area: 4096, vision_area: 4096}"], "jpeg_compressibility", (1, 1)),
+    "qwen_image_edit_plus": (["sampling.extra={vae_area: 4096, vision_area: 4096}"], "jpeg_compressibility", (1, 3)),
 }
 
 

@@ -15,7 +15,8 @@ from omni_rollout.models import family_module
 from omni_rollout.models.base import encodings, rollout
 from omni_rollout.models.base.causes import Setting
 from omni_rollout.models.base.velocity import Network
-from omni_rollout.parity.attribution import Attribution, culprits
+from omni_rollout.parity.attribution import LORA, Attribution, culprits
+from omni_rollout.parity.causes import causes
 from omni_rollout.parity.findings import Finding
 from omni_rollout.parity.matrix import Cell, Matrix
 from omni_rollout.parity.probe import CellResult, Probe
@@ -62,7 +63,9 @@ def named(sides: Probe) -> list[str]:
     trajectories = list(sides.engine.generate(sides.requests(PADDED, IMAGES)))
     family = sides.config.model.family
     attribution = Attribution(Setting(sides.policy, family, sides.dtype), "random", "bfloat16", 1e-4)
-    return [finding.name for finding in culprits(attribution.score(trajectories), attribution.causes(trajectories))]
+    measured = [cause.name for cause in causes(family) if not cause.slow and cause is not LORA]
+    results = [attribution.cause(name, trajectories) for name in measured]
+    return [finding.name for finding in culprits(attribution.score(trajectories), results)]
 
 
 def wrap_velocity(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
@@ -164,6 +167,46 @@ def test_a_layer_too_few_in_the_grid(sides: Probe, monkeypatch: pytest.MonkeyPat
         assert seen.result.measure is None and seen.first is not None and seen.first.where == "engine"
     else:
         assert seen.where == ("input", "img_shapes")
+
+
+def test_input_images_in_another_order(sides: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_unless(sides, "qwen_image_edit_plus")
+
+    def reversed_(inputs: dict[str, Any]) -> dict[str, Any]:
+        grid, target = inputs["img_shapes"][0][1:], target_tokens(sides, inputs)
+        whole = inputs["hidden_states"]
+        images = whole[:, target:].split([frames * rows * columns for frames, rows, columns in grid], dim=1)
+        return {**inputs, "hidden_states": torch.cat([whole[:, :target], *images[::-1]], dim=1)}
+
+    wrap_velocity(monkeypatch, reversed_)
+    seen = look(sides)
+    assert not seen.result.exact and seen.where == ("input", "image_latents")
+    assert named(sides) == ["image_order"]
+
+
+def test_zero_cond_t_ignored_on_one_side(sides: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_unless(sides, "qwen_image_edit_plus")
+    layers = [layer for layer in sides.engine.pipeline.transformer.modules() if getattr(layer, "zero_cond_t", False)]
+    assert len(layers) > 1, "this checkpoint modulates input images by t=0"
+    for layer in layers:
+        monkeypatch.setattr(layer, "zero_cond_t", False)
+    seen = look(sides)
+    assert not seen.result.exact and seen.first is not None and seen.first.where == "module"
+    assert named(sides) == ["zero_cond_t"]
+
+
+def test_a_picture_that_the_text_encoder_is_not_shown(sides: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings of another picture on one side alone."""
+    skip_unless(sides, "qwen_image_edit", "qwen_image_edit_plus")
+    kept: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def stale(inputs: dict[str, Any]) -> dict[str, Any]:
+        text = inputs["encoder_hidden_states"]
+        return {**inputs, "encoder_hidden_states": kept.setdefault(tuple(text.shape[1:]), text[:1].clone()).expand_as(text)}
+
+    wrap_velocity(monkeypatch, stale)
+    seen = look(sides)
+    assert not seen.result.exact and seen.where == ("input", "encoder_hidden_states")
 
 
 def test_guidance_renormalised_on_one_side(sides: Probe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,8 @@ from dataclasses import replace
 from omni_rollout.models.base.sizes import Sizes
 from omni_rollout.models.qwen_image import sizes as parent
 
-PUBLISHED = dict.fromkeys(
-    ("Qwen/Qwen-Image-Edit", "Qwen/Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2511"), parent.PUBLISHED["Qwen/Qwen-Image"]
-)
+NAMES = ("Qwen/Qwen-Image-Edit", "Qwen/Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2511")
+PUBLISHED = dict.fromkeys(NAMES, parent.PUBLISHED["Qwen/Qwen-Image"])
 
 
 def read_sizes(path: str) -> Sizes:

@@ -1,7 +1,7 @@
 """What Qwen-Image-Edit's sampling parameters mean. Sizes follow from the input images, unless they are given.
 
-An input image is seen twice: by the text encoder's vision tower, whose tokens are part of the text's width, and by the VAE, whose
-latents follow the target's. The negative prompt is encoded with the same images.
+An input image is seen twice: by the text encoder's vision tower, whose tokens are part of the text's width, and by the VAE,
+whose latents follow the target's. The negative prompt is encoded with the same images.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from omni_rollout.models.base.images import made_image
 from omni_rollout.models.qwen_image_edit.probe import (
     MEANING,
