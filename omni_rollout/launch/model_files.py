@@ -12,7 +12,11 @@ from omni_rollout.models import families, family_module
 from omni_rollout.trajectories import strict_json
 
 INDEX = "model_index.json"
-CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}  # of all others: config.json
+CONFIGS = {  # of components without weights; of all others: config.json
+    "processor": "preprocessor_config.json",
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from omni_rollout.config import WandbConfig
 from omni_rollout.monitor.alerts import Alert
-from omni_rollout.monitor.images import CaptionedImage
+from omni_rollout.monitor.images import CaptionedImage, flat
 
 _WORST = {  # metric -> what a run's summary keeps of it: one bad step must not be covered by the good ones after it
     "parity/over_clip": "max",
@@ -93,7 +93,7 @@ class WandbSink:
         """Sends one step; `alerts` are those that are new, so each kind is sent once a run."""
         if self._run is None:
             return
-        shown = [self._wandb.Image(array, caption=caption) for caption, array in images[: self._images]]
+        shown = [self._wandb.Image(flat(caption, media), caption=caption) for caption, media in images[: self._images]]
         media: dict[str, Any] = {"images": shown} if shown else {}
         if heatmap is not None:
             media["parity/heatmap"] = self._wandb.Image(str(heatmap))

@@ -24,7 +24,7 @@ from omni_rollout.models import family_module
 from omni_rollout.models.base.causes import Setting
 from omni_rollout.parity.attribution import LORA, Attribution, CauseResult, culprits
 from omni_rollout.parity.causes import causes
-from omni_rollout.parity.findings import Finding, from_seeds, from_trace, from_weights
+from omni_rollout.parity.findings import Finding, from_encodings, from_seeds, from_trace, from_weights
 from omni_rollout.parity.matrix import NATURAL, STAGGERED, Cell, Matrix, cells, renamed, requests, submissions
 from omni_rollout.parity.measure import Measure, measure, measure_steps
 from omni_rollout.parity.trace import differing_weights, trace
@@ -123,7 +123,7 @@ class Probe:
             batch_sizes=tuple(sorted({size for t in trajectories for size in t.fingerprint["batch_sizes"]})),
             widths=tuple(sorted({t.spec.prompt_width for t in trajectories})),
             errors=tuple(errors),
-            findings=tuple(from_seeds(trajectories)),
+            findings=(*from_seeds(trajectories), *from_encodings(trajectories)),
         )
 
     def weights(self) -> list[Finding]:
@@ -241,7 +241,7 @@ def _probe_true_width(
     small = replace(TRUE_WIDTH, dtype=matrix.dtype, causes=matrix.causes)
     with tempfile.TemporaryDirectory() as folder:
         progress.stage(f"{TRUE_WIDTH_NAME}: making it")
-        build_random(Path(folder), layers=1, heads=TRUE_HEADS, head_dim=TRUE_HEAD_DIM)
+        build_random(Path(folder), family=config.model.family, layers=1, heads=TRUE_HEADS, head_dim=TRUE_HEAD_DIM)
         sampling = replace(config.sampling, height=64, width=64, num_inference_steps=TRUE_WIDTH_STEPS)
         wide = replace(config, model=replace(config.model, path=folder), sampling=sampling)
         for dtype in small.dtype:

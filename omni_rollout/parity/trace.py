@@ -63,7 +63,7 @@ def recorded(transformers: Sequence[nn.Module], probe: Any, *, engine: bool) -> 
     running: list[Call] = []  # empty between forward passes: the text encoder attends too
 
     def begin(_: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        running[:] = [Call({name: _kept(value) for name, value in inputs.items()})]
+        running[:] = [Call({name: _kept(value) for name, value in probe.told(inputs).items()})]
         calls.extend(running)
 
     def end(*_: Any) -> None:

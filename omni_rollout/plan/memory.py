@@ -186,13 +186,14 @@ def engine_parts(run: Run) -> list[Part]:
     forward = max(run.activations.forward_working(model, one) for one in run.passes(rows))
     decoded = decode_rows(run.layout)
     decode = decoded * run.activations.decode_working(sizes.vae_config, spec.height, spec.width, sizes.vae_item)
-    encoder, vae = sizes.text_encoder_parameters, sizes.vae_parameters
+    encoder, vae = sizes.encoder_parameters, sizes.vae_parameters
+    tower = "with" if sizes.vision_kept else "without"
     return [
         Part(name="transformer", bytes=run.item * model.parameters, why=f"{run.item} bytes x {_billions(model.parameters)}"),
         Part(
             name="text encoder",
             bytes=sizes.text_encoder_item * encoder,
-            why=f"{sizes.text_encoder_item} bytes x {_billions(encoder)}, without its vision tower",
+            why=f"{sizes.text_encoder_item} bytes x {_billions(encoder)}, {tower} its vision tower",
         ),
         Part(name="VAE", bytes=sizes.vae_item * vae, why=f"{sizes.vae_item} bytes x {_billions(vae)}"),
         Part(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from omni_rollout.config import TrainConfig, TrainerEngine
 from omni_rollout.errors import UserError
 from omni_rollout.models import family_module
+from omni_rollout.models.base.sampling import assumed_images
 from omni_rollout.models.base.sizes import Sizes
 from omni_rollout.plan.memory import Part, Run, engine_parts, host_parts, rank_parts, start_parts, total
 
@@ -84,8 +85,9 @@ def make_run(config: TrainConfig, sizes: Sizes) -> Run:
         for key in ("height", "width", "num_inference_steps", "true_cfg_scale", "negative_prompt", "noise_level", "extra")
     }
     widths = {"prompt_width": config.collate.prompt_width, "negative_prompt_width": config.collate.negative_prompt_width}
-    resolve = family_module(config.model.family, "spec").resolve
-    spec = resolve({**given, **widths, "sde_type": sampling.sde_type.value, "step_indices": steps})
+    family = family_module(config.model.family, "spec")
+    images = assumed_images(family.RULES, sampling.extra)
+    spec = family.resolve({**given, **widths, "sde_type": sampling.sde_type.value, "step_indices": steps}, images)
     return Run(config=config, spec=spec, sizes=sizes)
 
 

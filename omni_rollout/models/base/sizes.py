@@ -38,12 +38,18 @@ class Sizes:
     """Of one checkpoint."""
 
     transformer: Transformer
-    text_encoder_parameters: int  # without the vision tower: the engine drops it
+    text_encoder_parameters: int  # without the vision tower
     vision_parameters: int
+    vision_kept: bool = False  # by the engine, which drops the tower where nothing is shown to it
     vae_parameters: int
     vae_config: Mapping[str, Any]
     text_encoder_item: int  # bytes of a stored weight; the engine keeps that dtype
     vae_item: int
+
+    @property
+    def encoder_parameters(self) -> int:
+        """Of the text encoder as the engine holds it."""
+        return self.text_encoder_parameters + (self.vision_parameters if self.vision_kept else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
