@@ -34,7 +34,7 @@ def without(name, path=None, target=None):
     return None if name.partition(".")[0] == "torchvision" else found(name, path, target)
 
 
-importlib.machinery.PathFinder.find_spec = without
+importlib.machinery.PathFinder.find_spec = staticmethod(without)
 from pathlib import Path
 from relatives import FAMILIES, KINDS, Relative
 

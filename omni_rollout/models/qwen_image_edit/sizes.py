@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from omni_rollout.models.base.sizes import Sizes
 from omni_rollout.models.qwen_image import sizes as parent
 
 NAMES = ("Qwen/Qwen-Image-Edit", "Qwen/Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2511")
-PUBLISHED = dict.fromkeys(NAMES, parent.PUBLISHED["Qwen/Qwen-Image"])
+PUBLISHED: dict[str, dict[str, Any]] = dict.fromkeys(NAMES, parent.PUBLISHED["Qwen/Qwen-Image"])
 
 
 def read_sizes(path: str) -> Sizes:
