@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,6 +37,9 @@ class Rules:
     multiple: int  # pixels of height and width
     extra: Mapping[str, Extra]
     images: tuple[int, int] = (0, 0)  # how many a prompt must have, and may have
+    guided: Callable[[float, Mapping[str, Any]], bool] = lambda true_cfg_scale, extra: true_cfg_scale > 1
+    # (model_index.json, its transformer's config.json) -> a line for each thing that keeps a checkpoint from being sampled
+    misfits: Callable[[Mapping[str, Any], Mapping[str, Any]], Iterable[str]] = lambda index, transformer: ()
 
 
 def resolve(parameters: Mapping[str, Any], rules: Rules, images: Sequence[InputImage] = ()) -> SamplingSpec:
@@ -63,7 +66,8 @@ def resolve(parameters: Mapping[str, Any], rules: Rules, images: Sequence[InputI
         raise RequestError(f"images: the prompt has {len(images)}, {rules.family} takes {wanted if most else 'none'}")
     steps = values["num_inference_steps"]
     stochastic = values["sde_type"] != "ode" and values["noise_level"] > 0
-    guided = values["true_cfg_scale"] > 1
+    extra = resolve_extra(values.get("extra", {}), rules)
+    guided = rules.guided(values["true_cfg_scale"], extra)
     return SamplingSpec(
         height=values["height"],
         width=values["width"],
@@ -77,7 +81,7 @@ def resolve(parameters: Mapping[str, Any], rules: Rules, images: Sequence[InputI
         prompt_width=values["prompt_width"],
         negative_prompt_width=values.get("negative_prompt_width", values["prompt_width"]),
         family=rules.family,
-        extra=resolve_extra(values.get("extra", {}), rules),
+        extra=extra,
     )
 
 
