@@ -12,6 +12,7 @@ from omni_rollout import __version__
 from omni_rollout.errors import EngineHungError, RunFailedError, UserError
 from omni_rollout.launch.help import REPLAY_STATUS, ROLLOUT_KEYS, TRAIN_KEYS
 from omni_rollout.launch.outputs import folder_problem
+from omni_rollout.models import families
 
 _TRACEBACK = "OMNI_ROLLOUT_TRACEBACK"
 
@@ -146,6 +147,7 @@ def _nano_random(parsed: argparse.Namespace) -> int:
 
     build_random(
         parsed.out,
+        family=parsed.family,
         layers=parsed.layers,
         heads=parsed.heads,
         head_dim=parsed.head_dim,
@@ -244,9 +246,10 @@ def _add_nano(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         nano,
         "random",
         _nano_random,
-        "the same architecture in any size, with random weights",
-        "example:\n  omni-rollout nano random --out /tmp/model --layers 2 --heads 4\n",
+        "any family's architecture in any size, with random weights",
+        "example:\n  omni-rollout nano random --family qwen_image --out /tmp/model --layers 2 --heads 4\n",
     )
+    random.add_argument("--family", choices=families(), default="qwen_image", help="(default: %(default)s)")
     random.add_argument("--layers", type=int, default=2, help="transformer blocks (default: %(default)s)")
     random.add_argument("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
     random.add_argument("--head-dim", "--dim", type=int, default=32, help="width of a head (default: %(default)s)")

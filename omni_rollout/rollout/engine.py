@@ -80,6 +80,7 @@ class RolloutEngine:
         }
         config = OmniDiffusionConfig(**settings)
         config.enrich_config()
+        config.master_port = 0  # the system's choice as the socket is opened: a number chosen before may be taken by then
         self._engine = DiffusionEngine.make_engine(config)
         self._engine.post_process_func = None  # the stock one turns the image into PIL and drops the rest
         torch.set_num_threads(self.threads)  # the engine's start may change it for the whole process
