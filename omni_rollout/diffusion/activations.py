@@ -104,4 +104,4 @@ def install_activations(module: nn.Module) -> None:
             gelu: Any = layer
             if gelu.approximate != "tanh":
                 raise ValueError(f"GELU of approximate={gelu.approximate!r}: the exact one has the tanh form alone")
-            layer.__class__ = ExactGELU if type(layer) is GELU else ExactPlainGELU
+            gelu.__class__ = ExactGELU if type(layer) is GELU else ExactPlainGELU

@@ -7,7 +7,6 @@ master weights stay fp32 and are cast as they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -94,14 +93,23 @@ class ExactTextTimeEmbedding(stock.WanTimeTextImageEmbedding):
         encoder_hidden_states_image: torch.Tensor | None = None,
         timestep_seq_len: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        temb = self.time_embedder(self.timesteps_proj(timestep).to(encoder_hidden_states.dtype))
+        temb = self.embedded_time(timestep, encoder_hidden_states.dtype)
         return temb, self.time_proj(self.act_fn(temb)), self.text_embedder(encoder_hidden_states), None
+
+    def embedded_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.time_embedder(self.timesteps_proj(timestep).to(dtype))
+
+
+def rope_tables(rope: nn.Module, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines for latents of this grid, [1, S, 1, D/2] in their dtype."""
+    cos, sin = rope(latents)  # fp32, each number twice
+    return cos[..., 0::2].to(latents.dtype), sin[..., 1::2].to(latents.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Neighbouring pairs of x, [B, S, H, D], by tables of [1, S, 1, D/2] in x's dtype."""
+    """Neighbouring pairs of x, [B, S, H, D], by the tables."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -140,6 +148,10 @@ class WanTransformerBlock(stock.WanTransformerBlock):  # its name is what peft a
         return x + self.ffn(self.norm3(x) * (1 + ffn_scale) + ffn_shift) * ffn_gate
 
 
+def _run(block: nn.Module, *inputs: Any) -> torch.Tensor:
+    return block(*inputs)
+
+
 class WanTransformer3DModel(stock.WanTransformer3DModel):
     def forward(
         self,
@@ -160,21 +172,20 @@ class WanTransformer3DModel(stock.WanTransformer3DModel):
             [B, C', F', h, w].
         """
         assert not return_dict and encoder_hidden_states_image is None and timestep.ndim == 1
-        cos, sin = self.rope(hidden_states)
-        rotary = cos[..., 0::2].to(hidden_states.dtype), sin[..., 1::2].to(hidden_states.dtype)
+        rotary = rope_tables(self.rope, hidden_states)
         grid = self.patch_embedding(hidden_states)
         x = grid.flatten(2).transpose(1, 2).contiguous()
         temb, modulation, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
         modulation = modulation.unflatten(1, (6, -1))
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
+        run: Any = self._gradient_checkpointing_func if checkpointing else _run
         for block in self.blocks:
-            run: Callable[..., torch.Tensor] = block
-            x = self._gradient_checkpointing_func(block, x, text, modulation, rotary) if checkpointing else run(
-                x, text, modulation, rotary
-            )
+            x = run(block, x, text, modulation, rotary)
+        return (self._unpatched(self.proj_out(self.modulated(x, temb)), grid.shape[2:]),)
+
+    def modulated(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         shift, scale = (self.scale_shift_table.to(temb.dtype) + temb.unsqueeze(1)).chunk(2, dim=1)
-        patches = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
-        return (self._unpatched(patches, grid.shape[2:]),)
+        return self.norm_out(x) * (1 + scale) + shift
 
     def _unpatched(self, patches: torch.Tensor, grid: torch.Size) -> torch.Tensor:
         config: Any = self.config
@@ -202,4 +213,5 @@ def install(transformer: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(module, ExactPatchEmbedding):
             module.compute_dtype = dtype
         if isinstance(module, stock.WanAttention):
-            module.set_processor(ExactAttention())
+            attention: Any = module
+            attention.set_processor(ExactAttention())

@@ -48,7 +48,9 @@ def load_experts(path: str, dtype: torch.dtype, parity: str, in_channels: int) -
     return policy.eval()
 
 
-def network(policy: torch.nn.Module, *, expert: int = 0, encoder_hidden_states_mask: None = None, **inputs: Any) -> torch.Tensor:
+def network(
+    policy: torch.nn.Module, *, expert: int = 0, encoder_hidden_states_mask: None = None, **inputs: Any
+) -> torch.Tensor:
     """The expert, perhaps wrapped by a trainer engine, on what `velocity` gives it. Wan's text has no mask."""
     assert encoder_hidden_states_mask is None
     return policy(expert=expert, **inputs, return_dict=False)[0]

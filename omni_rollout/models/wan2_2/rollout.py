@@ -57,9 +57,7 @@ class WanTransformers:
             for network in self.experts.values():
                 install(network, self.dtype)
 
-    def call(
-        self, *, expert: int, encoder_hidden_states_mask: None = None, **inputs: Any
-    ) -> torch.Tensor:
+    def call(self, *, expert: int, encoder_hidden_states_mask: None = None, **inputs: Any) -> torch.Tensor:
         assert encoder_hidden_states_mask is None
         return list(self.experts.values())[expert](**inputs, return_dict=False)[0]
 

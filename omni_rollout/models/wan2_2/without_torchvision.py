@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
+from typing import ClassVar
 
 from transformers.utils.import_utils import is_torchvision_available
 
@@ -18,7 +19,7 @@ NAMES = ("torchvision", "torchvision.transforms", "torchvision.transforms.functi
 
 
 class _StandIn(ModuleType):
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):  # what importers ask every module for
