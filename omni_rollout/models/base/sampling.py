@@ -38,8 +38,8 @@ class Rules:
     extra: Mapping[str, Extra]
     images: tuple[int, int] = (0, 0)  # how many a prompt must have, and may have
     guided: Callable[[float, Mapping[str, Any]], bool] = lambda true_cfg_scale, extra: true_cfg_scale > 1
-    # (model_index.json, its transformer's config.json) -> a line for each thing that keeps a checkpoint from being sampled
-    misfits: Callable[[Mapping[str, Any], Mapping[str, Any]], Iterable[str]] = lambda index, transformer: ()
+    # (model_index.json, its transformer's config.json, `extra`) -> a line for each thing that keeps it from being sampled so
+    misfits: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Iterable[str]] = lambda *_: ()
 
 
 def resolve(parameters: Mapping[str, Any], rules: Rules, images: Sequence[InputImage] = ()) -> SamplingSpec:

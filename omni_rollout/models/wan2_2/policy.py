@@ -32,12 +32,8 @@ def load_policy(path: str, dtype: torch.dtype, parity: str = "exact") -> WanExpe
     Raises:
         UserError: a checkpoint that is none of this family's.
     """
-    return load_experts(path, dtype, parity, spec.IN_CHANNELS)
-
-
-def load_experts(path: str, dtype: torch.dtype, parity: str, in_channels: int) -> WanExperts:
     pin_switches()
-    index = read_index(path, in_channels)
+    index = read_index(path)
     networks = {}
     for name in spec.EXPERTS:
         loaded: Any = WanTransformer3DModel.from_pretrained(path, subfolder=name, torch_dtype=torch.float32)

@@ -62,8 +62,11 @@ class WanTransformers:
         return list(self.experts.values())[expert](**inputs, return_dict=False)[0]
 
     def warm_up(self, height: int, width: int) -> tuple[Prompt, SamplingSpec]:
+        return Prompt(text="dummy run"), family_module(self.family, "spec").resolve(self.warm_up_values(height, width))
+
+    def warm_up_values(self, height: int, width: int) -> dict[str, Any]:
         size = {"height": height, "width": width, "true_cfg_scale": 1.0, "sde_type": "ode", "prompt_width": WARM_UP_WIDTH}
-        return Prompt(text="dummy run"), family_module(self.family, "spec").resolve({**size, "extra": {"frames": 1}})
+        return {**size, "extra": {"frames": 1, "boundary_ratio": self.index.get("boundary_ratio")}}
 
     def encode(self, prompt: Prompt, spec: SamplingSpec) -> Conditioning:
         problem = boundary_misfit(self.index, spec.extra["boundary_ratio"])

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from omni_rollout.models.base import sampling
 from omni_rollout.models.base.sampling import Extra, Rules, Tokenizer
+from omni_rollout.models.wan2_2.checkpoint import misfits
 from omni_rollout.types import InputImage, Kind, Layout, RequestError, SamplingSpec
 
 if TYPE_CHECKING:  # sizes and records must not pay for torch
@@ -78,6 +80,7 @@ RULES = Rules(
     multiple=SIZE_MULTIPLE,
     extra=extra(boundary_ratio=0.875),
     guided=guided,
+    misfits=partial(misfits, in_channels=IN_CHANNELS),
 )
 
 

@@ -12,8 +12,9 @@ from omni_rollout.types import SamplingSpec
 
 
 def inputs(latents: torch.Tensor, rows: Sequence[Conditioning], dtype: torch.dtype) -> dict[str, Any]:
-    """Beside text and time. `latents`: [B, C, F', h, w] fp32."""
-    return {"hidden_states": latents.to(dtype)}
+    """Beside text and time. `latents`: [B, C, F', h, w] fp32; what is given with them stands beside them, as channels."""
+    beside = [torch.stack([row.conditions[name] for row in rows]) for name in sorted(rows[0].conditions)]
+    return {"hidden_states": torch.cat([latents, *beside], dim=1).to(dtype)}
 
 
 def timestep(timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

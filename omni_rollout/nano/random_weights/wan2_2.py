@@ -8,6 +8,7 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, UniPCMultistepSchedul
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from omni_rollout.errors import UserError
+from omni_rollout.models.wan2_2.checkpoint import shared_alike
 from omni_rollout.models.wan2_2.spec import IN_CHANNELS, LATENT_CHANNELS, RULES
 from omni_rollout.nano.random_weights.randomize import randomize
 
@@ -30,7 +31,7 @@ def components(layers: int, heads: int, head_dim: int, joint_dim: int, seed: int
     Raises:
         UserError: a head_dim that diffusers and the engine share out differently among time, height and width.
     """
-    if head_dim < 12 or head_dim % 2 or head_dim // 3 != 2 * (head_dim // 6):
+    if head_dim < 12 or head_dim % 2 or not shared_alike(head_dim):
         raise UserError(f"head_dim={head_dim}: Wan2.2 expects 12, 14, 18, 20, 24, 26 and so on, such as 24, 32 or 128")
     generator = torch.Generator().manual_seed(seed)
     tokenizer = make_tokenizer()
