@@ -9,6 +9,7 @@ from omni_rollout.errors import UserError
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sizes import Sizes
 from omni_rollout.plan.memory import Part, Run, engine_parts, host_parts, rank_parts, start_parts, total
+from omni_rollout.types import InputImage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,10 @@ def make_run(config: TrainConfig, sizes: Sizes) -> Run:
         for key in ("height", "width", "num_inference_steps", "true_cfg_scale", "negative_prompt", "noise_level", "extra")
     }
     widths = {"prompt_width": config.collate.prompt_width, "negative_prompt_width": config.collate.negative_prompt_width}
-    resolve = family_module(config.model.family, "spec").resolve
-    spec = resolve({**given, **widths, "sde_type": sampling.sde_type.value, "step_indices": steps})
+    family = family_module(config.model.family, "spec")
+    sides = {"height": family.DEFAULTS["height"], "width": family.DEFAULTS["width"]}  # of input images, where a prompt has some
+    images = [InputImage(path="", sha256="", **sides)] * family.RULES.images[0]
+    spec = family.resolve({**given, **widths, "sde_type": sampling.sde_type.value, "step_indices": steps}, images)
     return Run(config=config, spec=spec, sizes=sizes)
 
 

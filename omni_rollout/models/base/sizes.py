@@ -15,6 +15,8 @@ class Transformer:
     text_width: int  # of the prompt embeddings
     channels: int  # of a packed latent
     out_channels: int  # of its velocity
+    inner_width: int = 0  # of the MLP, where it is no fixed multiple of the width
+    in_channels: int = 0  # of a packed latent with the condition beside it, where there is one
     parameters: int
     block_parameters: int
 
@@ -27,13 +29,14 @@ class Transformer:
 class Sizes:
     """Of one checkpoint."""
 
-    transformer: Transformer
+    transformer: Transformer  # of several experts, one of them
     text_encoder_parameters: int  # without the vision tower: the engine drops it
     vision_parameters: int
     vae_parameters: int
     vae_config: Mapping[str, Any]
-    text_encoder_item: int  # bytes of a stored weight; the engine keeps that dtype
-    vae_item: int
+    text_encoder_item: int | None  # bytes of a stored weight, where the engine keeps that dtype; None: it takes its own
+    vae_item: int | None
+    experts: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

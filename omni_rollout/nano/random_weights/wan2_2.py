@@ -48,7 +48,7 @@ def components(layers: int, heads: int, head_dim: int, joint_dim: int, seed: int
                     out_channels=LATENT_CHANNELS,
                     text_dim=joint_dim,
                     freq_dim=FREQUENCIES,
-                    ffn_dim=2 * width,
+                    ffn_dim=27 * width // 10,  # as published, 13824 of 5120; of small widths an odd number
                     num_layers=layers,
                 )
                 for name in ("transformer", "transformer_2")
