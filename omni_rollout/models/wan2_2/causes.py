@@ -38,9 +38,10 @@ def one_scale(_: Setting) -> AbstractContextManager[None]:
 
 
 def fp32_rope(_: Setting) -> AbstractContextManager[None]:
-    def tables(rope: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = rope(like)
-        return cos[..., 0::2], sin[..., 1::2]
+    original = operators.rope_tables
+
+    def tables(rope: nn.Module, latents: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return original(rope, latents, torch.float32)
 
     return swapped(operators, "rope_tables", tables)
 

@@ -1,8 +1,8 @@
 """diffusers' Wan transformer, rounding where vllm-omni's does.
 
 diffusers keeps modulation, gates, time embedding and RoPE in fp32 whatever the model computes in; the engine computes all of
-them in the model's dtype. As in `diffusion/exact_ops.py`, modules get other classes and keep their parameters' names, the
-master weights stay fp32 and are cast as they are used.
+them in the model's dtype. Both are here: `wide` is diffusers' way. As in `diffusion/exact_ops.py`, modules get other classes
+and keep their parameters' names, the master weights stay fp32 and are cast as they are used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers import transformer_wan as stock
 from torch import nn
 
-from omni_rollout.diffusion.activations import install_activations
+from omni_rollout.diffusion.activations import exact_silu, install_activations
 from omni_rollout.diffusion.attention import exact_attention
 from omni_rollout.diffusion.exact_ops import install_linears
 from omni_rollout.diffusion.products import exact_linear
@@ -84,7 +84,9 @@ class ExactPatchEmbedding(PatchProduct, nn.Conv3d):
 
 
 class ExactTextTimeEmbedding(stock.WanTimeTextImageEmbedding):
-    """The sinusoid in fp32, all that follows in the dtype of the text."""
+    """The sinusoid in fp32, all that follows in the dtype of the text; `wide`: the embedding of time in fp32 too."""
+
+    wide: bool
 
     def forward(
         self,
@@ -97,13 +99,22 @@ class ExactTextTimeEmbedding(stock.WanTimeTextImageEmbedding):
         return temb, self.time_proj(self.act_fn(temb)), self.text_embedder(encoder_hidden_states), None
 
     def embedded_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self.time_embedder(self.timesteps_proj(timestep).to(dtype))
+        sinusoid = self.timesteps_proj(timestep)
+        if not self.wide:
+            return self.time_embedder(sinusoid.to(dtype))
+        first, last = self.time_embedder.linear_1, self.time_embedder.linear_2
+        return _wide_linear(last, exact_silu(_wide_linear(first, sinusoid))).to(dtype)
 
 
-def rope_tables(rope: nn.Module, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines for latents of this grid, [1, S, 1, D/2] in their dtype."""
+def _wide_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    bias = layer.effective_bias()
+    return exact_linear(x, layer.effective_weight().float(), None if bias is None else bias.float())
+
+
+def rope_tables(rope: nn.Module, latents: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines for latents of this grid, [1, S, 1, D/2]."""
     cos, sin = rope(latents)  # fp32, each number twice
-    return cos[..., 0::2].to(latents.dtype), sin[..., 1::2].to(latents.dtype)
+    return cos[..., 0::2].to(dtype), sin[..., 1::2].to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -137,15 +148,24 @@ class ExactAttention(stock.WanAttnProcessor):
 
 
 class WanTransformerBlock(stock.WanTransformerBlock):  # its name is what peft and compile know it by
+    wide: bool
+
     def forward(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor, rotary_emb: Any
     ) -> torch.Tensor:
-        """[B, S, D] with text of [B, L, D], modulated by `temb`, [B, 6, D]; all in one dtype."""
-        x = hidden_states
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.to(temb.dtype) + temb).chunk(6, dim=1)
-        x = x + self.attn1(self.norm1(x) * (1 + scale) + shift, None, None, rotary_emb) * gate
+        """[B, S, D] with text of [B, L, D], modulated by `temb`, [B, 6, D]; all in one dtype.
+
+        `wide`: modulations, gates and residuals in fp32.
+        """
+        x, dtype = hidden_states, hidden_states.dtype
+        work = torch.float32 if self.wide else dtype
+        table = self.scale_shift_table.to(dtype).to(work) + temb.to(work)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.chunk(6, dim=1)
+        modulated = (self.norm1(x.to(work)) * (1 + scale) + shift).to(dtype)
+        x = (x.to(work) + self.attn1(modulated, None, None, rotary_emb) * gate).to(dtype)
         x = x + self.attn2(self.norm2(x), encoder_hidden_states, None, None)
-        return x + self.ffn(self.norm3(x) * (1 + ffn_scale) + ffn_shift) * ffn_gate
+        modulated = (self.norm3(x.to(work)) * (1 + ffn_scale) + ffn_shift).to(dtype)
+        return (x.to(work) + self.ffn(modulated) * ffn_gate).to(dtype)
 
 
 def _run(block: nn.Module, *inputs: Any) -> torch.Tensor:
@@ -153,6 +173,8 @@ def _run(block: nn.Module, *inputs: Any) -> torch.Tensor:
 
 
 class WanTransformer3DModel(stock.WanTransformer3DModel):
+    wide: bool
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -172,7 +194,7 @@ class WanTransformer3DModel(stock.WanTransformer3DModel):
             [B, C', F', h, w].
         """
         assert not return_dict and encoder_hidden_states_image is None and timestep.ndim == 1
-        rotary = rope_tables(self.rope, hidden_states)
+        rotary = rope_tables(self.rope, hidden_states, torch.float32 if self.wide else hidden_states.dtype)
         grid = self.patch_embedding(hidden_states)
         x = grid.flatten(2).transpose(1, 2).contiguous()
         temb, modulation, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
@@ -184,8 +206,10 @@ class WanTransformer3DModel(stock.WanTransformer3DModel):
         return (self._unpatched(self.proj_out(self.modulated(x, temb)), grid.shape[2:]),)
 
     def modulated(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        shift, scale = (self.scale_shift_table.to(temb.dtype) + temb.unsqueeze(1)).chunk(2, dim=1)
-        return self.norm_out(x) * (1 + scale) + shift
+        work = torch.float32 if self.wide else x.dtype
+        table = self.scale_shift_table.to(x.dtype).to(work) + temb.to(work).unsqueeze(1)
+        shift, scale = table.chunk(2, dim=1)
+        return (self.norm_out(x.to(work)) * (1 + scale) + shift).to(x.dtype)
 
     def _unpatched(self, patches: torch.Tensor, grid: torch.Size) -> torch.Tensor:
         config: Any = self.config
@@ -203,13 +227,15 @@ EXACT = {
 }
 
 
-def install(transformer: nn.Module, dtype: torch.dtype) -> None:
-    """Lets diffusers' transformer compute in `dtype` what the engine's computes."""
+def install(transformer: nn.Module, dtype: torch.dtype, *, wide: bool = False) -> None:
+    """Lets diffusers' transformer compute in `dtype` what the engine's computes; `wide`: with diffusers' own roundings."""
     install_linears(transformer, dtype)
     install_activations(transformer)
     for module in transformer.modules():
         if type(module) in EXACT:
             module.__class__ = EXACT[type(module)]
+        if isinstance(module, (ExactTextTimeEmbedding, WanTransformerBlock, WanTransformer3DModel)):
+            module.wide = wide
         if isinstance(module, ExactPatchEmbedding):
             module.compute_dtype = dtype
         if isinstance(module, stock.WanAttention):

@@ -37,7 +37,7 @@ def load_policy(path: str, dtype: torch.dtype, parity: str = "exact") -> WanExpe
     networks = {}
     for name in spec.EXPERTS:
         loaded: Any = WanTransformer3DModel.from_pretrained(path, subfolder=name, torch_dtype=torch.float32)
-        operators.install(loaded, dtype)
+        operators.install(loaded, dtype, wide=parity == "reference")
         networks[name] = loaded
     policy = WanExperts(networks)
     policy.index = index

@@ -51,8 +51,10 @@ class WanTransformers:
         self.index = read_index(model, family_module(self.family, "spec").IN_CHANNELS)
         if self.parity == "reference":
             policy = family_module(self.family, "policy").load_policy(model, self.dtype, self.parity)
-            for name, network in policy.named_children():
-                setattr(self, name, network.to(self.dtype).requires_grad_(False))
+            for name, network in policy.requires_grad_(False).named_children():
+                for parameter in network.parameters():  # not its buffers: RoPE's tables are fp32
+                    parameter.data = parameter.data.to(self.dtype)
+                setattr(self, name, network)
         if self.parity == "exact":
             for network in self.experts.values():
                 install(network, self.dtype)
