@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from omni_rollout import __version__
@@ -15,6 +16,7 @@ from omni_rollout.launch.outputs import folder_problem
 from omni_rollout.models import families
 
 _TRACEBACK = "OMNI_ROLLOUT_TRACEBACK"
+NANO_BUILDS = {"qwen_image": "omni_rollout.nano.build", "qwen_image_edit": "omni_rollout.nano.edit.build"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,8 +137,7 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _nano_build(parsed: argparse.Namespace) -> int:
     _check_out(parsed.out)
-    from omni_rollout.nano.build import build
-
+    build = import_module(NANO_BUILDS[parsed.family]).build
     build(parsed.out, seed=parsed.seed, threads=parsed.threads)
     return 0
 
@@ -238,8 +239,15 @@ def _add_nano(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         nano,
         "build",
         _nano_build,
-        "train it from nothing (minutes)",
-        "example:\n  omni-rollout nano build --out recipes/nano\n",
+        "train it (minutes)",
+        "example:\n  omni-rollout nano build --out recipes/nano\n  "
+        "omni-rollout nano build --family qwen_image_edit --out recipes/nano_edit\n",
+    )
+    build.add_argument(
+        "--family",
+        choices=sorted(NANO_BUILDS),
+        default="qwen_image",
+        help="qwen_image from nothing; qwen_image_edit from recipes/nano (default: %(default)s)",
     )
     build.add_argument("--threads", type=int, default=1, help="of torch; the weights depend on it (default: %(default)s)")
     random = _add(

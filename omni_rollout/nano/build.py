@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,10 @@ from omni_rollout.errors import UserError
 from omni_rollout.nano import evaluate, render
 from omni_rollout.nano.components import check_seed, make_scheduler, make_text_encoder, make_transformer
 from omni_rollout.nano.stages import run_stage
+from omni_rollout.nano.states import REPORT_SEED, States, choose_state, state_name
 from omni_rollout.nano.tokenizer import make_tokenizer
-from omni_rollout.nano.transformer import TransformerSettings, make_dataset, train_transformer
+from omni_rollout.nano.transformer import TransformerSettings, flow_matching_loss, make_dataset, train_transformer
 from omni_rollout.nano.vae import VaeSettings, evaluate_vae, train_vae
-
-logger = logging.getLogger(__name__)
-
-EVALUATION_SEED, SECOND_LOOK_SEED, REPORT_SEED = 123, 999, 2026
-"""Noise of the three measurements a shipped state goes through, kept apart so that none repeats another's luck."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,32 +101,6 @@ def assemble(vae_folder: Path, settings: TransformerSettings, seed: int) -> Qwen
     return pipeline
 
 
-def state_name(step: int) -> str:
-    return f"step_{step:05d}"
-
-
-def inside_twice(evaluation: dict[str, Any], window: tuple[float, float]) -> bool:
-    """Whether a state read inside the window at its evaluation and again at its second look.
-
-    One look at 120 images is off by 5 points either way, and the first of many looks to exceed a bound exceeds it by
-    luck; so the second look takes more images and other noise.
-    """
-    low, high = window
-    looks = (evaluation["exact_match"], evaluation.get("second_look", {}).get("exact_match", -1.0))
-    return all(low <= look <= high for look in looks)
-
-
-def choose_state(evaluations: list[dict[str, Any]], window: tuple[float, float]) -> int:
-    """The first step that reads inside the window twice; failing that, with a warning, the step closest to its middle."""
-    for evaluation in evaluations:
-        if inside_twice(evaluation, window):
-            return evaluation["step"]
-    middle = sum(window) / 2
-    closest = min(evaluations, key=lambda evaluation: abs(evaluation["exact_match"] - middle))
-    logger.warning("no state reads inside %s twice; shipping step %d, the closest", window, closest["step"])
-    return closest["step"]
-
-
 def save_checkpoint(pipeline: QwenImagePipeline, folder: Path) -> Path:
     """Write the pipeline to `folder`, replacing what is there, without the paths its parts were loaded from."""
     for part in (pipeline.vae, pipeline.transformer):
@@ -173,23 +144,15 @@ def _vae_stage(folder: Path, settings: VaeSettings, seed: int) -> dict[str, Any]
 
 def _transformer_stage(folder: Path, pipeline: QwenImagePipeline, settings: TransformerSettings, seed: int) -> dict[str, Any]:
     transformer = pipeline.transformer
-    first_cases = evaluate.cases(render.HELD_OUT, settings.evaluation_images)
-    second_cases = evaluate.cases(render.HELD_OUT, settings.second_look_images)
-    low, high = settings.window
-    evaluations: list[dict[str, Any]] = []
 
-    def keep(step: int, averaged: QwenImageTransformer2DModel) -> bool:
-        averaged.save_pretrained(folder / state_name(step))
+    def look(averaged: QwenImageTransformer2DModel, images: int, seed: int) -> dict[str, Any]:
         pipeline.transformer = averaged
-        evaluation = {"step": step, **evaluate.accuracy(pipeline, first_cases, seed=EVALUATION_SEED)}
-        if low <= evaluation["exact_match"] <= high:
-            evaluation["second_look"] = evaluate.accuracy(pipeline, second_cases, seed=SECOND_LOOK_SEED)
-        logger.info("state %d: %s", step, evaluation)
-        evaluations.append(evaluation)
-        return evaluation["exact_match"] > high or inside_twice(evaluation, settings.window)
+        return evaluate.accuracy(pipeline, evaluate.cases(render.HELD_OUT, images), seed=seed)
 
-    train_transformer(transformer, make_dataset(pipeline, settings.images, seed), settings, seed, keep)
-    return {"evaluations": evaluations}
+    states = States(folder, settings, look)
+    data = make_dataset(pipeline, settings.images, seed)
+    train_transformer(transformer, partial(flow_matching_loss, transformer, data, settings), settings, seed, states.keep)
+    return {"evaluations": states.evaluations}
 
 
 def main() -> None:

@@ -23,12 +23,9 @@ GRID = render.IMAGE_SIZE // VAE_SCALE // PATCH_SIZE
 
 
 @dataclass(frozen=True)
-class TransformerSettings:
-    layers: int = 4
-    heads: int = 4
-    head_dim: int = 48
-    joint_dim: int = 64
-    images: int = 20_000
+class TrainingSettings:
+    """What any supervised training of a nano transformer is told."""
+
     batch: int = 64
     max_steps: int = 4000
     cosine_steps: int = 4600
@@ -36,15 +33,24 @@ class TransformerSettings:
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     ema_decay: float = 0.998
-    prompt_drop: float = 0.1
-    """Share of samples trained on the prompt " ", which guidance uses as its negative."""
     evaluate_from: int = 800
     evaluate_every: int = 100
     evaluation_images: int = 120
     window: tuple[float, float] = (0.40, 0.60)
-    """Exact match on held-out numbers, without guidance, of the state to ship: good enough to learn by reward, far from
+    """Share of held-out images done right, without guidance, of the state to ship: good enough to learn by reward, far from
     done. Training ends at the first state that reads inside it twice."""
     second_look_images: int = 240
+
+
+@dataclass(frozen=True)
+class TransformerSettings(TrainingSettings):
+    layers: int = 4
+    heads: int = 4
+    head_dim: int = 48
+    joint_dim: int = 64
+    images: int = 20_000
+    prompt_drop: float = 0.1
+    """Share of samples trained on the prompt " ", which guidance uses as its negative."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def make_dataset(pipeline: QwenImagePipeline, images: int, seed: int) -> Dataset
     )
 
 
-def learning_rate(settings: TransformerSettings, step: int) -> float:
+def learning_rate(settings: TrainingSettings, step: int) -> float:
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.cosine_steps)))
     return settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps) * (0.95 * cosine + 0.05)
 
@@ -137,12 +143,17 @@ def flow_matching_loss(
 
 def train_transformer(
     transformer: QwenImageTransformer2DModel,
-    data: Dataset,
-    settings: TransformerSettings,
+    loss_of: Callable[[torch.Generator], torch.Tensor],
+    settings: TrainingSettings,
     seed: int,
     keep: Callable[[int, QwenImageTransformer2DModel], bool],
 ) -> None:
-    """Train in place. Every evaluation calls `keep(step, averaged)` with the averaged weights; True ends the training."""
+    """Train in place.
+
+    Args:
+        loss_of: the loss on one batch that the generator draws.
+        keep: every evaluation calls `keep(step, averaged)` with the averaged weights; True ends the training.
+    """
     generator = torch.Generator().manual_seed(seed)
     averaged = copy.deepcopy(transformer).eval().requires_grad_(False)
     weights: list[torch.Tensor] = list(transformer.parameters())
@@ -151,7 +162,7 @@ def train_transformer(
     recent = 0.0
     for step in track(range(1, settings.max_steps + 1), description="transformer"):
         optimizer.param_groups[0]["lr"] = learning_rate(settings, step - 1)
-        loss = flow_matching_loss(transformer, data, settings, generator)
+        loss = loss_of(generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
