@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from omni_rollout.errors import UserError
-from omni_rollout.rewards.base import Reward, score_each
+from omni_rollout.rewards.base import score_each
 from omni_rollout.types import Kind, Prompt
 
 DETECTION_ABOVE = 128
@@ -69,7 +69,7 @@ class OCRReward:
         return score_each(self.name, images, prompts, score)
 
 
-def make(threads: int) -> Reward:
+def make(threads: int) -> OCRReward:
     missing = [package for package in ("rapidocr", "onnxruntime") if find_spec(package) is None]
     if missing:
         raise UserError(f"the ocr reward needs {' and '.join(missing)}: pip install 'omni_rollout[ocr]'")
