@@ -8,8 +8,8 @@ from types import ModuleType
 
 from omni_rollout.config import DType, Offload, TrainConfig, TrainerEngine
 from omni_rollout.models import family_module
-from omni_rollout.models.base.sizes import Pass, Sizes
-from omni_rollout.types import SamplingSpec
+from omni_rollout.models.base.sizes import Pass, Sizes, decode_rows
+from omni_rollout.types import Layout, SamplingSpec
 
 CONTEXT_BYTES = 1 << 30  # what CUDA itself takes of a GPU, for each process on it. A round guess
 RESERVE_BYTES = 4 << 30  # that, NCCL's buffers, and what fragmentation wastes. A round guess
@@ -64,8 +64,12 @@ class Run:
         """Of the family: what its passes hold."""
         return family_module(self.spec.family, "activations")
 
+    @property
+    def layout(self) -> Layout:
+        return family_module(self.spec.family, "spec").layout(self.spec)
+
     def passes(self, rows: int) -> list[Pass]:
-        image = family_module(self.spec.family, "spec").layout(self.spec).tokens
+        image = self.layout.tokens
         return [Pass(rows=rows, image_tokens=image, text_tokens=width, item=self.item) for width in self.widths]
 
 
@@ -180,7 +184,8 @@ def engine_parts(run: Run) -> list[Part]:
     latents = rows * image * model.channels * 4 * (kept + 1)
     embeddings = rows * sum(run.widths) * model.text_width * run.item
     forward = max(run.activations.forward_working(model, one) for one in run.passes(rows))
-    decode = run.activations.decode_working(sizes.vae_config, spec.height, spec.width, sizes.vae_item)
+    decoded = decode_rows(run.layout)
+    decode = decoded * run.activations.decode_working(sizes.vae_config, spec.height, spec.width, sizes.vae_item)
     encoder, vae = sizes.encoder_parameters, sizes.vae_parameters
     tower = "with" if sizes.vision_kept else "without"
     return [
@@ -198,8 +203,8 @@ def engine_parts(run: Run) -> list[Part]:
         ),
         Part(
             name="working memory",
-            bytes=max(forward, decode),
-            why=f"the larger of a forward pass over {rows} rows ({_gib(forward)}) and decoding an image ({_gib(decode)})",
+            bytes=forward + decode,
+            why=f"a forward pass over {rows} rows ({_gib(forward)}), beside it decoding {decoded} at a time ({_gib(decode)})",
         ),
         _reserve(),
     ]

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from omni_rollout.models.base.image_sizes import size_of_area
 from omni_rollout.models.base.images import made_image, open_image
 from omni_rollout.models.base.qwen_processor import PILProcessor
+from omni_rollout.models.base.sizes import DECODE_ROWS
 from omni_rollout.types import InputImage, Prompt
 from tests.parity.relatives import FAMILIES, Relative
 
@@ -46,10 +47,10 @@ def stock_pipeline(relative: Relative, transformer: Any = None) -> Any:
     return pipeline
 
 
-def decoded_alone(vae: Any) -> None:
-    """A layer at a time, as the project decodes them: in a batch, the VAE's convolutions round otherwise."""
+def decoded_in_batches(vae: Any, rows: int) -> None:
+    """By as many as the project decodes at a time: the VAE's convolutions round by their number."""
     decode = vae.decode
-    vae.decode = lambda latents, **_: (torch.cat([decode(row[None], return_dict=False)[0] for row in latents]),)
+    vae.decode = lambda latents, **_: (decode(latents.repeat(rows, 1, 1, 1, 1), return_dict=False)[0][: len(latents)],)
 
 
 def ours(relative: Relative, images: tuple[InputImage, ...], **sampling: Any) -> np.ndarray:
@@ -104,7 +105,7 @@ def test_the_image_is_that_of_diffusers(
 
     stock_sizes(module, family, areas, monkeypatch)
     same_products = stock_pipeline(relative, relative.policy)
-    decoded_alone(same_products.vae)
+    decoded_in_batches(same_products.vae, DECODE_ROWS)
     exact, stock = (
         sampled(pipeline, relative, images, guidance, **arguments) for pipeline in (same_products, stock_pipeline(relative))
     )

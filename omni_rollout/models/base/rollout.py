@@ -88,7 +88,7 @@ class RolloutMixin:
         raise NotImplementedError
 
     def decode(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
-        """[1, *shape] fp32 -> uint8 media, of the shape of `Layout.media`."""
+        """[B, *shape] fp32 of one size -> uint8 [B, *media], of the shape of `Layout.media`."""
         raise NotImplementedError
 
     def call(self, *, expert: int, **inputs: Any) -> torch.Tensor:
@@ -185,9 +185,10 @@ class RolloutMixin:
             "machine": machine(self.device),
             "batch_sizes": run.batch_sizes,
             "initial_noise": run.initial_noise,
+            "final_latents": state.latents,
         }
-        media = self.decode(state.latents, run.spec)
-        return DiffusionOutput(output={"payload": {"image": media}, "metadata": {"rollout": record}}, to_cpu=True)
+        # No image yet: a batch of them is decoded outside of the step loop, see `rollout/decoding.py`.
+        return DiffusionOutput(output={"payload": {"image": state.latents}, "metadata": {"rollout": record}}, to_cpu=True)
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
+
+from omni_rollout.types import Layout
+
+DECODE_ROWS, DECODE_PIXELS = 4, 2**18  # most of what batches gain is there at 4; one image of 512 x 512 fills a batch
+
+
+def decode_rows(layout: Layout) -> int:
+    """How many media of this size the VAE is given at a time: by the size alone, so that bits depend on nothing else."""
+    return max(1, min(DECODE_ROWS, DECODE_PIXELS // prod(layout.media[:-1])))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ class QwenPictures(QwenTransformer):
         return self.image_processor.resize(image, height, width)
 
     def decoded(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """[frames * S, C] fp32 -> [frames, height, width, channels] uint8; frame by frame, since company would move bits."""
+        """[B, frames * S, C] fp32 -> uint8 [B, frames, height, width, channels]; each frame is an image of its own."""
         frames = unpacked(latents, height // 16, width // 16).to(self.vae.dtype)
         config = self.vae.config
 
@@ -62,8 +62,8 @@ class QwenPictures(QwenTransformer):
 
         # As the stock pipelines have it: divided by 1 / std, which rounds otherwise than multiplied by std.
         frames = frames / (1.0 / per_channel(config.latents_std)) + per_channel(config.latents_mean)
-        pixels = [self.vae.decode(frame[None, :, None], return_dict=False)[0][0, :, 0] for frame in frames]
-        return to_uint8(torch.stack(pixels)).permute(0, 2, 3, 1)
+        pixels = self.vae.decode(frames[:, :, None], return_dict=False)[0][:, :, 0]
+        return to_uint8(pixels).permute(0, 2, 3, 1).unflatten(0, (latents.shape[0], -1))
 
 
 def packed(latents: torch.Tensor) -> torch.Tensor:

@@ -96,4 +96,4 @@ class QwenImageRolloutPipeline(QwenTransformer, RolloutMixin, QwenImagePipeline)
     def decode(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
         decoded = self._decode_latents(latents, spec.height, spec.width, output_type="pt").output
         assert isinstance(decoded, torch.Tensor)
-        return to_uint8(decoded[0]).permute(1, 2, 0)
+        return to_uint8(decoded).permute(0, 2, 3, 1)

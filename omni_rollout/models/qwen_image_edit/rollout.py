@@ -31,7 +31,7 @@ class EditPictures(QwenPictures):
         return latents
 
     def decode(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
-        return self.decoded(latents[0], spec.height, spec.width)[0]
+        return self.decoded(latents, spec.height, spec.width)[:, 0]
 
 
 class QwenImageEditRolloutPipeline(EditPictures, RolloutMixin, QwenImageEditPipeline):

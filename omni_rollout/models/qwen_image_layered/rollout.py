@@ -30,4 +30,4 @@ class QwenImageLayeredRolloutPipeline(QwenPictures, RolloutMixin, QwenImageLayer
 
     def decode(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
         composite = latents.shape[1] // (spec.extra["layers"] + 1)  # tokens of frame 0
-        return self.decoded(latents[0, composite:], spec.height, spec.width)
+        return self.decoded(latents[:, composite:], spec.height, spec.width)
