@@ -90,12 +90,18 @@ class ExactGELU(GELU):
         return exact_gelu(gate)
 
 
+class ExactPlainGELU(nn.GELU):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return exact_gelu(input)
+
+
 def install_activations(module: nn.Module) -> None:
-    """Gives every SiLU and diffusers GELU below `module` the bits that depend on nothing but the element."""
+    """Gives every SiLU and GELU below `module`, torch's or diffusers', the bits that depend on nothing but the element."""
     for layer in module.modules():
         if type(layer) is nn.SiLU:
             layer.__class__ = ExactSiLU
-        elif type(layer) is GELU:
-            if layer.approximate != "tanh":
-                raise ValueError(f"GELU of approximate={layer.approximate!r}: the exact one has the tanh form alone")
-            layer.__class__ = ExactGELU
+        elif type(layer) in (GELU, nn.GELU):
+            gelu: Any = layer
+            if gelu.approximate != "tanh":
+                raise ValueError(f"GELU of approximate={gelu.approximate!r}: the exact one has the tanh form alone")
+            gelu.__class__ = ExactGELU if type(layer) is GELU else ExactPlainGELU

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from omni_rollout.models import families, family_module
+from omni_rollout.models.base.sampling import resolve_extra
 from omni_rollout.trajectories import strict_json
+from omni_rollout.types import RequestError
 
 INDEX = "model_index.json"
 CONFIGS = {  # of components without weights; of all others: config.json
@@ -20,8 +22,12 @@ CONFIGS = {  # of components without weights; of all others: config.json
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def problems(folder: Path, family: str = "qwen_image") -> Iterator[str]:
-    """What engine or trainer would fail on, a line for each component."""
+def problems(folder: Path, family: str = "qwen_image", extra: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """What engine or trainer would fail on, a line for each.
+
+    Args:
+        extra: `sampling.extra`, as it was given.
+    """
     spec = family_module(family, "spec")
     try:
         if not (folder / INDEX).is_file():
@@ -36,6 +42,11 @@ def problems(folder: Path, family: str = "qwen_image") -> Iterator[str]:
                 yield f"{INDEX} names no {name}; expected {', '.join(spec.COMPONENTS)}"
             else:
                 yield from _component(folder / name)
+        transformer = folder / "transformer" / "config.json"
+        if transformer.is_file():
+            yield from spec.RULES.misfits(listed, _read_object(transformer), resolve_extra(extra or {}, spec.RULES))
+    except RequestError as error:
+        yield str(error)
     except _Damaged as error:
         yield str(error)
     except OSError as error:

@@ -243,7 +243,7 @@ def _model(config: TrainConfig) -> Iterator[str]:
     model = Path(config.model.path)
     if os.path.isdir(model):
         family = config.model.family if config.model.family in families() else "qwen_image"
-        yield from (f"model.path={model}: {problem}" for problem in model_files.problems(model, family))
+        yield from (f"model.path={model}: {problem}" for problem in model_files.problems(model, family, config.sampling.extra))
     elif model.is_absolute() or not _HUB_ID.fullmatch(config.model.path):
         yield f"model.path={config.model.path}: no such folder; give a checkpoint in diffusers layout, or a hub id (owner/name)"
     elif constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(config.model.path, model_files.INDEX), str):

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from omni_rollout.types import KINDS
+from omni_rollout.types import KINDS, Kind
 
 CaptionedImage: TypeAlias = tuple[str, np.ndarray]  # the array is media, see `Trajectory`
 
@@ -50,11 +50,17 @@ def image_grid(images: Sequence[CaptionedImage]) -> Image.Image:
     return sheet
 
 
-def flat(caption: str, media: np.ndarray) -> np.ndarray:
-    """Media as one picture, [H, W', 3] uint8; see `image_grid`. Raises ValueError for what is no media."""
+def kind_of(caption: str, media: np.ndarray) -> Kind:
+    """Raises ValueError: what is no media."""
     kind = KINDS.get((media.ndim, media.shape[-1])) if media.dtype == np.uint8 else None
     if kind is None:
         raise ValueError(f"image {caption!r} is {media.dtype} {list(media.shape)}: expected uint8 [H, W, 3] or other media")
+    return kind
+
+
+def flat(caption: str, media: np.ndarray) -> np.ndarray:
+    """[H, W', 3] uint8 of media of any kind."""
+    kind = kind_of(caption, media)
     if kind == "image":
         return media
     if kind == "video":

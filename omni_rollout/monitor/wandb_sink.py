@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import netrc
 import os
 import sys
@@ -12,7 +13,8 @@ from urllib.parse import urlsplit
 
 from omni_rollout.config import WandbConfig
 from omni_rollout.monitor.alerts import Alert
-from omni_rollout.monitor.images import CaptionedImage, flat
+from omni_rollout.monitor.images import CaptionedImage, flat, kind_of
+from omni_rollout.trajectories.media import animated
 
 _WORST = {  # metric -> what a run's summary keeps of it: one bad step must not be covered by the good ones after it
     "parity/over_clip": "max",
@@ -93,8 +95,7 @@ class WandbSink:
         """Sends one step; `alerts` are those that are new, so each kind is sent once a run."""
         if self._run is None:
             return
-        shown = [self._wandb.Image(flat(caption, media), caption=caption) for caption, media in images[: self._images]]
-        media: dict[str, Any] = {"images": shown} if shown else {}
+        media: dict[str, Any] = self._shown(images[: self._images])
         if heatmap is not None:
             media["parity/heatmap"] = self._wandb.Image(str(heatmap))
         if self._pairs is not None:
@@ -102,6 +103,17 @@ class WandbSink:
         self._run.log({**values, **media}, step=step)
         for alert in alerts:
             self._run.alert(title=alert.name, text=alert.text, level="ERROR")
+
+    def _shown(self, images: Sequence[CaptionedImage]) -> dict[str, list[Any]]:
+        """Videos as GIFs, which need no codec; layers side by side."""
+        shown: dict[str, list[Any]] = {}
+        for caption, media in images:
+            if kind_of(caption, media) == "video":
+                video = self._wandb.Video(io.BytesIO(animated(media, "GIF")), caption=caption, format="gif")
+                shown.setdefault("videos", []).append(video)
+            else:
+                shown.setdefault("images", []).append(self._wandb.Image(flat(caption, media), caption=caption))
+        return shown
 
     def close(self, *, failed: bool) -> None:
         if self._run is not None:

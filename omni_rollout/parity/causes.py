@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from omni_rollout.diffusion import products, sde
 from omni_rollout.models import family_module
 from omni_rollout.models.base.causes import Cause, Setting, nothing, swapped
+from omni_rollout.models.base.policy import experts
 from omni_rollout.policy.lora import ADAPTER, MergedLoraLinear
 from omni_rollout.types import Trajectory
 
@@ -62,8 +63,10 @@ def unmerged_lora(_: Setting) -> AbstractContextManager[None]:
 
 @contextmanager
 def compiled_blocks(setting: Setting) -> Iterator[None]:
-    policy: Any = setting.policy
-    blocks: list[Any] = [module for module in policy.modules() if type(module).__name__ in policy._repeated_blocks]
+    networks: list[Any] = list(experts(setting.policy).values())
+    blocks: list[Any] = [
+        module for network in networks for module in network.modules() if type(module).__name__ in network._repeated_blocks
+    ]
     for block in blocks:
         block.compile()
     try:

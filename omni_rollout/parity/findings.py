@@ -19,7 +19,7 @@ from omni_rollout.types import Trajectory
 
 @dataclass(frozen=True)
 class Finding:
-    where: str  # weights, schedule, input, module, guidance, latents, step, seed, encoding, engine
+    where: str  # weights, schedule, expert, input, module, guidance, latents, step, seed, encoding, engine
     name: str  # of the tensor, input or module
     what: str
 
@@ -72,6 +72,7 @@ def from_trace(found: Trace, schedule: Schedule) -> Finding | None:
     """The first difference, or None."""
     trajectory = found.trajectory
     meanings = family_module(trajectory.spec.family, "probe").MEANING
+    experts = family_module(trajectory.spec.family, "spec").EXPERTS
     for name in ("sigmas", "timesteps"):
         if not torch.equal(getattr(trajectory, name), getattr(schedule, name)):
             return Finding("schedule", name, f"the rollout's {name} are not those of the trainer's schedule")
@@ -84,6 +85,7 @@ def from_trace(found: Trace, schedule: Schedule) -> Finding | None:
         calls = list(zip(engine_calls, trainer_calls, strict=True))
         difference = (
             _in_record(found, position, step)
+            or next(filter(None, (_in_expert(a, b, step, experts) for a, b in calls)), None)
             or next(filter(None, (_in_inputs(a, b, step, meanings) for a, b in calls)), None)
             or next(filter(None, (_in_modules(a, b, step) for a, b in calls)), None)
             or _in_guidance(found, position, step)
@@ -111,6 +113,13 @@ def _in_record(found: Trace, position: int, step: int) -> Finding | None:
                 return Finding("latents", where, f"the record holds those {name} step {other}: its window is shifted")
         return Finding("latents", where, f"the record differs by up to {_gap(stored[at], own[0]):.3g} from what the engine had")
     return None
+
+
+def _in_expert(engine: Call, trainer: Call, step: int, experts: Sequence[str]) -> Finding | None:
+    if engine.expert == trainer.expert:
+        return None
+    detail = f"{experts[engine.expert]} in the engine, {experts[trainer.expert]} in the trainer"
+    return Finding("expert", f"step {step}", f"the boundary between the experts lies elsewhere: {detail}")
 
 
 def _in_inputs(engine: Call, trainer: Call, step: int, meanings: Mapping[str, str]) -> Finding | None:

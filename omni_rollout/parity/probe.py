@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,8 @@ from omni_rollout.policy.recompute import recompute
 from omni_rollout.rollout.engine import PACKAGES, RolloutEngine, package_version
 from omni_rollout.types import RolloutRequest, Trajectory
 
-TRUE_HEADS, TRUE_HEAD_DIM = 24, 128  # Qwen-Image's
-TRUE_WIDTH_NAME = "one random block of 24 x 128"
 # Guidance runs both branches; at one width the trainer's batch holds what the engine ran alone. fp32: a second a pass.
 TRUE_WIDTH = Matrix(guidance=(4.0,), width=("64",), in_flight=("1", "3"), images=3)
-TRUE_WIDTH_STEPS = 2
 BuildRandom = Callable[..., object]  # `nano.random_weights.build_random`, which stands to the right of this room
 LORA_RANK = 4  # of the adapter that both sides are given, where the config trains full weights
 
@@ -196,7 +194,8 @@ def _probe(config: TrainConfig, matrix: Matrix, progress: Progress, build_random
             heads, head_dim = attention_shape(sides.policy)
             width = heads * head_dim
             _probe_dtype(sides, matrix, report, progress)
-    if matrix.true_width and build_random is not None and width < TRUE_HEADS * TRUE_HEAD_DIM:
+    true_width = prod(family_module(config.model.family, "probe").TRUE_WIDTH)
+    if matrix.true_width and build_random is not None and width < true_width:
         _probe_true_width(config, matrix, report, progress, build_random)
     return report
 
@@ -237,17 +236,21 @@ def _cells(sides: Probe, matrix: Matrix, report: Report, progress: Progress, whe
 def _probe_true_width(
     config: TrainConfig, matrix: Matrix, report: Report, progress: Progress, build_random: BuildRandom
 ) -> None:
-    """One block of Qwen-Image's own width with random weights: kernels are chosen by size."""
+    """One block of the published model's width with random weights, in each expert: kernels are chosen by size."""
+    family = config.model.family
+    own = family_module(family, "probe")
+    heads, head_dim = own.TRUE_WIDTH
+    name = f"one random block of {heads} x {head_dim}"
     small = replace(TRUE_WIDTH, dtype=matrix.dtype, causes=matrix.causes)
     with tempfile.TemporaryDirectory() as folder:
-        progress.stage(f"{TRUE_WIDTH_NAME}: making it")
-        build_random(Path(folder), family=config.model.family, layers=1, heads=TRUE_HEADS, head_dim=TRUE_HEAD_DIM)
-        sampling = replace(config.sampling, height=64, width=64, num_inference_steps=TRUE_WIDTH_STEPS)
+        progress.stage(f"{name}: making it")
+        build_random(Path(folder), family=family, layers=1, heads=heads, head_dim=head_dim)
+        sampling = replace(config.sampling, height=64, width=64, num_inference_steps=own.TRUE_WIDTH_STEPS)
         wide = replace(config, model=replace(config.model, path=folder), sampling=sampling)
         for dtype in small.dtype:
-            progress.stage(f"{TRUE_WIDTH_NAME}, {dtype}: loading it into the engine and the trainer")
-            with _both_sides(wide, dtype, small.images, TRUE_WIDTH_NAME) as sides:
-                results = _cells(sides, small, report, progress, f"{TRUE_WIDTH_NAME}, ")
+            progress.stage(f"{name}, {dtype}: loading it into the engine and the trainer")
+            with _both_sides(wide, dtype, small.images, name) as sides:
+                results = _cells(sides, small, report, progress, f"{name}, ")
                 if not all(result.exact for result in results):
                     report.findings += [(dtype, finding) for finding in sides.first_differences(small, results)]
                 elif small.causes:

@@ -31,6 +31,7 @@ from omni_rollout.types import RolloutRequest, Trajectory
 class Call:
     """One forward pass of a transformer."""
 
+    expert: int  # position of that transformer
     inputs: dict[str, Any]
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)  # module -> output, in the order they were computed
     rope_calls: int = 0
@@ -62,8 +63,9 @@ def recorded(transformers: Sequence[nn.Module], probe: Any, *, engine: bool) -> 
     calls: list[Call] = []
     running: list[Call] = []  # empty between forward passes: the text encoder attends too
 
-    def begin(_: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        running[:] = [Call({name: _kept(value) for name, value in probe.told(inputs).items()})]
+    def begin(transformer: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        expert = next(place for place, own in enumerate(transformers) if own is transformer)
+        running[:] = [Call(expert, {name: _kept(value) for name, value in probe.told(inputs).items()})]
         calls.extend(running)
 
     def end(*_: Any) -> None:
@@ -93,8 +95,8 @@ def recorded(transformers: Sequence[nn.Module], probe: Any, *, engine: bool) -> 
         return output
 
     def change_rope(rope: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def rotate(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
-            output = rope(x, freqs)
+        def rotate(*args: torch.Tensor) -> torch.Tensor:
+            output = rope(*args)
             keep_rope(output)
             return output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from types import ModuleType
 
 from omni_rollout.config import DType, Offload, TrainConfig, TrainerEngine
@@ -43,11 +44,13 @@ class Run:
 
     @property
     def parameters(self) -> int:
-        return self.sizes.transformer.parameters
+        """Of all experts."""
+        return self.sizes.experts * self.sizes.transformer.parameters
 
     @property
     def trained(self) -> int:
-        return self.sizes.transformer.lora_parameters(self.rank) if self.rank else self.parameters
+        of_one = self.sizes.transformer.lora_parameters(self.rank)
+        return self.sizes.experts * of_one if self.rank else self.parameters
 
     @property
     def held(self) -> int:
@@ -67,6 +70,12 @@ class Run:
     @property
     def layout(self) -> Layout:
         return family_module(self.spec.family, "spec").layout(self.spec)
+
+    @property
+    def conditions(self) -> int:
+        """Numbers that one request is told beside its text."""
+        shapes = self.layout.conditions.values()
+        return sum(prod(self.sizes.transformer.channels if size is None else size for size in shape) for shape in shapes)
 
     def passes(self, rows: int) -> list[Pass]:
         image = self.layout.tokens
@@ -131,7 +140,7 @@ def _gathered(run: Run, ranks: int) -> Iterator[Part]:
     """What engines that cut the policy put together again as they compute."""
     trainer, model = run.config.trainer, run.sizes.transformer
     if trainer.engine is TrainerEngine.fsdp2 and ranks > 1:
-        outside = run.parameters - model.layers * model.block_parameters
+        outside = model.parameters - model.layers * model.block_parameters
         why = "4 bytes x (2 blocks, of which one is fetched ahead, and what lies outside the blocks)"
         yield Part(name="gathered weights", bytes=4 * (2 * model.block_parameters + outside), why=why)
     if trainer.engine is TrainerEngine.deepspeed and trainer.zero_stage > 0:
@@ -161,8 +170,9 @@ def _update(run: Run) -> Iterator[Part]:
     working = max(run.activations.backward_working(model, one, lora=lora) for one in branches)
     yield Part(name="backward", bytes=working, why="gradients within one block, as backward passes it")
     if len(branches) > 1 and not lora:
-        why = f"4 bytes x {_billions(run.trained)}: gradients of one guidance branch wait for the other's"
-        yield Part(name="branch gradients", bytes=4 * run.trained, why=why)
+        waiting = run.trained // run.sizes.experts
+        why = f"4 bytes x {_billions(waiting)}: gradients of one guidance branch wait for the other's"
+        yield Part(name="branch gradients", bytes=4 * waiting, why=why)
 
 
 def start_parts(run: Run) -> list[Part]:
@@ -181,25 +191,28 @@ def engine_parts(run: Run) -> list[Part]:
     sizes, model, spec, rows = run.sizes, run.sizes.transformer, run.spec, run.config.rollout.max_num_seqs
     kept = len(spec.step_indices) + 1
     image = run.passes(1)[0].image_tokens
-    latents = rows * image * model.channels * 4 * (kept + 1)
+    latents = rows * (image * model.channels * 4 * (kept + 1) + run.conditions * run.item)
     embeddings = rows * sum(run.widths) * model.text_width * run.item
     forward = max(run.activations.forward_working(model, one) for one in run.passes(rows))
-    decoded = decode_rows(run.layout)
-    decode = decoded * run.activations.decode_working(sizes.vae_config, spec.height, spec.width, sizes.vae_item)
     encoder, vae = sizes.encoder_parameters, sizes.vae_parameters
-    tower = "with" if sizes.vision_kept else "without"
+    encoder_item, vae_item = sizes.text_encoder_item or run.item, sizes.vae_item or run.item
+    decoded = decode_rows(run.layout)
+    decode = decoded * run.activations.decode_working(sizes.vae_config, spec, vae_item)
+    told = "prompt embeddings, conditions" if run.conditions else "prompt embeddings"
+    experts = f", {sizes.experts} experts" if sizes.experts > 1 else ""
+    tower = f", {'with' if sizes.vision_kept else 'without'} its vision tower" if sizes.vision_parameters else ""
     return [
-        Part(name="transformer", bytes=run.item * model.parameters, why=f"{run.item} bytes x {_billions(model.parameters)}"),
         Part(
-            name="text encoder",
-            bytes=sizes.text_encoder_item * encoder,
-            why=f"{sizes.text_encoder_item} bytes x {_billions(encoder)}, {tower} its vision tower",
+            name="transformer",
+            bytes=run.item * run.parameters,
+            why=f"{run.item} bytes x {_billions(run.parameters)}{experts}",
         ),
-        Part(name="VAE", bytes=sizes.vae_item * vae, why=f"{sizes.vae_item} bytes x {_billions(vae)}"),
+        Part(name="text encoder", bytes=encoder_item * encoder, why=f"{encoder_item} bytes x {_billions(encoder)}{tower}"),
+        Part(name="VAE", bytes=vae_item * vae, why=f"{vae_item} bytes x {_billions(vae)}"),
         Part(
             name="requests",
             bytes=latents + embeddings,
-            why=f"{rows} x ({kept} kept latents and the present one in fp32, prompt embeddings)",
+            why=f"{rows} x ({kept} kept latents and the present one in fp32, {told})",
         ),
         Part(
             name="working memory",

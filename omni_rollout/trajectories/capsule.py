@@ -215,7 +215,7 @@ def _check_spec(path: Path, values: Mapping[str, Any]) -> None:
         _refuse(path, "noise_level", f"{level}, expected more than 0 with sde_type {sde_type}")
     if level > 1 and sde_type == "cps":
         _refuse(path, "noise_level", f"{level}, expected at most 1 with sde_type cps")
-    if (scale > 1) != (values["negative_prompt"] is not None):
+    if rules.guided(scale, values["extra"]) != (values["negative_prompt"] is not None):
         _refuse(
             path, "true_cfg_scale", f"{scale}, with negative_prompt {values['negative_prompt']!r:.60}: above 1 exactly with one"
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from omni_rollout.trajectories.capsule import write_whole
@@ -18,13 +20,11 @@ def save_media(trajectory: Trajectory, stem: str | Path) -> list[Path]:
 
     Each file appears whole or not at all; returns them.
     """
-    stem, pictures = Path(stem), [Image.fromarray(array) for array in _pictures(trajectory)]
+    stem = Path(stem)
     if trajectory.kind == "video":
-        buffer = io.BytesIO()
-        options = {"save_all": True, "append_images": pictures[1:], "duration": FRAME_MS, "loop": 0, "lossless": True}
-        pictures[0].save(buffer, format="WEBP", **options)
-        contents = {stem.with_name(f"{stem.name}.webp"): buffer.getvalue()}
+        contents = {stem.with_name(f"{stem.name}.webp"): animated(trajectory.media, "WEBP", lossless=True)}
     else:
+        pictures = [Image.fromarray(array) for array in _pictures(trajectory)]
         numbers = [""] if trajectory.kind == "image" else [f".{number}" for number in range(len(pictures))]
         contents = {}
         for number, picture in zip(numbers, pictures, strict=True):
@@ -34,6 +34,14 @@ def save_media(trajectory: Trajectory, stem: str | Path) -> list[Path]:
     for path, content in contents.items():
         write_whole(path, content)
     return list(contents)
+
+
+def animated(video: np.ndarray, file_format: Literal["WEBP", "GIF"], **options: bool) -> bytes:
+    """[F, H, W, 3] uint8 as a file that plays for ever."""
+    first, *rest = [Image.fromarray(frame) for frame in video]
+    buffer = io.BytesIO()
+    first.save(buffer, format=file_format, save_all=True, append_images=rest, duration=FRAME_MS, loop=0, **options)
+    return buffer.getvalue()
 
 
 def _pictures(trajectory: Trajectory) -> list:

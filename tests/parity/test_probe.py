@@ -193,6 +193,6 @@ def test_the_true_width_has_cells_of_its_own_and_the_size_of_its_cause(checkpoin
 
 
 def test_a_model_of_that_width_is_not_measured_twice(checkpoint, monkeypatch):
-    monkeypatch.setattr("omni_rollout.parity.probe.TRUE_HEADS", 1)
+    monkeypatch.setattr("omni_rollout.models.qwen_image.probe.TRUE_WIDTH", (1, 128))
     matrix = Matrix.parse(["dtype=bfloat16", "guidance=4.0", "width=64", "in_flight=3", "images=1", "causes=false"])
     assert command.parity(config_of(checkpoint), matrix=matrix, build_random=lambda *_, **__: pytest.fail("built")) == 0

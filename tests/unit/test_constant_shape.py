@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import Timesteps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from omni_rollout.diffusion.exact_ops import exact_rope
 from omni_rollout.diffusion.guidance import guide
 from omni_rollout.diffusion.products import Calls, block_rows, exact_linear, set_calls
 from omni_rollout.diffusion.sde import sde_step
+from omni_rollout.models.wan2_2 import operators as wan
 
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = ((64, 64), (256, 1024), (1024, 256), (512, 512), (768, 3072))  # (K, N)
@@ -179,6 +181,38 @@ def scored_step(x: torch.Tensor) -> torch.Tensor:
     return sde_step(sample.flip(1), sample, sigmas, sigmas - 0.1, noise_level=0.7, sde_type="sde", prev_sample=prev).log_prob
 
 
+def wan_norm(x: torch.Tensor) -> torch.Tensor:
+    norm = wan.ExactRMSNorm(x.shape[-1], eps=1e-6)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.8, 1.2, x.shape[-1]))
+    return norm(x)
+
+
+def wan_rope(x: torch.Tensor) -> torch.Tensor:
+    angles = torch.outer(torch.arange(x.shape[1]).float(), torch.linspace(0.01, 1, 16))[None, :, None]
+    return wan.rotate(x.unflatten(-1, (-1, 32)), angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+
+
+def wan_cross_attention(x: torch.Tensor) -> torch.Tensor:
+    query, text, value = (part.unflatten(-1, (3, 32)) for part in x.chunk(3, dim=-1))
+    return wan._attend(query, text[:, :40], value[:, :40], None)
+
+
+def wan_patches(x: torch.Tensor) -> torch.Tensor:
+    """Tokens as the pixels of two frames, with the other channels left out."""
+    layer = torch.nn.Conv3d(4, 40, kernel_size=(1, 2, 2), stride=(1, 2, 2))
+    layer.weight.data, layer.bias.data = normal(40, 4, 1, 2, 2, seed=3), normal(40, seed=4)
+    layer.__class__ = wan.ExactPatchEmbedding
+    layer.compute_dtype = x.dtype
+    video = x[:, : x.shape[1] // 4 * 4, :8].reshape(len(x), 4, 2, 2, -1)
+    return layer(video[..., : video.shape[-1] // 2 * 2])
+
+
+def wan_time(x: torch.Tensor) -> torch.Tensor:
+    sinusoid = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
+    return sinusoid(x[:, 0, 0].float() * 300 + 500)
+
+
 OPERATORS = {
     "attention": attention(masked=False),
     "masked attention": attention(masked=True),
@@ -187,6 +221,11 @@ OPERATORS = {
     "rope": rope,
     "guidance": guidance,
     "step and log-prob": scored_step,
+    "Wan's rms norm": wan_norm,
+    "Wan's rope": wan_rope,
+    "Wan's attention to text": wan_cross_attention,
+    "Wan's patches": wan_patches,
+    "Wan's sinusoid of time": wan_time,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +38,9 @@ class Rules:
     extra: Mapping[str, Extra]
     images: tuple[int, int] = (0, 0)  # how many a prompt must have, and may have
     empty_prompt: bool = True  # False: an empty text is refused
+    guided: Callable[[float, Mapping[str, Any]], bool] = lambda true_cfg_scale, extra: true_cfg_scale > 1
+    # (model_index.json, its transformer's config.json, `extra`) -> a line for each thing that keeps it from being sampled so
+    misfits: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Iterable[str]] = lambda *_: ()
 
 
 def resolve(parameters: Mapping[str, Any], rules: Rules, images: Sequence[InputImage] = ()) -> SamplingSpec:
@@ -61,7 +64,8 @@ def resolve(parameters: Mapping[str, Any], rules: Rules, images: Sequence[InputI
     check_images(images, rules)
     steps = values["num_inference_steps"]
     stochastic = values["sde_type"] != "ode" and values["noise_level"] > 0
-    guided = values["true_cfg_scale"] > 1
+    extra = resolve_extra(values.get("extra", {}), rules)
+    guided = rules.guided(values["true_cfg_scale"], extra)
     return SamplingSpec(
         height=values["height"],
         width=values["width"],
@@ -75,7 +79,7 @@ def resolve(parameters: Mapping[str, Any], rules: Rules, images: Sequence[InputI
         prompt_width=values["prompt_width"],
         negative_prompt_width=values.get("negative_prompt_width", values["prompt_width"]),
         family=rules.family,
-        extra=resolve_extra(values.get("extra", {}), rules),
+        extra=extra,
     )
 
 
@@ -104,10 +108,17 @@ def resolve_extra(given: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
     return result
 
 
+SQUARE = 1024  # pixels
+
+
 def assumed_images(rules: Rules, extra: Mapping[str, Any]) -> list[InputImage]:
-    """For sizes without a prompt at hand: square images, as few as the family takes, or one for each size in `extra`."""
+    """For sizes without a prompt at hand: as few as the family takes, or one for each size in `extra`.
+
+    Each has the family's own size; where that follows from the image, a square.
+    """
     number = max(rules.images[0], len(extra.get("image_sizes") or ()))
-    return [InputImage(path=f"input image {place}", sha256="", height=1024, width=1024) for place in range(1, number + 1)]
+    height, width = (rules.defaults[side] or SQUARE for side in ("height", "width"))
+    return [InputImage(path=f"input image {place}", sha256="", height=height, width=width) for place in range(1, number + 1)]
 
 
 def check(values: Mapping[str, Any], rules: Rules) -> None:

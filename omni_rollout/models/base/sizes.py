@@ -25,6 +25,8 @@ class Transformer:
     text_width: int  # of the prompt embeddings
     channels: int  # of a packed latent
     out_channels: int  # of its velocity
+    inner_width: int = 0  # of the MLP, where it is no fixed multiple of the width
+    in_channels: int = 0  # of a packed latent with the condition beside it, where there is one
     parameters: int
     block_parameters: int
 
@@ -37,14 +39,15 @@ class Transformer:
 class Sizes:
     """Of one checkpoint."""
 
-    transformer: Transformer
+    transformer: Transformer  # of several experts, one of them
     text_encoder_parameters: int  # without the vision tower
     vision_parameters: int
     vision_kept: bool = False  # by the engine, which drops the tower where nothing is shown to it
     vae_parameters: int
     vae_config: Mapping[str, Any]
-    text_encoder_item: int  # bytes of a stored weight; the engine keeps that dtype
-    vae_item: int
+    text_encoder_item: int | None  # bytes of a stored weight, where the engine keeps that dtype; None: it takes its own
+    vae_item: int | None
+    experts: int = 1
 
     @property
     def encoder_parameters(self) -> int:

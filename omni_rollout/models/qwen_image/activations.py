@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from omni_rollout.models.base.sizes import Pass, Transformer
+from omni_rollout.types import SamplingSpec
 
 CONDITIONING_ROWS = 16  # diffusion/products.py, without importing torch for it
 
@@ -64,8 +65,8 @@ def forward_working(model: Transformer, run: Pass) -> int:
     return 14 * run.tokens * model.width * run.item
 
 
-def decode_working(vae: Mapping[str, Any], height: int, width: int, item: int) -> int:
+def decode_working(vae: Mapping[str, Any], spec: SamplingSpec, item: int) -> int:
     """Largest set of tensors alive while the VAE decodes one image: its convolutions' caches and one level's tensors."""
     base, blocks, factors = vae["base_dim"], vae["num_res_blocks"], vae["dim_mult"]
     caches = sum(2 * (blocks + 1) * factor / 4**level for level, factor in enumerate(factors))
-    return int(height * width * base * item * (caches + 12))
+    return int(spec.height * spec.width * base * item * (caches + 12))

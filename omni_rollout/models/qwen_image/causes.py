@@ -13,9 +13,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 from omni_rollout.diffusion.exact_ops import ExactLayerNorm, ExactRMSNorm, HasEffectiveWeight
-from omni_rollout.diffusion.sde import per_sample
-from omni_rollout.models.base import velocity as base
-from omni_rollout.models.base.causes import Cause, Setting, changed_text, swapped
+from omni_rollout.models.base.causes import Cause, Setting, changed_text, low_precision_guidance, swapped
 from omni_rollout.models.qwen_image import probe, velocity
 
 
@@ -79,20 +77,6 @@ def trimmed(inputs: dict[str, Any]) -> None:
         short = mask[:, :longest]
         inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :longest]
         inputs["encoder_hidden_states_mask"] = None if bool(short.all()) else short
-
-
-def low_precision_guidance(setting: Setting) -> AbstractContextManager[None]:
-    def guide(
-        velocity: torch.Tensor, negative_velocity: torch.Tensor, true_cfg_scale: torch.Tensor | float, *, renormalise: bool
-    ) -> torch.Tensor:
-        positive, negative = velocity.to(setting.dtype), negative_velocity.to(setting.dtype)
-        scale = torch.as_tensor(true_cfg_scale, dtype=setting.dtype, device=positive.device)
-        combined = negative + per_sample(scale, positive) * (positive - negative)
-        if not renormalise:
-            return combined.float()
-        return (combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))).float()
-
-    return swapped(base, "guide", guide)
 
 
 FAMILY = "omni_rollout/models/*/velocity.py"

@@ -22,6 +22,8 @@ MEANING = {  # input of the transformer -> what it says when the two sides give 
     "img_shapes": "the image grid differs",
 }
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 6}  # sampling, where the config leaves it to us
+TRUE_WIDTH = (24, 128)  # heads, and channels of one, of the published model
+TRUE_WIDTH_STEPS = 2  # one of them stochastic
 FUSED = {  # the engine's projection -> the trainer's, in the order of its columns
     "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "attn.add_kv_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),

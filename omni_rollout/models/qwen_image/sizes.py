@@ -68,7 +68,7 @@ def read_sizes(path: str, published: Mapping[str, Mapping[str, Any]] = PUBLISHED
             f"model.path={path}: no such folder, and its sizes are not shipped; give a folder, or {', '.join(published)}"
         )
     try:
-        configs = {part: _config(folder / part) for part in PARTS} if folder.is_dir() else published[path]
+        configs = {part: read_config(folder / part) for part in PARTS} if folder.is_dir() else published[path]
         text_encoder = configs["text_encoder"]
         return Sizes(
             transformer=transformer(configs["transformer"]),
@@ -83,7 +83,7 @@ def read_sizes(path: str, published: Mapping[str, Mapping[str, Any]] = PUBLISHED
         raise UserError(f"model.path={path}: a config.json has no {error.args[0]}, so sizes cannot be told") from error
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
