@@ -89,8 +89,8 @@ def _parity(parsed: argparse.Namespace) -> int:
     from omni_rollout.launch.compose import compose
     from omni_rollout.launch.validate import validate_scoring
 
-    config = compose(parsed.overrides, name="parity", unused=["prompts"])
-    validate_scoring(config, {"--json": parsed.json, "--html": parsed.html})
+    config = compose(parsed.overrides, name="parity", unused=["prompts", "model.path"])
+    validate_scoring(config, {"--json": parsed.json, "--html": parsed.html}, path_needed=False)
     from omni_rollout.launch.progress import progress_of
     from omni_rollout.parity.matrix import Matrix
 
@@ -100,7 +100,7 @@ def _parity(parsed: argparse.Namespace) -> int:
         from omni_rollout.parity.command import parity
 
         files = {"json_path": parsed.json, "html_path": parsed.html}
-        return parity(config, **files, matrix=matrix, progress=progress, build_wide=build_random)
+        return parity(config, **files, matrix=matrix, progress=progress, build_random=build_random)
 
 
 def _replay(parsed: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from omni_rollout.config import CollateConfig, EvaluationConfig, SamplingConfig
 from omni_rollout.data.prompts import group_id
 from omni_rollout.models import family_module
+from omni_rollout.models.base.sampling import check_text
 from omni_rollout.types import InputImage, Prompt, RequestError, RolloutRequest, SamplingSpec
 
 SPEC_KEYS = (
@@ -56,7 +57,9 @@ class Collator:
         return self._family.resolve({**values, **widths, "step_indices": window, **(overrides or {})}, images)
 
     def check(self, spec: SamplingSpec, prompt: Prompt | None = None) -> None:
-        """Raises RequestError when a text does not fit its width."""
+        """Raises RequestError when a text does not fit its width, or is none where the family needs one."""
+        if prompt is not None:
+            check_text(prompt.text, self._family.RULES)
         texts = [("negative prompt", spec.negative_prompt, spec.negative_prompt_width)]
         if prompt is not None:
             texts.append(("prompt", prompt.text, spec.prompt_width))

@@ -72,6 +72,15 @@ class ExactLayerNorm(nn.LayerNorm):
         return F.layer_norm(input.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(input.dtype)
 
 
+class ExactEmbedding(nn.Embedding):
+    """Looks up in fp32 what the engine holds rounded."""
+
+    compute_dtype: torch.dtype
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).to(self.compute_dtype)
+
+
 def exact_rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
     """Rotates neighbouring pairs with the table rounded to x's dtype, as the engine does.
 
@@ -90,6 +99,13 @@ def install_linears(module: nn.Module, dtype: torch.dtype) -> None:
         if type(layer) is nn.Linear:
             layer.__class__ = ExactLinear
             cast(ExactLinear, layer).compute_dtype = dtype
+
+
+def install_embeddings(module: nn.Module, dtype: torch.dtype) -> None:
+    for layer in module.modules():
+        if type(layer) is nn.Embedding:
+            layer.__class__ = ExactEmbedding
+            cast(ExactEmbedding, layer).compute_dtype = dtype
 
 
 def install_rms_norms(module: nn.Module, kind: type[RMSNorm] = ExactRMSNorm) -> None:

@@ -33,9 +33,19 @@ def linear_sigmas(num_inference_steps: int) -> np.ndarray:
     Raises:
         RequestError: fewer than two steps (with `shift_terminal`, diffusers' stretch of one step divides 0 by 0).
     """
+    _check_steps(num_inference_steps)
+    return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+
+
+def falling_sigmas(num_inference_steps: int) -> np.ndarray:
+    """The same from 1 towards 0 with the end left out: as numbers equal to `linear_sigmas`, in their last bits not always."""
+    _check_steps(num_inference_steps)
+    return np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
+
+
+def _check_steps(num_inference_steps: int) -> None:
     if num_inference_steps < 2:
         raise RequestError(f"num_inference_steps={num_inference_steps}: expected at least 2; give a larger number")
-    return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
 
 
 def resolution_shift(config: Mapping[str, Any], tokens: int) -> float:

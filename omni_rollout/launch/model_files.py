@@ -14,7 +14,11 @@ from omni_rollout.trajectories import strict_json
 from omni_rollout.types import RequestError
 
 INDEX = "model_index.json"
-CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}  # of all others: config.json
+CONFIGS = {  # of components without weights; of all others: config.json
+    "processor": "preprocessor_config.json",
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

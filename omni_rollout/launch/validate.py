@@ -53,15 +53,20 @@ def validate_rollout(config: TrainConfig, out: str) -> None:
     _raise([*common, *_folder("out", out)])
 
 
-def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None]) -> None:
-    """`validate` for `parity` and `replay`, which read no prompts; `files`: option -> what it is to write, if given."""
+def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None], *, path_needed: bool = True) -> None:
+    """`validate` for `parity` and `replay`, which read no prompts; `files`: option -> what it is to write, if given.
+
+    Args:
+        path_needed: False: an empty `model.path` stands for a random model of the family.
+    """
     written = [
         f"{option} {path}: {problem}"
         for option, path in files.items()
         if path is not None and (problem := file_problem(path)) is not None
     ]
     sampling = replace(config.sampling, sde_window_range=None, sde_window_size=None)  # they score every step: no window is read
-    _raise([*_numbers(config), *_sampling(sampling), *_model(config), *written])
+    model = _model(config) if path_needed or config.model.path else _known("model.family", config.model.family, families())
+    _raise([*_numbers(config), *_sampling(sampling), *model, *written])
 
 
 def validate_plan(config: TrainConfig) -> None:

@@ -87,7 +87,7 @@ class Monitor:
 
         Args:
             step: 0 is the state before training.
-            images: (caption, [H, W, 3] uint8).
+            images: (caption, media), see `Trajectory.media`.
             notes: what is text, under names like those of metrics, e.g. `weights/digest`.
 
         Raises:

@@ -29,5 +29,6 @@ def update_metrics(update: Update, *, elements: int, clip_range: float) -> dict[
         "actor/pg_loss": statistics.fmean(update.losses) if update.losses else 0.0,
         "actor/grad_norm": max(update.grad_norms, default=0.0),
         "actor/skipped_updates": float(sum(not math.isfinite(norm) for norm in update.grad_norms)),
+        **({f"actor/updates_{name}": float(count) for name, count in update.moved.items()} if len(update.moved) > 1 else {}),
         **({"actor/ref_kl": statistics.fmean(update.ref_kls)} if update.ref_kls else {}),
     }

@@ -37,7 +37,8 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def make_transformer(*, layers: int, heads: int, head_dim: int, joint_dim: int) -> QwenImageTransformer2DModel:
+def make_transformer(*, layers: int, heads: int, head_dim: int, joint_dim: int, **own: Any) -> QwenImageTransformer2DModel:
+    """`own`: switches of the class that only some of Qwen-Image's relatives set."""
     return QwenImageTransformer2DModel(
         patch_size=PATCH_SIZE,
         in_channels=LATENT_CHANNELS * PATCH_SIZE**2,
@@ -48,11 +49,15 @@ def make_transformer(*, layers: int, heads: int, head_dim: int, joint_dim: int) 
         joint_attention_dim=joint_dim,
         guidance_embeds=False,
         axes_dims_rope=rope_axes(head_dim),
+        **own,
     )
 
 
-def make_vae(*, base_dim: int, dim_mult: tuple[int, ...]) -> AutoencoderKLQwenImage:
-    """One residual block per level, the real model's three downsamplings; latents_mean 0 and latents_std 1 until measured."""
+def make_vae(*, base_dim: int, dim_mult: tuple[int, ...], channels: int = 3) -> AutoencoderKLQwenImage:
+    """One residual block per level, the real model's three downsamplings; latents_mean 0 and latents_std 1 until measured.
+
+    Four `channels`: pictures with alpha.
+    """
     return AutoencoderKLQwenImage(
         base_dim=base_dim,
         z_dim=LATENT_CHANNELS,
@@ -61,6 +66,7 @@ def make_vae(*, base_dim: int, dim_mult: tuple[int, ...]) -> AutoencoderKLQwenIm
         temperal_downsample=[False, True, True],
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=[1.0] * LATENT_CHANNELS,
+        input_channels=channels,
     )
 
 

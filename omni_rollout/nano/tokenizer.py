@@ -47,17 +47,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def _corpus() -> list[str]:
+def _corpus(template: str) -> list[str]:
     texts = (*render.NUMBERS, *render.DIGITS, *render.WORDS)
     prompts = [render.prompt_for(text, color) for text in texts for color in render.COLORS]
-    template = TEMPLATE
     for token in SPECIAL_TOKENS:
         template = template.replace(token, "")
     return [*template.split("{}"), EXTRA_WORDS, *prompts]
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
-    """Raises RuntimeError if the template's prefix is not exactly `PREFIX_TOKENS` long."""
+def make_tokenizer(template: str = TEMPLATE, prefix_tokens: int = PREFIX_TOKENS) -> Qwen2Tokenizer:
+    """Of `template`, with a `{}` for the prompt, each word is one token.
+
+    Raises RuntimeError if what stands before the prompt is not exactly `prefix_tokens` long.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -70,7 +72,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=2000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[], show_progress=False
     )
-    bpe.train_from_iterator(_corpus(), trainer)
+    bpe.train_from_iterator(_corpus(template), trainer)
     model = json.loads(bpe.to_str())["model"]
     merges: Any = [tuple(merge) for merge in model["merges"]]  # annotated as strings, passed on to BPE, which takes pairs
     tokenizer = Qwen2Tokenizer(
@@ -83,10 +85,10 @@ def make_tokenizer() -> Qwen2Tokenizer:
         model_max_length=131072,
         chat_template=CHAT_TEMPLATE,
     )
-    prefix = tokenizer(TEMPLATE.split("{}")[0]).input_ids
-    if len(prefix) != PREFIX_TOKENS:
+    prefix = tokenizer(template.split("{}")[0]).input_ids
+    if len(prefix) != prefix_tokens:
         raise RuntimeError(
-            f"the template's prefix has {len(prefix)} tokens, QwenImagePipeline drops {PREFIX_TOKENS}: "
+            f"the template's prefix has {len(prefix)} tokens, the pipeline drops {prefix_tokens}: "
             "extend the tokenizer's corpus so that each template word is one token; "
             f"got {tokenizer.convert_ids_to_tokens(prefix)}"
         )

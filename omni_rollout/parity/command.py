@@ -13,7 +13,7 @@ from omni_rollout.config import TrainConfig
 from omni_rollout.launch.progress import Progress
 from omni_rollout.parity.html import write_html
 from omni_rollout.parity.matrix import Matrix
-from omni_rollout.parity.probe import BuildWide, probe
+from omni_rollout.parity.probe import BuildRandom, probe
 from omni_rollout.parity.replay import Replayed, replay_capsules
 from omni_rollout.parity.report import numbers, print_report, to_json, write_json
 
@@ -25,12 +25,13 @@ def parity(
     html_path: Path | None = None,
     matrix: Matrix | None = None,
     progress: Progress | None = None,
-    build_wide: BuildWide | None = None,
+    build_random: BuildRandom | None = None,
 ) -> int:
     """Runs the matrix and reports it, on stdout; `progress`, which it ends before that, is told of every result.
 
     Args:
-        build_wide: see `probe`.
+        config: without a `model.path` a small random model of the family stands for it.
+        build_random: see `probe`.
 
     Returns:
         0 when the KL is exactly 0 with equal bits in every cell and no trace found a difference, else 1.
@@ -38,7 +39,7 @@ def parity(
     _use_threads(config)
     console = Console(width=None if sys.stdout.isatty() else 160)  # in a file, a table need not fit a terminal
     progress = progress or Progress(shown=False)
-    report = probe(config, matrix or Matrix(), progress, build_wide)
+    report = probe(config, matrix or Matrix(), progress, build_random)
     progress.close()
     if json_path is not None:
         write_json(to_json(report), json_path)

@@ -13,12 +13,13 @@ from omni_rollout.diffusion.schedule import Schedule
 from omni_rollout.diffusion.sde import sde_step
 from omni_rollout.models import family_module
 from omni_rollout.parity.trace import Call, Trace, pairs, same
+from omni_rollout.trajectories.digest import combined_digest, tensor_digest
 from omni_rollout.types import Trajectory
 
 
 @dataclass(frozen=True)
 class Finding:
-    where: str  # weights, schedule, expert, input, module, guidance, latents, step, seed, engine
+    where: str  # weights, schedule, expert, input, module, guidance, latents, step, seed, encoding, engine
     name: str  # of the tensor, input or module
     what: str
 
@@ -43,6 +44,28 @@ def from_seeds(trajectories: Sequence[Trajectory]) -> list[Finding]:
         Finding("seed", found[0].request_id, f"starts from the same noise as {', '.join(t.request_id for t in found[1:])}")
         for found in shared
     ]
+
+
+def from_encodings(trajectories: Sequence[Trajectory]) -> list[Finding]:
+    """Texts or images encoded to what others were: records hold what was used, so that no recomputation can tell."""
+    found: list[Finding] = []
+    texts: dict[str, Trajectory] = {}
+    images: dict[str, Trajectory] = {}
+    for trajectory in trajectories:
+        first = texts.setdefault(tensor_digest(trajectory.prompt_embeds), trajectory)
+        if first.prompt.text != trajectory.prompt.text:
+            found.append(_shared("prompt_embeds", "text", trajectory, first))
+        if not trajectory.conditions:
+            continue
+        digest = combined_digest({name: tensor_digest(tensor) for name, tensor in trajectory.conditions.items()})
+        first = images.setdefault(digest, trajectory)
+        if [image.sha256 for image in first.prompt.images] != [image.sha256 for image in trajectory.prompt.images]:
+            found.append(_shared("conditions", "input images", trajectory, first))
+    return found
+
+
+def _shared(name: str, what: str, trajectory: Trajectory, first: Trajectory) -> Finding:
+    return Finding("encoding", trajectory.request_id, f"its {name} are those of {first.request_id}, which has other {what}")
 
 
 def from_trace(found: Trace, schedule: Schedule) -> Finding | None:

@@ -25,7 +25,7 @@ from omni_rollout.models import family_module
 from omni_rollout.models.base.causes import Setting
 from omni_rollout.parity.attribution import LORA, Attribution, CauseResult, culprits
 from omni_rollout.parity.causes import causes
-from omni_rollout.parity.findings import Finding, from_seeds, from_trace, from_weights
+from omni_rollout.parity.findings import Finding, from_encodings, from_seeds, from_trace, from_weights
 from omni_rollout.parity.matrix import NATURAL, STAGGERED, Cell, Matrix, cells, renamed, requests, submissions
 from omni_rollout.parity.measure import Measure, measure, measure_steps
 from omni_rollout.parity.trace import differing_weights, trace
@@ -35,7 +35,7 @@ from omni_rollout.types import RolloutRequest, Trajectory
 
 # Guidance runs both branches; at one width the trainer's batch holds what the engine ran alone. fp32: a second a pass.
 TRUE_WIDTH = Matrix(guidance=(4.0,), width=("64",), in_flight=("1", "3"), images=3)
-BuildWide = Callable[..., object]  # `nano.random_weights.build_random`, which stands to the right of this room
+BuildRandom = Callable[..., object]  # `nano.random_weights.build_random`, which stands to the right of this room
 LORA_RANK = 4  # of the adapter that both sides are given, where the config trains full weights
 
 
@@ -121,7 +121,7 @@ class Probe:
             batch_sizes=tuple(sorted({size for t in trajectories for size in t.fingerprint["batch_sizes"]})),
             widths=tuple(sorted({t.spec.prompt_width for t in trajectories})),
             errors=tuple(errors),
-            findings=tuple(from_seeds(trajectories)),
+            findings=(*from_seeds(trajectories), *from_encodings(trajectories)),
         )
 
     def weights(self) -> list[Finding]:
@@ -166,30 +166,41 @@ def environment(engine: RolloutEngine) -> dict[str, Any]:
     }
 
 
-def probe(config: TrainConfig, matrix: Matrix, progress: Progress, build_wide: BuildWide | None = None) -> Report:
+def probe(config: TrainConfig, matrix: Matrix, progress: Progress, build_random: BuildRandom | None = None) -> Report:
     """Starts one engine per dtype and runs the whole matrix in it.
 
     Args:
-        build_wide: writes a random model of the true width, to be measured too where the matrix wants that and the given
-            model is narrower.
+        build_random: writes a random model: the one to be measured where the config has no `model.path`, and one of the true
+            width, to be measured too where the matrix wants that and the other is narrower.
     """
+    if not config.model.path and build_random is not None:
+        family = config.model.family
+        with tempfile.TemporaryDirectory() as folder:
+            progress.stage(f"no model.path: making a random {family}")
+            build_random(Path(folder), family=family)
+            made = replace(config, model=replace(config.model, path=folder))
+            return _probe(made, matrix, progress, build_random, f"a random {family}")
+    return _probe(config, matrix, progress, build_random, config.model.path)
+
+
+def _probe(config: TrainConfig, matrix: Matrix, progress: Progress, build_random: BuildRandom | None, name: str) -> Report:
     if config.sampling.sde_type.value == "ode" or config.sampling.noise_level == 0:
         raise UserError("an ode has no log-probs to compare: choose sampling.sde_type=sde and a noise_level above 0")
-    report = Report(model=config.model.path, parity=config.parity.value, clip_range=config.trainer.clip_range, environment={})
+    report = Report(model=name, parity=config.parity.value, clip_range=config.trainer.clip_range, environment={})
     width = 0
     for dtype in matrix.dtype:
         progress.stage(f"{dtype}: loading the model into the engine and the trainer")
-        with _both_sides(config, dtype, matrix.images) as sides:
+        with _both_sides(config, dtype, matrix.images, name) as sides:
             heads, head_dim = attention_shape(sides.policy)
             width = heads * head_dim
             _probe_dtype(sides, matrix, report, progress)
-    if matrix.true_width and build_wide is not None and width < prod(family_module(config.model.family, "probe").TRUE_WIDTH):
-        _probe_true_width(config, matrix, report, progress, build_wide)
+    if matrix.true_width and build_random is not None and width < prod(family_module(config.model.family, "probe").TRUE_WIDTH):
+        _probe_true_width(config, matrix, report, progress, build_random)
     return report
 
 
 @contextmanager
-def _both_sides(config: TrainConfig, dtype: str, places: int, name: str | None = None) -> Iterator[Probe]:
+def _both_sides(config: TrainConfig, dtype: str, places: int, name: str) -> Iterator[Probe]:
     model, parity = config.model, config.parity.value
     load_policy = family_module(model.family, "policy").load_policy
     with RolloutEngine(model.path, family=model.family, dtype=dtype, max_num_seqs=places, parity=parity) as engine:
@@ -221,7 +232,9 @@ def _cells(sides: Probe, matrix: Matrix, report: Report, progress: Progress, whe
     return results
 
 
-def _probe_true_width(config: TrainConfig, matrix: Matrix, report: Report, progress: Progress, build_wide: BuildWide) -> None:
+def _probe_true_width(
+    config: TrainConfig, matrix: Matrix, report: Report, progress: Progress, build_random: BuildRandom
+) -> None:
     """One block of the published model's width with random weights, in each expert: kernels are chosen by size."""
     family = config.model.family
     own = family_module(family, "probe")
@@ -230,7 +243,7 @@ def _probe_true_width(config: TrainConfig, matrix: Matrix, report: Report, progr
     small = replace(TRUE_WIDTH, dtype=matrix.dtype, causes=matrix.causes)
     with tempfile.TemporaryDirectory() as folder:
         progress.stage(f"{name}: making it")
-        build_wide(Path(folder), family=family, layers=1, heads=heads, head_dim=head_dim)
+        build_random(Path(folder), family=family, layers=1, heads=heads, head_dim=head_dim)
         sampling = replace(config.sampling, height=64, width=64, num_inference_steps=own.TRUE_WIDTH_STEPS)
         wide = replace(config, model=replace(config.model, path=folder), sampling=sampling)
         for dtype in small.dtype:

@@ -65,7 +65,7 @@ def recorded(transformers: Sequence[nn.Module], probe: Any, *, engine: bool) -> 
 
     def begin(transformer: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         expert = next(place for place, own in enumerate(transformers) if own is transformer)
-        running[:] = [Call(expert, {name: _kept(value) for name, value in inputs.items()})]
+        running[:] = [Call(expert, {name: _kept(value) for name, value in probe.told(inputs).items()})]
         calls.extend(running)
 
     def end(*_: Any) -> None:

@@ -9,8 +9,8 @@ from types import ModuleType
 
 from omni_rollout.config import DType, Offload, TrainConfig, TrainerEngine
 from omni_rollout.models import family_module
-from omni_rollout.models.base.sizes import Pass, Sizes
-from omni_rollout.types import SamplingSpec
+from omni_rollout.models.base.sizes import Pass, Sizes, decode_rows
+from omni_rollout.types import Layout, SamplingSpec
 
 CONTEXT_BYTES = 1 << 30  # what CUDA itself takes of a GPU, for each process on it. A round guess
 RESERVE_BYTES = 4 << 30  # that, NCCL's buffers, and what fragmentation wastes. A round guess
@@ -68,13 +68,17 @@ class Run:
         return family_module(self.spec.family, "activations")
 
     @property
+    def layout(self) -> Layout:
+        return family_module(self.spec.family, "spec").layout(self.spec)
+
+    @property
     def conditions(self) -> int:
         """Numbers that one request is told beside its text."""
-        shapes = family_module(self.spec.family, "spec").layout(self.spec).conditions.values()
+        shapes = self.layout.conditions.values()
         return sum(prod(self.sizes.transformer.channels if size is None else size for size in shape) for shape in shapes)
 
     def passes(self, rows: int) -> list[Pass]:
-        image = family_module(self.spec.family, "spec").layout(self.spec).tokens
+        image = self.layout.tokens
         return [Pass(rows=rows, image_tokens=image, text_tokens=width, item=self.item) for width in self.widths]
 
 
@@ -190,12 +194,13 @@ def engine_parts(run: Run) -> list[Part]:
     latents = rows * (image * model.channels * 4 * (kept + 1) + run.conditions * run.item)
     embeddings = rows * sum(run.widths) * model.text_width * run.item
     forward = max(run.activations.forward_working(model, one) for one in run.passes(rows))
-    encoder, vae = sizes.text_encoder_parameters, sizes.vae_parameters
+    decoded = decode_rows(run.layout)
+    encoder, vae = sizes.encoder_parameters, sizes.vae_parameters
     encoder_item, vae_item = sizes.text_encoder_item or run.item, sizes.vae_item or run.item
-    decode = run.activations.decode_working(sizes.vae_config, spec, vae_item)
+    decode = decoded * run.activations.decode_working(sizes.vae_config, spec, vae_item)
     told = "prompt embeddings, conditions" if run.conditions else "prompt embeddings"
     experts = f", {sizes.experts} experts" if sizes.experts > 1 else ""
-    tower = ", without its vision tower" if sizes.vision_parameters else ""
+    tower = f", {'with' if sizes.vision_kept else 'without'} its vision tower" if sizes.vision_parameters else ""
     return [
         Part(
             name="transformer",
@@ -211,8 +216,8 @@ def engine_parts(run: Run) -> list[Part]:
         ),
         Part(
             name="working memory",
-            bytes=max(forward, decode),
-            why=f"the larger of a forward pass over {rows} rows ({_gib(forward)}) and decoding an image ({_gib(decode)})",
+            bytes=forward + decode,
+            why=f"a forward pass over {rows} rows ({_gib(forward)}), beside it decoding {decoded} at a time ({_gib(decode)})",
         ),
         _reserve(),
     ]

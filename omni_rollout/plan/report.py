@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from omni_rollout.config import TrainConfig
+from omni_rollout.models import family_module
+from omni_rollout.models.base.sampling import assumed_images
 from omni_rollout.plan.memory import Part, total
 from omni_rollout.plan.split import Plan
 
@@ -16,6 +18,10 @@ def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) ->
     console = Console(highlight=False, soft_wrap=True)
     gpus, size = made.gpus, gib(made.gpus.bytes)
     console.print(f"{config.model.path} on {gpus}; figures are derived, not measured on a GPU")
+    rules = family_module(config.model.family, "spec").RULES
+    if images := len(assumed_images(rules, config.sampling.extra)):
+        number = f"{images} square input image{'' if images == 1 else 's'}"
+        console.print(f"assumed: {number} a prompt; others: sampling.height, sampling.width and sampling.extra")
     console.print(_table(f"a trainer rank (of {made.ranks}, trainer.engine={config.trainer.engine.value})", made.rank))
     if total(made.start) > total(made.rank):
         console.print(_table("a trainer rank as it starts, which is more", made.start))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from omni_rollout.config import TrainConfig, TrainerEngine
 from omni_rollout.errors import UserError
 from omni_rollout.models import family_module
+from omni_rollout.models.base.sampling import assumed_images
 from omni_rollout.models.base.sizes import Sizes
 from omni_rollout.plan.memory import Part, Run, engine_parts, host_parts, rank_parts, start_parts, total
-from omni_rollout.types import InputImage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,7 @@ def make_run(config: TrainConfig, sizes: Sizes) -> Run:
     }
     widths = {"prompt_width": config.collate.prompt_width, "negative_prompt_width": config.collate.negative_prompt_width}
     family = family_module(config.model.family, "spec")
-    sides = {"height": family.DEFAULTS["height"], "width": family.DEFAULTS["width"]}  # of input images, where a prompt has some
-    images = [InputImage(path="", sha256="", **sides)] * family.RULES.images[0]
+    images = assumed_images(family.RULES, sampling.extra)
     spec = family.resolve({**given, **widths, "sde_type": sampling.sde_type.value, "step_indices": steps}, images)
     return Run(config=config, spec=spec, sizes=sizes)
 

@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from omni_rollout.config import AlgorithmConfig, TrainerConfig
 from omni_rollout.diffusion.sde import gaussian_kl
+from omni_rollout.models import family_module
 from omni_rollout.models.base.policy import batch_keys
 from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.policy.engines import TrainerEngine
@@ -49,6 +52,7 @@ class Update:
     losses: list[float]
     ref_kls: list[float]  # mean exact Gaussian KL to the reference policy, per micro-batch; empty without one
     grad_norms: list[float]  # before clipping, per mini-batch; not finite: that mini-batch changed nothing
+    moved: dict[str, int]  # expert -> the optimizer steps that its steps of the trajectories were part of
 
 
 class PolicyUpdate:
@@ -92,10 +96,11 @@ class PolicyUpdate:
             advantages: [B], one per trajectory.
             old_log_probs: B of [T] fp32: what the ratio is taken to.
         """
+        experts: tuple[str, ...] = family_module(self._family, "spec").EXPERTS
         keys = batch_keys(trajectories)
         rows = list(range(len(trajectories)))
         random.Random(seed).shuffle(rows)
-        result = Update(first=Scores(), all=Scores(), losses=[], ref_kls=[], grad_norms=[])
+        result = Update(first=Scores(), all=Scores(), losses=[], ref_kls=[], grad_norms=[], moved=dict.fromkeys(experts, 0))
         size = -(-len(rows) // self._trainer.updates_per_step)
         for start in range(0, len(rows), size):
             chosen = rows[start : start + size]
@@ -103,13 +108,18 @@ class PolicyUpdate:
             # No advantage and no KL term: no gradient. Such rows still count in the mean.
             used = [row for row in chosen if advantages[row] != 0 or self._reference is not None]
             passes = self._passes(trajectories, keys, used)
+            order = [experts[expert_of(trajectories, pairs)] for pairs, _ in passes]
+            check_ranks_agree(order)
             for number, (pairs, own) in enumerate(passes):
-                last = number == len(passes) - 1
-                self._accumulate(trajectories, pairs, advantages, old_log_probs, share, own, last, result)
+                loss = self._loss(trajectories, pairs, advantages, old_log_probs, own, result)
+                weight = len(pairs) * share if own else 0.0
+                self._engine.backward(loss * weight, last=number == len(passes) - 1)
             if start == 0:
                 self._keep_first(trajectories, keys, chosen, old_log_probs, used, result)
             if used:
-                result.grad_norms.append(self._engine.step(learning_rate))
+                result.grad_norms.append(self._engine.step(learning_rate, idle=set(experts) - set(order)))
+                for expert in set(order):
+                    result.moved[expert] += 1
         return result
 
     def _passes(
@@ -123,9 +133,7 @@ class PolicyUpdate:
         shares: list[dict[int, list[list[Pair]]]] = [{} for _ in range(self._ranks)]
         for rank, share in enumerate(shares):
             for pairs in micro_batches(trajectories, keys, used[rank :: self._ranks], self._trainer.micro_batch_size):
-                trajectory = trajectories[pairs[0].row]
-                expert = expert_at(trajectory.spec, int(trajectory.step_indices[pairs[0].index]))
-                share.setdefault(expert, []).append(pairs)
+                share.setdefault(expert_of(trajectories, pairs), []).append(pairs)
         passes: list[tuple[list[Pair], bool]] = []
         for expert in sorted({expert for share in shares for expert in share}):
             of_expert = [share.get(expert, []) for share in shares]
@@ -134,17 +142,16 @@ class PolicyUpdate:
             passes += [(pairs, True) for pairs in own] + [(filler, False)] * (most - len(own))
         return passes
 
-    def _accumulate(
+    def _loss(
         self,
         trajectories: Sequence[Trajectory],
         pairs: Sequence[Pair],
         advantages: torch.Tensor,
         old_log_probs: Sequence[torch.Tensor],
-        share: float,
         own: bool,
-        last: bool,
         result: Update,
-    ) -> None:
+    ) -> torch.Tensor:
+        """The mean over the pairs; what was scored is kept in `result`, unless it only fills up."""
         reference = None
         if self._reference is not None:
             with torch.no_grad(), self._reference() as network:
@@ -156,13 +163,11 @@ class PolicyUpdate:
         ref_kl = None if reference is None else gaussian_kl(step.mean, reference.mean, step.step_std)
         clip_range, kl_coef = self._trainer.clip_range, self._weights.kl_coef
         loss = self._algorithm.loss(step.log_prob, old, advantage, clip_range, kl=ref_kl, kl_coef=kl_coef).loss
-        self._engine.backward(loss * (len(pairs) * share if own else 0.0), last=last)
-        if not own:
-            return
-        if ref_kl is not None:
-            result.ref_kls.append(float(ref_kl.detach().mean()))
-        result.losses.append(float(loss.detach()))
-        result.all.add(trajectories, pairs, old, step.log_prob)
+        if own:
+            result.ref_kls += [] if ref_kl is None else [float(ref_kl.detach().mean())]
+            result.losses.append(float(loss.detach()))
+            result.all.add(trajectories, pairs, old, step.log_prob)
+        return loss
 
     def _keep_first(
         self,
@@ -192,3 +197,24 @@ class PolicyUpdate:
         old = torch.stack([old_log_probs[pair.row][pair.index] for pair in pairs])
         for scores in (result.first, result.all) if self._rank == 0 else ():
             scores.add(trajectories, pairs, old, step.log_prob)
+
+
+def expert_of(trajectories: Sequence[Trajectory], pairs: Sequence[Pair]) -> int:
+    """The one that all of a micro-batch takes."""
+    trajectory = trajectories[pairs[0].row]
+    return expert_at(trajectory.spec, int(trajectory.step_indices[pairs[0].index]))
+
+
+def check_ranks_agree(order: Sequence[str]) -> None:
+    """Experts are of equal shapes: ranks that met in different ones would mix their weights and gradients without a word.
+
+    Raises:
+        RuntimeError: another rank is about to compute with other experts, or in another order. Collective.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    orders: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(orders, list(order))
+    for rank, other in enumerate(orders):
+        if other != orders[0]:
+            raise RuntimeError(f"rank {rank} would compute with the experts {other}, rank 0 with {orders[0]}: not begun")

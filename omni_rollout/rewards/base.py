@@ -16,7 +16,9 @@ from typing import Protocol
 import numpy as np
 
 from omni_rollout.errors import UserError
-from omni_rollout.types import Kind, Prompt
+from omni_rollout.types import KINDS, Kind, Prompt
+
+SHAPES: dict[Kind, str] = {"image": "[H, W, 3]", "video": "[F, H, W, 3]", "layers": "[L, H, W, 4]"}
 
 
 class RewardError(RuntimeError):
@@ -97,20 +99,24 @@ class WeightedSum:
 
 
 def score_each(
-    name: str, images: Sequence[np.ndarray], prompts: Sequence[Prompt], score: Callable[[np.ndarray, Prompt], float]
+    name: str,
+    images: Sequence[np.ndarray],
+    prompts: Sequence[Prompt],
+    score: Callable[[np.ndarray, Prompt], float],
+    kind: Kind = "image",
 ) -> list[float]:
-    """`score` of every image.
+    """`score` of every image, each media of `kind`.
 
     Raises:
         RewardError: from whatever `score` raised, or for a score that is not finite: which image, and of which prompt.
-        ValueError: as many prompts as images are expected, and images as [H, W, 3] uint8.
+        ValueError: as many prompts as images are expected, and images as uint8 [H, W, 3], or as `kind` has it.
     """
     if len(images) != len(prompts):
         raise ValueError(f"{name}: {len(images)} images and {len(prompts)} prompts; expected one prompt an image")
     for index, image in enumerate(images):
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or KINDS.get((image.ndim, image.shape[-1])) != kind:
             found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise ValueError(f"{name}: image {index} is {found}; expected a uint8 array [H, W, 3]")
+            raise ValueError(f"{name}: image {index} is {found}; expected a uint8 array {SHAPES[kind]}")
     values = []
     for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         where = f"{name}: image {index} of {len(images)}, prompt {prompt.text!r}"

@@ -1,6 +1,6 @@
 """`RolloutEngine`: vllm-omni's diffusion engine as a plain object in this process.
 
-requests ─► generate ─► _sample (one coroutine each) ─► engine.step_streaming ─► _trajectory ─► yielded as they finish
+requests ─► generate ─► _sample (one coroutine each) ─► engine.step_streaming ─► Decoder ─► _trajectory ─► yielded
                                                 update_weights ─► _drain ─► load_policy ─► digests compared
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version as package_version
 from typing import Any
 
+import numpy as np
 import torch
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
@@ -23,6 +24,7 @@ from omni_rollout.diffusion.machine import pin_switches
 from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobError, WeightSyncError
 from omni_rollout.models import family_module
 from omni_rollout.rollout.architecture import register
+from omni_rollout.rollout.decoding import DecodeError, Decoder
 from omni_rollout.rollout.guards import check_alone, check_distinct, check_pinned, check_threads, close_at_exit
 from omni_rollout.rollout.platform.linear import register_linears
 from omni_rollout.rollout.request import engine_request
@@ -31,6 +33,7 @@ from omni_rollout.types import RolloutRequest, Trajectory
 
 PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")
 LIVENESS_SECONDS = 5.0  # between looks at whether the engine's thread still runs
+Record = dict[str, Any]  # of one image, as `RolloutMixin.post_decode` makes it
 OnError = Callable[[RolloutRequest, Exception], None]
 
 
@@ -103,7 +106,7 @@ class RolloutEngine:
     def generate(
         self, requests: Iterable[RolloutRequest], on_error: OnError | None = None, *, timeout: float | None = None
     ) -> Iterator[Trajectory]:
-        """Submits all requests at once and yields trajectories as they finish.
+        """Submits all requests at once and yields trajectories as they finish, those of one size a few at a time.
 
         A request that fails does not touch the others. `on_error` is told of it; without one, an ExceptionGroup of
         all failures is raised after the last trajectory. After `timeout` seconds without a finished one EngineHungError is
@@ -114,20 +117,27 @@ class RolloutEngine:
             check_threads(self.threads)
         requests = list(requests)
         check_distinct(requests)
-        finished: asyncio.Queue[tuple[RolloutRequest, Trajectory | Exception]] = asyncio.Queue()
+        finished: asyncio.Queue[tuple[RolloutRequest, Record | Exception]] = asyncio.Queue()
         for request in requests:
             task = self._loop.create_task(self._sample(request, finished))
             self._in_flight.add(task)
             task.add_done_callback(self._in_flight.discard)
         failures: list[Exception] = []
+        decoder = Decoder(self.pipeline.decode, requests)
+
+        def failed(request: RolloutRequest, error: Exception) -> None:
+            failures.append(error) if on_error is None else on_error(request, error)
+
         for _ in requests:
             request, result = self._next(finished, timeout)
-            if isinstance(result, Trajectory):
-                yield result
-            elif on_error is not None:
-                on_error(request, result)
-            else:
-                failures.append(result)
+            if isinstance(result, Exception):
+                failed(request, result)
+            try:
+                for one, record, media in decoder.add(request, None if isinstance(result, Exception) else result):
+                    yield self._trajectory(one, record, media)
+            except DecodeError as error:
+                for one in error.requests:
+                    failed(one, error)
         if failures:
             raise ExceptionGroup(f"{len(failures)} of {len(requests)} rollout requests failed", failures)
 
@@ -235,21 +245,19 @@ class RolloutEngine:
             raise RuntimeError("this RolloutEngine is closed; make a new one")
 
     async def _sample(
-        self, request: RolloutRequest, finished: asyncio.Queue[tuple[RolloutRequest, Trajectory | Exception]]
+        self, request: RolloutRequest, finished: asyncio.Queue[tuple[RolloutRequest, Record | Exception]]
     ) -> None:
         try:
             output = None
             async for outputs in self._engine.step_streaming(engine_request(request, next(self._serial))):
                 output = outputs[0]
             assert output is not None
-            result: Trajectory | Exception = self._trajectory(request, output)
+            result: Record | Exception = output.multimodal_output["metadata"]["rollout"]
         except Exception as error:  # reported to the caller, by `generate`
             result = error
         await finished.put((request, result))
 
-    def _trajectory(self, request: RolloutRequest, output: Any) -> Trajectory:
-        record = output.multimodal_output["metadata"]["rollout"]
-
+    def _trajectory(self, request: RolloutRequest, record: Record, media: np.ndarray) -> Trajectory:
         def own(name: str) -> torch.Tensor:  # inference tensors cannot be saved for a backward pass; their clones can
             return record[name].clone().cpu()
 
@@ -265,7 +273,7 @@ class RolloutEngine:
             negative_prompt_embeds=own("negative_prompt_embeds") if guided else None,
             negative_prompt_embeds_mask=own("negative_prompt_embeds_mask") if guided else None,
             conditions={name: tensor.clone().cpu() for name, tensor in record["conditions"].items()},
-            media=output.images[0].cpu().numpy(),
+            media=media,
             prompt=request.prompt,
             spec=request.spec,
             seed=request.seed,

@@ -43,12 +43,13 @@ def sampling_words(config: TrainConfig) -> str:
     guidance = f"guidance {sizes['true_cfg_scale']:g}" if sizes["true_cfg_scale"] > 1 else "no guidance"
     width = f"{config.collate.prompt_width} text tokens"
     steps = f"{sizes['num_inference_steps']} steps"
-    return f"{sizes['height']}x{sizes['width']}, {steps}, {guidance}, {width}, {config.model.dtype.value}"
+    size = f"{sizes['height']}x{sizes['width']}" if sizes["height"] and sizes["width"] else "sizes of the input images"
+    return f"{size}, {steps}, {guidance}, {width}, {config.model.dtype.value}"
 
 
 def say_family_defaults(config: TrainConfig) -> None:
     """Where a checkpoint was given by its path alone: what nobody chose, and how to choose it."""
-    unset = [key for key in _SIZES if getattr(config.sampling, key) is None]
+    unset = [key for key in _SIZES if getattr(config.sampling, key) is None and _sizes(config)[key] is not None]
     if unset:
         chosen = " ".join(f"sampling.{key}={_sizes(config)[key]:g}" for key in unset)
         print(

@@ -222,7 +222,10 @@ def _check_spec(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], spec: SamplingSpec) -> None:
-    layout = family_module(spec.family, "spec").layout(spec)
+    try:
+        layout = family_module(spec.family, "spec").layout(spec)
+    except (RequestError, TypeError) as error:  # a parameter that is None, which only a request may leave open
+        raise CapsuleError(f"{path}: extra: {dict(spec.extra)} gives no sizes ({error})") from error
     conditions = {CONDITION + name: shape for name, shape in layout.conditions.items()}
     expected = (*TENSORS, *conditions, *(NEGATIVE_TENSORS if spec.guided else ()))
     for name in expected:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from omni_rollout.models import families
 from omni_rollout.nano.random_weights import build_random
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,16 @@ def test_parity_says_zero_and_exits_0(model, tmp_path):
     for cell in cells:
         assert cell["kl"] == 0.0 and cell["bitwise_equal_fraction"] == 1.0 and cell["max_abs_diff"] == 0.0
     assert "<svg" in (tmp_path / "p.html").read_text()
+
+
+@pytest.mark.parametrize("family", families())
+def test_a_family_without_a_path_is_a_random_model_of_it(family, tmp_path):
+    out = tmp_path / "parity.json"
+    matrix = ["dtype=bfloat16", "guidance=4.0", "width=natural", "in_flight=3", "images=3", "causes=false", "true_width=false"]
+    done = command("parity", f"model.family={family}", "--json", str(out), "--matrix", *matrix)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ((cell,), name) = (json.loads(out.read_text())[key] for key in ("cells", "model"))
+    assert name == f"a random {family}" and cell["kl"] == 0.0 and cell["bitwise_equal_fraction"] == 1.0
 
 
 def test_replay_tells_capsules_that_hold_from_those_that_do_not(model, tmp_path):

@@ -21,6 +21,7 @@ from omni_rollout.config import CollateConfig, EvaluationConfig, SamplingConfig
 from omni_rollout.data.collate import Collator, derive_seed
 from omni_rollout.data.prompts import group_id, load_prompts
 from omni_rollout.diffusion.exact_ops import effective_weights
+from omni_rollout.diffusion.machine import onednn_isa
 from omni_rollout.launch.compose import compose
 from omni_rollout.models.qwen_image.policy import load_policy
 from omni_rollout.models.qwen_image.spec import resolve, schedule, text_tokens
@@ -53,6 +54,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": [told.get(key) for key in ("vendor_id", "cpu family", "model")],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "onednn": onednn_isa(),
         "cuda": torch.cuda.is_available(),
         "torch": torch.__version__,
     }

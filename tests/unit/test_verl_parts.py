@@ -138,7 +138,7 @@ def test_merged_shares_are_all_rows():
             old_log_probs=[torch.tensor(rows)],
             log_probs=[torch.tensor(rows)],
         )
-        return Update(first=scores, all=scores, losses=list(rows), ref_kls=[], grad_norms=[2.0])
+        return Update(first=scores, all=scores, losses=list(rows), ref_kls=[], grad_norms=[2.0], moved={"transformer": 1})
 
     both = merged([update(1.0, 2.0), update(3.0)])
     assert torch.cat(both.all.log_probs).tolist() == [1.0, 2.0, 3.0]

@@ -74,6 +74,7 @@ def merged(updates: Sequence[Update]) -> Update:
         losses=[loss for update in updates for loss in update.losses],
         ref_kls=[kl for update in updates for kl in update.ref_kls],
         grad_norms=updates[0].grad_norms,  # of the sum over the ranks, the same on each
+        moved=updates[0].moved,
     )
 
 

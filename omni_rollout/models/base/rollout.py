@@ -21,6 +21,8 @@ from omni_rollout.diffusion.machine import machine, pin_thread
 from omni_rollout.diffusion.schedule import WARM_UP, Schedule
 from omni_rollout.diffusion.sde import sde_step
 from omni_rollout.models import family_module
+from omni_rollout.models.base.encodings import Encodings
+from omni_rollout.models.base.sampling import check_text
 from omni_rollout.models.base.velocity import Conditioning, expert_at, velocity
 from omni_rollout.types import Prompt, SamplingSpec
 
@@ -59,6 +61,7 @@ class RolloutMixin:
         self.dtype = od_config.dtype
         self.policy_version = 0
         arguments: Any = od_config.custom_pipeline_args
+        self.encodings = Encodings(2 * od_config.max_num_seqs)
         self.steps = 0  # that were taken, of all requests: what a command shows as it waits
         self.parity: str = arguments["parity"]
         self.threads: int = arguments["threads"]
@@ -85,7 +88,7 @@ class RolloutMixin:
         raise NotImplementedError
 
     def decode(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
-        """[1, *shape] fp32 -> uint8 media, of the shape of `Layout.media`."""
+        """[B, *shape] fp32 of one size -> uint8 [B, *media], of the shape of `Layout.media`."""
         raise NotImplementedError
 
     def call(self, *, expert: int, **inputs: Any) -> torch.Tensor:
@@ -99,7 +102,9 @@ class RolloutMixin:
 
     def prepare_encode(self, state: Any, **_: Any) -> Any:
         prompt, spec, schedule = self._resolve(state)
-        conditioning = self.encode(prompt, spec)
+        check_text(prompt.text, family_module(self.family, "spec").RULES)
+        # Text alone is kept by the engine's own cache; encoders run in the step loop, so all that are in flight wait for them.
+        conditioning = self.encodings.take(prompt, spec, self.encode) if prompt.images else self.encode(prompt, spec)
         state.latents = self.noise(spec, state.sampling.generator)
         state.timesteps = schedule.timesteps
         state.step_index = 0
@@ -180,9 +185,10 @@ class RolloutMixin:
             "machine": machine(self.device),
             "batch_sizes": run.batch_sizes,
             "initial_noise": run.initial_noise,
+            "final_latents": state.latents,
         }
-        media = self.decode(state.latents, run.spec)
-        return DiffusionOutput(output={"payload": {"image": media}, "metadata": {"rollout": record}}, to_cpu=True)
+        # No image yet: a batch of them is decoded outside of the step loop, see `rollout/decoding.py`.
+        return DiffusionOutput(output={"payload": {"image": state.latents}, "metadata": {"rollout": record}}, to_cpu=True)
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,7 @@ class Rules:
     guided: Callable[[float, Mapping[str, Any]], bool] = lambda true_cfg_scale, extra: true_cfg_scale > 1
     # (model_index.json, its transformer's config.json, `extra`) -> a line for each thing that keeps it from being sampled so
     misfits: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Iterable[str]] = lambda *_: ()
+    empty_prompt: bool = True  # False: an empty text is refused
 
 
 def resolve(parameters: Mapping[str, Any], rules: Rules, images: Sequence[InputImage] = ()) -> SamplingSpec:
@@ -60,10 +61,7 @@ def resolve(parameters: Mapping[str, Any], rules: Rules, images: Sequence[InputI
         raise RequestError("prompt_width: not given; set collate.prompt_width to the text width of every prompt")
     values = {**rules.defaults, **given}
     check(values, rules)
-    least, most = rules.images
-    if not least <= len(images) <= most:
-        wanted = f"{least}" if least == most else f"{least} to {most}"
-        raise RequestError(f"images: the prompt has {len(images)}, {rules.family} takes {wanted if most else 'none'}")
+    check_images(images, rules)
     steps = values["num_inference_steps"]
     stochastic = values["sde_type"] != "ode" and values["noise_level"] > 0
     extra = resolve_extra(values.get("extra", {}), rules)
@@ -110,6 +108,12 @@ def resolve_extra(given: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
     return result
 
 
+def assumed_images(rules: Rules, extra: Mapping[str, Any]) -> list[InputImage]:
+    """For sizes without a prompt at hand: square images, as few as the family takes, or one for each size in `extra`."""
+    number = max(rules.images[0], len(extra.get("image_sizes") or ()))
+    return [InputImage(path=f"input image {place}", sha256="", height=1024, width=1024) for place in range(1, number + 1)]
+
+
 def check(values: Mapping[str, Any], rules: Rules) -> None:
     check_sizes(values, rules.multiple)
     if values["num_inference_steps"] < 2:
@@ -121,6 +125,18 @@ def check(values: Mapping[str, Any], rules: Rules) -> None:
     for width in ("prompt_width", "negative_prompt_width"):
         if width in values and values[width] < 1:
             raise RequestError(f"{width}={values[width]}: expected 1 or more text tokens")
+
+
+def check_images(images: Sequence[InputImage], rules: Rules) -> None:
+    least, most = rules.images
+    if not least <= len(images) <= most:
+        wanted = f"{least}" if least == most else f"{least} to {most}"
+        raise RequestError(f"images: the prompt has {len(images)}, {rules.family} takes {wanted if most else 'none'}")
+
+
+def check_text(text: str, rules: Rules) -> None:
+    if not rules.empty_prompt and not text.strip():
+        raise RequestError(f"the prompt is empty: {rules.family} needs a text; write a caption of the input image")
 
 
 def check_sizes(values: Mapping[str, Any], multiple: int) -> None:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
+
+from omni_rollout.types import Layout
+
+DECODE_ROWS, DECODE_PIXELS = 4, 2**18  # most of what batches gain is there at 4; one image of 512 x 512 fills a batch
+
+
+def decode_rows(layout: Layout) -> int:
+    """How many media of this size the VAE is given at a time: by the size alone, so that bits depend on nothing else."""
+    return max(1, min(DECODE_ROWS, DECODE_PIXELS // prod(layout.media[:-1])))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +40,19 @@ class Sizes:
     """Of one checkpoint."""
 
     transformer: Transformer  # of several experts, one of them
-    text_encoder_parameters: int  # without the vision tower: the engine drops it
+    text_encoder_parameters: int  # without the vision tower
     vision_parameters: int
+    vision_kept: bool = False  # by the engine, which drops the tower where nothing is shown to it
     vae_parameters: int
     vae_config: Mapping[str, Any]
     text_encoder_item: int | None  # bytes of a stored weight, where the engine keeps that dtype; None: it takes its own
     vae_item: int | None
     experts: int = 1
+
+    @property
+    def encoder_parameters(self) -> int:
+        """Of the text encoder as the engine holds it."""
+        return self.text_encoder_parameters + (self.vision_parameters if self.vision_kept else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

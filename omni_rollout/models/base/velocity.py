@@ -39,6 +39,7 @@ class Conditioning:
         """What rows of one forward pass must agree in: sizes, widths, whether a mask is needed, the network, guidance."""
         layout = family_module(self.spec.family, "spec").layout(self.spec)
         negative = self.negative_prompt_embeds_mask if self.guided(expert) else None
+        renormalise = negative is not None and family_module(self.spec.family, "velocity").renormalise(self.spec)
         return (
             self.spec.family,
             layout.latent,
@@ -46,7 +47,7 @@ class Conditioning:
             tuple((name, tuple(tensor.shape)) for name, tensor in sorted(self.conditions.items())),
             len(self.prompt_embeds_mask),
             bool(self.prompt_embeds_mask.all()),
-            None if negative is None else (len(negative), bool(negative.all())),
+            None if negative is None else (len(negative), bool(negative.all()), renormalise),
             expert,
         )
 

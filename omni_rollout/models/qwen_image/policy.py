@@ -15,7 +15,7 @@ from omni_rollout.diffusion import exact_ops
 from omni_rollout.diffusion.activations import install_activations
 from omni_rollout.diffusion.attention import exact_attention
 from omni_rollout.diffusion.machine import pin_switches
-from omni_rollout.errors import PinnedKnobError
+from omni_rollout.errors import PinnedKnobError, UserError
 from omni_rollout.types import Trajectory
 
 # What LoRA is added to, and the class of diffusers whose pipelines read what is saved.
@@ -32,12 +32,18 @@ def load_policy(path: str, dtype: torch.dtype, parity: str = "exact") -> QwenIma
 
     Raises:
         PinnedKnobError: diffusers is set to another attention backend than torch's.
+        UserError: a transformer that was distilled for guidance.
     """
     check_attention()
     subfolder = {"subfolder": "transformer"} if not (Path(path) / "config.json").exists() else {}
     loaded: Any = QwenImageTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32, **subfolder)
     transformer: QwenImageTransformer2DModel = loaded
+    if loaded.config.guidance_embeds:  # neither diffusers' forward nor the engine's can be called with it
+        raise UserError(
+            f"{path}: its transformer was distilled for guidance (guidance_embeds), which cannot be sampled; give another"
+        )
     exact_ops.install_linears(transformer, dtype)
+    exact_ops.install_embeddings(transformer, dtype)
     install_activations(transformer)
     rope: Any = transformer_qwenimage.ROPE_PER_DEVICE
     attention: Any = _AttentionBackendRegistry._backends

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from omni_rollout.types import InputImage
 MEANING = {  # input of the transformer -> what it says when the two sides give it another one
     "timestep": "the timestep is cast or scaled differently, or belongs to another step",
     "hidden_states": "the latents that the transformer saw are not those of the record",
+    "image_latents": "the latents of the input images are another's, or in another order",
     "encoder_hidden_states": "the text is not the same width, or not the same text",
     "encoder_hidden_states_mask": "one side has another mask than the other, or none",
     "img_shapes": "the image grid differs",
@@ -34,6 +36,19 @@ OUTPUT_PROJECTIONS = (".to_out.0", ".to_add_out")
 def pictures(number: int) -> tuple[InputImage, ...]:
     """Of the parity probe's prompt `number`."""
     return ()
+
+
+def told(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the transformer is told, with the latents of input images under a name of their own."""
+    return parted(inputs, targets=1)
+
+
+def parted(inputs: Mapping[str, Any], targets: int) -> dict[str, Any]:
+    """`targets`: pictures of the grid that are sampled; those after them are input images."""
+    whole, grid = inputs["hidden_states"], inputs["img_shapes"][0]
+    sampled = sum(math.prod(picture) for picture in grid[:targets])
+    beside = whole[:, sampled:]
+    return {**inputs, "hidden_states": whole[:, :sampled], "image_latents": beside if beside.shape[1] else None}
 
 
 def trainer_outputs(name: str, output: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

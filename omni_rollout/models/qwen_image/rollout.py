@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from vllm_omni.diffusion.models.qwen_image import QwenImagePipeline
 from vllm_omni.diffusion.models.qwen_image.qwen_image_transformer import ColumnParallelApproxGELU
 
 from omni_rollout.diffusion import exact_ops
 from omni_rollout.diffusion.activations import exact_gelu, install_activations
+from omni_rollout.models.base.images import open_image
 from omni_rollout.models.base.rollout import RolloutMixin, to_uint8
 from omni_rollout.models.base.velocity import Conditioning, pad_to_width
 from omni_rollout.models.qwen_image.policy import load_policy, network
@@ -22,8 +25,11 @@ class ExactApproxGELU(ColumnParallelApproxGELU):
 
 
 class QwenTransformer:
-    """How every pipeline of Qwen-Image's transformer installs and calls it. A base between `RolloutMixin` and the stock one."""
+    """How every pipeline of Qwen-Image's transformer installs and calls it, and encodes what it is told. The first base."""
 
+    mode: ClassVar[str] = "RGB"  # PIL's, of input images
+    encode_prompt: Any
+    tokenizer_max_length: int
     transformer: Any
     dtype: torch.dtype
     parity: str
@@ -50,26 +56,38 @@ class QwenTransformer:
             encoder_hidden_states=encoder_hidden_states, txt_seq_lens=widths, guidance=None, attention_kwargs={}, **inputs
         )[0]
 
-
-class QwenImageRolloutPipeline(QwenTransformer, RolloutMixin, QwenImagePipeline):
-    family: ClassVar[str] = "qwen_image"
-
     def encode(self, prompt: Prompt, spec: SamplingSpec) -> Conditioning:
-        embeds, mask = self._encode(prompt.text, spec.prompt_width, "prompt")
+        images = [open_image(image, self.mode) for image in prompt.images]
+        shown = self.shown(images, spec)
+        embeds, mask = self._encode(prompt.text, spec.prompt_width, "prompt", shown)
         negative_embeds, negative_mask = None, None
         if spec.negative_prompt is not None:
-            negative_embeds, negative_mask = self._encode(spec.negative_prompt, spec.negative_prompt_width, "negative prompt")
+            width = spec.negative_prompt_width
+            negative_embeds, negative_mask = self._encode(spec.negative_prompt, width, "negative prompt", shown)
         return Conditioning(
             prompt_embeds=embeds,
             prompt_embeds_mask=mask,
             negative_prompt_embeds=negative_embeds,
             negative_prompt_embeds_mask=negative_mask,
             spec=spec,
+            conditions=self.conditions(images, spec),
         )
 
-    def _encode(self, text: str, width: int, what: str) -> tuple[torch.Tensor, torch.Tensor]:
-        embeds, mask = self.encode_prompt(prompt=text, max_sequence_length=self.tokenizer_max_length)
+    def _encode(self, text: str, width: int, what: str, shown: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds, mask = self.encode_prompt(prompt=text, max_sequence_length=self.tokenizer_max_length, **shown)
         return pad_to_width(embeds[0].to(self.dtype), mask[0], width, what)
+
+    def shown(self, images: Sequence[Image.Image], spec: SamplingSpec) -> dict[str, Any]:
+        """What the text encoder is shown beside a text, as arguments of the stock `encode_prompt`."""
+        return {}
+
+    def conditions(self, images: Sequence[Image.Image], spec: SamplingSpec) -> dict[str, torch.Tensor]:
+        """See `Layout.conditions`."""
+        return {}
+
+
+class QwenImageRolloutPipeline(QwenTransformer, RolloutMixin, QwenImagePipeline):
+    family: ClassVar[str] = "qwen_image"
 
     def noise(self, spec: SamplingSpec, generator: torch.Generator) -> torch.Tensor:
         channels = self.transformer.in_channels // 4
@@ -78,4 +96,4 @@ class QwenImageRolloutPipeline(QwenTransformer, RolloutMixin, QwenImagePipeline)
     def decode(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
         decoded = self._decode_latents(latents, spec.height, spec.width, output_type="pt").output
         assert isinstance(decoded, torch.Tensor)
-        return to_uint8(decoded[0]).permute(1, 2, 0)
+        return to_uint8(decoded).permute(0, 2, 3, 1)

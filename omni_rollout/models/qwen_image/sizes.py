@@ -56,19 +56,19 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def read_sizes(path: str) -> Sizes:
-    """Of a folder in diffusers layout, or of a published checkpoint by its hub id.
+def read_sizes(path: str, published: Mapping[str, Mapping[str, Any]] = PUBLISHED) -> Sizes:
+    """Of a folder in diffusers layout, or of a `published` checkpoint by its hub id.
 
     Raises:
         UserError: no such folder or published checkpoint, a config.json that is missing or lacks a key.
     """
     folder = Path(path)
-    if not folder.is_dir() and path not in PUBLISHED:
+    if not folder.is_dir() and path not in published:
         raise UserError(
-            f"model.path={path}: no such folder, and its sizes are not shipped; give a folder, or {', '.join(PUBLISHED)}"
+            f"model.path={path}: no such folder, and its sizes are not shipped; give a folder, or {', '.join(published)}"
         )
     try:
-        configs = {part: read_config(folder / part) for part in PARTS} if folder.is_dir() else PUBLISHED[path]
+        configs = {part: read_config(folder / part) for part in PARTS} if folder.is_dir() else published[path]
         text_encoder = configs["text_encoder"]
         return Sizes(
             transformer=transformer(configs["transformer"]),

@@ -14,10 +14,14 @@ from omni_rollout.types import SamplingSpec
 
 
 def inputs(latents: torch.Tensor, rows: Sequence[Conditioning], dtype: torch.dtype) -> dict[str, Any]:
-    """Beside text and time. `latents`: [B, S, C] fp32."""
+    """Beside text and time. `latents`: [B, S, C] fp32; latents of input images come after them, on the same axis."""
     spec = rows[0].spec
     grid = family_module(spec.family, "spec").layout(spec).grid  # of the family, which may have this one for a parent
-    return {"hidden_states": latents.to(dtype), "img_shapes": [list(grid)] * len(rows)}
+    hidden_states = latents.to(dtype)
+    if rows[0].conditions:
+        beside = torch.stack([row.conditions["image_latents"] for row in rows])
+        hidden_states = torch.cat([hidden_states, beside.to(dtype)], dim=1)
+    return {"hidden_states": hidden_states, "img_shapes": [list(grid)] * len(rows)}
 
 
 def timestep(timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

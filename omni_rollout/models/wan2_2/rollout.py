@@ -108,7 +108,7 @@ class WanTransformers:
             for numbers in (config.latents_mean, config.latents_std)
         )
         video = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
-        return to_uint8(video[0]).permute(1, 2, 3, 0)
+        return to_uint8(video).permute(0, 2, 3, 4, 1)
 
 
 def install(network: nn.Module, dtype: torch.dtype) -> None:

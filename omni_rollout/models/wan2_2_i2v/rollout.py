@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
-from tempfile import NamedTemporaryFile
+from threading import Lock
 from typing import ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 
-from omni_rollout.models.base.images import describe, open_image
+from omni_rollout.models.base.images import made_image, open_image
 from omni_rollout.models.base.rollout import RolloutMixin
 from omni_rollout.models.base.velocity import Conditioning
 from omni_rollout.models.wan2_2.rollout import WanTransformers
@@ -23,7 +21,7 @@ from omni_rollout.types import InputImage, Prompt, SamplingSpec
 with without_torchvision():
     from vllm_omni.diffusion.models.wan2_2 import Wan22I2VPipeline
 
-CONDITIONS_KEPT = 16  # that a group shares
+WARM_UP_PICTURE = 32  # pixels
 
 
 class WanI2VRolloutPipeline(WanTransformers, RolloutMixin, Wan22I2VPipeline):
@@ -31,17 +29,17 @@ class WanI2VRolloutPipeline(WanTransformers, RolloutMixin, Wan22I2VPipeline):
 
     def install(self, model: str) -> None:
         super().install(model)
-        self._condition = lru_cache(maxsize=CONDITIONS_KEPT)(self.encode_image)
+        # Videos are decoded beside the loop that encodes images, and the VAE keeps what it remembers of earlier frames, of
+        # both, in itself: either would clear it under the other's hands.
+        self._vae_in_use = Lock()
 
     def warm_up(self, height: int, width: int) -> tuple[Prompt, SamplingSpec]:
-        self._blank = NamedTemporaryFile(suffix=".png")  # noqa: SIM115, lives as long as the engine may open it
-        Image.new("RGB", (width, height)).save(self._blank)
-        self._blank.flush()
-        images = (describe(Path(self._blank.name)),)
+        images = (made_image(0, WARM_UP_PICTURE, WARM_UP_PICTURE),)
         return Prompt(text="dummy run", images=images), resolve(self.warm_up_values(height, width), images)
 
     def encode(self, prompt: Prompt, spec: SamplingSpec) -> Conditioning:
-        condition = self._condition(*prompt.images, spec.height, spec.width, spec.extra["frames"])
+        (image,) = prompt.images
+        condition = self.encode_image(image, spec.height, spec.width, spec.extra["frames"])
         return replace(super().encode(prompt, spec), conditions={"condition": condition.to(self.dtype)})
 
     def encode_image(self, image: InputImage, height: int, width: int, frames: int) -> torch.Tensor:
@@ -49,7 +47,12 @@ class WanI2VRolloutPipeline(WanTransformers, RolloutMixin, Wan22I2VPipeline):
         resized = open_image(image).resize((width, height), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].to(self.device).float() / 127.5 - 1
         unused = torch.empty(0)  # the noise is drawn elsewhere
-        _, condition, _ = self.prepare_latents(
-            pixels, 1, 0, height, width, frames, torch.float32, self.device, generator=None, latents=unused
-        )
+        with self._vae_in_use:
+            _, condition, _ = self.prepare_latents(
+                pixels, 1, 0, height, width, frames, torch.float32, self.device, generator=None, latents=unused
+            )
         return condition[0]
+
+    def decode(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
+        with self._vae_in_use:
+            return super().decode(latents, spec)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -30,8 +30,10 @@ class TrainerEngine(Protocol):
         """
         ...
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, idle: Collection[str] = ()) -> float:
         """Clips by max_grad_norm, updates, clears the gradients, and returns the norm before clipping.
+
+        `idle`: folders of experts that no loss of this update went through; they stay as they are, moments and all.
 
         With a norm that is not finite nothing is updated; it is returned all the same, for the caller to count.
 
@@ -65,9 +67,10 @@ class TrainerEngine(Protocol):
         ...
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state, whole, on the CPU: `step` [] int64, `<parameter>.exp_avg|exp_avg_sq`.
+        """The optimizer's state, whole, on the CPU: `step` [] int64, and if that is not 0 `<parameter>.exp_avg|exp_avg_sq`.
 
-        Every engine reads every other's. Collective; ranks other than the first get an empty one.
+        Each of several experts has a step of its own, `<folder>.step`. Every engine reads every other's. Collective; ranks but
+        the first get an empty one.
         """
         ...
 

@@ -6,14 +6,16 @@ and make the same step, so they stay the same.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch.distributed as dist
 
-from omni_rollout.policy.engines.torch_engine import TorchEngine, fill_missing_gradients
+from omni_rollout.policy.engines.torch_engine import TorchEngine, fill_missing_gradients, moved
 
 
 class DataParallelEngine(TorchEngine):
-    def step(self, learning_rate: float) -> float:
-        for gradient in fill_missing_gradients(self._named.values()):
+    def step(self, learning_rate: float, idle: Collection[str] = ()) -> float:
+        for gradient in fill_missing_gradients(moved(self._groups, idle)):
             dist.all_reduce(gradient)
         self._ready = True
-        return super().step(learning_rate)
+        return super().step(learning_rate, idle)

@@ -10,7 +10,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -24,13 +24,15 @@ from omni_rollout.diffusion.exact_ops import HasEffectiveWeight
 from omni_rollout.policy.engines.torch_engine import (
     MOMENTS,
     adamw,
+    by_expert,
     check_shape,
     check_state,
     clip_scale,
     fill_missing_gradients,
+    moved,
     on_first_rank,
+    prepare,
     require_ready,
-    set_learning_rate,
     total_norm,
     total_norm_of_parts,
     trainable_by_name,
@@ -46,13 +48,14 @@ class DeepSpeedEngine:
 
     def __init__(self, config: TrainerConfig, policy: nn.Module, parameters: list[nn.Parameter]) -> None:
         self._named = trainable_by_name(policy, parameters)
-        self._shapes = {name: parameter.shape for name, parameter in self._named.items()}
+        self._groups = by_expert(policy, self._named)
+        self._shapes = {prefix: {name: p.shape for name, p in named.items()} for prefix, named in self._groups.items()}
         _join_world_of_one()
         self._deepspeed = _import_deepspeed()
         _forget_destroyed_groups(self._deepspeed)
         if config.zero_stage == 3:
             _gather_factors_with_their_layer(self._deepspeed, policy)
-        self._optimizer = adamw(config, parameters)
+        self._optimizer = adamw(config, self._groups)
         self._settings = _deepspeed_config(config.zero_stage, config.offload)
         self._engine, *_ = self._deepspeed.initialize(
             model=policy, optimizer=self._optimizer, config=self._settings, dist_init_required=False
@@ -67,12 +70,13 @@ class DeepSpeedEngine:
         self._engine.backward(loss * self._ranks)  # DeepSpeed takes the mean over the ranks
         self._ready = last
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, idle: Collection[str] = ()) -> float:
         require_ready(self._ready)
         self._ready = False
         if self._zero_stage == 0:
-            fill_missing_gradients(self._named.values())
-        gradients = [self._gradient(parameter) for parameter in self._named.values()]
+            fill_missing_gradients(moved(self._groups, idle))
+        parameters = moved(self._groups, idle)
+        gradients = [self._gradient(parameter) for parameter in parameters]
         cut = self._zero_stage > 0 and self._ranks > 1
         norm = total_norm_of_parts(gradients) if cut else total_norm(gradients)
         if not math.isfinite(norm) and self._zero_stage == 0:
@@ -80,10 +84,14 @@ class DeepSpeedEngine:
             return norm  # the other stages see for themselves that it is not finite, and skip the update in step()
         scale = clip_scale(norm, self._max_grad_norm)
         if math.isfinite(norm) and scale < 1:
-            for parameter, gradient in zip(self._named.values(), gradients, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 self._set_gradient(parameter, gradient * scale)
-        set_learning_rate(self._optimizer, learning_rate)
+        prepare(self._optimizer, learning_rate, idle)
         self._engine.step()
+        self._show_moments()
+        if self._zero_stage == 3:
+            # Only an update's first backward overwrites them: an expert that comes later would add to what was left there.
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
         return norm
 
     def parts(self) -> dict[str, torch.Tensor]:
@@ -96,15 +104,18 @@ class DeepSpeedEngine:
             return part
         flat = part.new_empty(part.numel() * self._ranks)
         dist.all_gather_into_tensor(flat, part.contiguous())
-        shape = self._shapes[name]
+        shape = self._shape(name)
         return flat[: shape.numel()].view(shape)
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        check_shape(name, whole, self._shapes[name])
+        check_shape(name, whole, self._shape(name))
         if self._zero_stage < 3:
             return whole
         size = cast(Any, self._named[name]).ds_tensor.numel()
         return F.pad(whole.flatten(), (0, size * self._ranks - whole.numel())).narrow(0, size * dist.get_rank(), size)
+
+    def _shape(self, name: str) -> torch.Size:
+        return next(shapes[name] for shapes in self._shapes.values() if name in shapes)
 
     def gathered(self, layer: nn.Module) -> AbstractContextManager[None]:
         if self._zero_stage < 3:
@@ -122,26 +133,36 @@ class DeepSpeedEngine:
         return on_first_rank(self._state())
 
     def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        states = [state for state in self._optimizer.state.values() if state]
-        yield "step", states[0]["step"].long() if states else torch.tensor(0)
-        for name, parameter in self._named.items() if states else ():
-            yield from ((f"{name}.{key}", self._moment(parameter, key)) for key in MOMENTS)
+        for place, (prefix, named) in enumerate(self._groups.items()):
+            states = [state for tensor in self._stepped(place) if (state := self._optimizer.state.get(tensor))]
+            yield f"{prefix}step", states[0]["step"].long() if states else torch.tensor(0)
+            for name, parameter in named.items() if states else ():
+                yield from ((f"{name}.{key}", self._moment(parameter, key)) for key in MOMENTS)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         check_state(state, self._shapes)
-        step = int(state["step"])
-        if step == 0 and not self._optimizer.state:
-            return
-        self._allocate_moments(step)
-        for name, parameter in self._named.items():
-            for key in MOMENTS if step else ():
-                value = state[f"{name}.{key}"].to(parameter)
-                if self._zero_stage == 0:
-                    self._optimizer.state[parameter][key].copy_(value)
-                else:
-                    safe_set_full_optimizer_state(parameter, value, key)
+        for place, (prefix, named) in enumerate(self._groups.items()):
+            step = int(state[f"{prefix}step"])
+            if step == 0 and not any(self._optimizer.state.get(tensor) for tensor in self._stepped(place)):
+                continue
+            self._allocate_moments(place, step)
+            for name, parameter in named.items():
+                for key in MOMENTS if step else ():
+                    value = state[f"{name}.{key}"].to(parameter)
+                    if self._zero_stage == 0:
+                        self._optimizer.state[parameter][key].copy_(value)
+                    else:
+                        safe_set_full_optimizer_state(parameter, value, key)
+
+    def _stepped(self, place: int) -> list[torch.Tensor]:
+        """What the optimizer steps of its group at `place`; under ZeRO flat partitions, in stage 3 lent to it for the step."""
+        if self._zero_stage < 3:
+            return self._optimizer.param_groups[place]["params"]
+        zero = self._engine.optimizer
+        flat = zero.fp32_partitioned_groups_flat
+        return [tensor for number, tensor in enumerate(flat) if zero.sub_group_to_group_id[number] == place]
 
     def _moment(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -150,20 +171,21 @@ class DeepSpeedEngine:
             return self._optimizer.state[parameter][key]
         return cast(torch.Tensor, safe_get_full_optimizer_state(parameter, key))
 
-    def _allocate_moments(self, step: int) -> None:
-        """Makes AdamW's state as its first step would, and shows it to ZeRO, which learns of it only in a step."""
-        if self._zero_stage == 3:
-            tensors = list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        else:  # under ZeRO: the flat fp32 partitions
-            tensors = [tensor for group in self._optimizer.param_groups for tensor in group["params"]]
-        for tensor in tensors:
+    def _allocate_moments(self, place: int, step: int) -> None:
+        """Makes AdamW's state as its first step would."""
+        for tensor in self._stepped(place):
             state = self._optimizer.state[tensor]
             if not state:
                 state.update({key: torch.zeros_like(tensor) for key in MOMENTS})
             for key in MOMENTS:
                 state[key].zero_()
             state["step"] = torch.tensor(float(step))
+        self._show_moments()
+
+    def _show_moments(self) -> None:
+        """ZeRO's stages 1 and 2 look for them once, after the first step: those of an expert that was idle came later."""
         if self._zero_stage in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _gradient(self, parameter: nn.Parameter) -> torch.Tensor:

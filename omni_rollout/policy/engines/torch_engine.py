@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import nn
 
 from omni_rollout.config import TrainerConfig
 from omni_rollout.errors import UserError
+from omni_rollout.models.base.policy import experts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -21,7 +23,8 @@ class TorchEngine:
     def __init__(self, config: TrainerConfig, policy: nn.Module, parameters: list[nn.Parameter]) -> None:
         self.module = policy
         self._named = trainable_by_name(policy, parameters)
-        self._optimizer = adamw(config, parameters)
+        self._groups = by_expert(policy, self._named)
+        self._optimizer = adamw(config, self._groups)
         self._max_grad_norm = config.max_grad_norm
         self._ready = False
 
@@ -29,17 +32,17 @@ class TorchEngine:
         loss.backward()
         self._ready = last
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, idle: Collection[str] = ()) -> float:
         require_ready(self._ready)
         self._ready = False
-        gradients = [self._held(gradient) for gradient in fill_missing_gradients(self._named.values())]
+        gradients = [self._held(gradient) for gradient in fill_missing_gradients(moved(self._groups, idle))]
         norm = self._norm(gradients)
         if math.isfinite(norm):
             scale = clip_scale(norm, self._max_grad_norm)
             if scale < 1:
                 for gradient in gradients:
                     gradient.mul_(scale)
-            set_learning_rate(self._optimizer, learning_rate)
+            prepare(self._optimizer, learning_rate, idle)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
@@ -61,25 +64,29 @@ class TorchEngine:
         return module
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        states = {name: self._optimizer.state[parameter] for name, parameter in self._named.items()}
+        return on_first_rank(chain.from_iterable(self._state(*group) for group in self._groups.items()))
+
+    def _state(self, prefix: str, named: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+        states = {name: self._optimizer.state[parameter] for name, parameter in named.items()}
         if not all(states.values()):
-            return {"step": torch.tensor(0)} if first_rank() else {}
-        step = next(iter(states.values()))["step"].long()
-        moments = (
-            (f"{name}.{key}", self.whole(name, self._held(state[key]))) for name, state in states.items() for key in MOMENTS
-        )
-        return on_first_rank(chain([("step", step)], moments))
+            yield f"{prefix}step", torch.tensor(0)
+            return
+        yield f"{prefix}step", next(iter(states.values()))["step"].long()
+        for name, state in states.items():
+            yield from ((f"{name}.{key}", self.whole(name, self._held(state[key]))) for key in MOMENTS)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        check_state(state, {name: parameter.shape for name, parameter in self._named.items()})
-        for name, parameter in self._named.items():
-            if int(state["step"]) == 0:
-                self._optimizer.state.pop(parameter, None)
-                continue
-            moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS}
-            for key, moment in moments.items():
-                self._held(moment).copy_(self.part(name, state[f"{name}.{key}"]))
-            self._optimizer.state[parameter] = {"step": state["step"].float().cpu(), **moments}
+        check_state(state, {prefix: {name: p.shape for name, p in named.items()} for prefix, named in self._groups.items()})
+        for prefix, named in self._groups.items():
+            step = state[f"{prefix}step"]
+            for name, parameter in named.items():
+                if int(step) == 0:
+                    self._optimizer.state.pop(parameter, None)
+                    continue
+                moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS}
+                for key, moment in moments.items():
+                    self._held(moment).copy_(self.part(name, state[f"{name}.{key}"]))
+                self._optimizer.state[parameter] = {"step": step.float().cpu(), **moments}
 
     def _held(self, tensor: torch.Tensor) -> torch.Tensor:
         """What this rank holds of a parameter, its gradient or its moment."""
@@ -121,16 +128,47 @@ def on_first_rank(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torc
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors if keep}
 
 
-def adamw(config: TrainerConfig, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+def by_expert(policy: nn.Module, named: Mapping[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
+    """What an expert's names begin with (nothing, in a policy of one) -> its trainable parameters by name."""
+    folders = list(experts(policy))
+    prefixes = [f"{folder}." for folder in folders] if len(folders) > 1 else [""]
+    return {prefix: {name: p for name, p in named.items() if name.startswith(prefix)} for prefix in prefixes}
+
+
+class AdamW(torch.optim.AdamW):
+    """Leaves a group that is marked idle as it is: no decay, no moment, and no step that its bias correction would count."""
+
+    def step(self, closure: Any = None) -> Any:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["idle"]]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
+def adamw(config: TrainerConfig, groups: Mapping[str, Mapping[str, nn.Parameter]]) -> AdamW:
+    """One group for each expert; see `by_expert`."""
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(beta1, beta2), weight_decay=config.weight_decay, foreach=False
+    return AdamW(
+        [{"params": list(named.values()), "expert": prefix.rstrip("."), "idle": False} for prefix, named in groups.items()],
+        lr=config.learning_rate,
+        betas=(beta1, beta2),
+        weight_decay=config.weight_decay,
+        foreach=False,
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def prepare(optimizer: torch.optim.Optimizer, learning_rate: float, idle: Collection[str]) -> None:
+    """For the next step: its rate, and the experts that it leaves alone."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+        group["idle"] = group["expert"] in idle
+
+
+def moved(groups: Mapping[str, Mapping[str, nn.Parameter]], idle: Collection[str]) -> list[nn.Parameter]:
+    """The parameters of the experts that are not idle."""
+    return [p for prefix, named in groups.items() if prefix.rstrip(".") not in idle for p in named.values()]
 
 
 def require_ready(ready: bool) -> None:
@@ -170,16 +208,21 @@ def check_shape(name: str, tensor: torch.Tensor, expected: torch.Size) -> None:
         raise UserError(f"{name} is {list(tensor.shape)}: expected {list(expected)}")
 
 
-def check_state(state: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    if "step" not in state:
-        raise UserError("optimizer state has no `step`: expected what TrainerEngine.state_dict() returned")
-    moments = {f"{name}.{key}": shape for name, shape in shapes.items() for key in MOMENTS} if int(state["step"]) else {}
-    for name, shape in moments.items():
-        if name not in state:
-            raise UserError(f"optimizer state has no {name}: it was saved for another set of trainable parameters")
-        check_shape(f"optimizer state {name}", state[name], shape)
+def check_state(state: Mapping[str, torch.Tensor], groups: Mapping[str, Mapping[str, torch.Size]]) -> None:
+    """Raises UserError, naming the first key of an optimizer's state that does not fit; `groups`: as `by_expert`, of shapes."""
+    known: set[str] = set()
+    for prefix, shapes in groups.items():
+        if f"{prefix}step" not in state:
+            raise UserError(f"optimizer state has no `{prefix}step`: expected what TrainerEngine.state_dict() returned")
+        known.add(f"{prefix}step")
+        for name, shape in shapes.items() if int(state[f"{prefix}step"]) else ():
+            for moment in (f"{name}.{key}" for key in MOMENTS):
+                if moment not in state:
+                    raise UserError(f"optimizer state has no {moment}: it was saved for another set of trainable parameters")
+                check_shape(f"optimizer state {moment}", state[moment], shape)
+                known.add(moment)
     for name in state:
-        if name != "step" and name not in moments:
+        if name not in known:
             raise UserError(
                 f"optimizer state has {name}, which is not trained here: it was saved for another set of parameters"
             )

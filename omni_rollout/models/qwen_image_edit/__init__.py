@@ -1,0 +1,1 @@
+"""Qwen-Image-Edit: a picture and what to change in it."""

@@ -1,0 +1,1 @@
+"""Qwen-Image-Layered: a picture into layers with alpha, under a text that describes it."""

@@ -1,0 +1,74 @@
+"""Finished latents become media beside the denoising loop, so that no image waits until another one is decoded.
+
+A convolution's bits depend on how many images it is given, not on which. So those of one size are decoded by a constant number,
+whatever has finished by then; a batch that nothing more will join is filled up with copies.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from omni_rollout.models import family_module
+from omni_rollout.models.base.sizes import decode_rows
+from omni_rollout.types import Layout, RolloutRequest, SamplingSpec
+
+Decode = Callable[[torch.Tensor, SamplingSpec], torch.Tensor]  # [B, *shape] fp32 -> uint8 [B, *media]
+
+
+class Decoder:
+    """Of one call of `generate`.
+
+    Args:
+        requests: all that will be told to `add`.
+    """
+
+    def __init__(self, decode: Decode, requests: Iterable[RolloutRequest]) -> None:
+        self._decode = decode
+        self._left = Counter(_key(request.spec) for request in requests)
+        self._waiting: dict[tuple[object, ...], list[tuple[RolloutRequest, Any]]] = defaultdict(list)
+
+    def add(self, request: RolloutRequest, record: dict[str, Any] | None) -> Iterator[tuple[RolloutRequest, Any, np.ndarray]]:
+        """What can be decoded now that this one has finished; `record` holds its `final_latents`, None: it failed.
+
+        Raises:
+            DecodeError: from whatever the VAE raised, for all images of that batch; the next may be asked for.
+        """
+        key = _key(request.spec)
+        self._left[key] -= 1
+        waiting = self._waiting[key]
+        if record is not None:
+            waiting.append((request, record))
+        rows = decode_rows(_layout(request.spec))
+        if waiting and (len(waiting) == rows or not self._left[key]):
+            del self._waiting[key]
+            yield from self._batch(waiting, rows)
+
+    def _batch(self, members: list[tuple[RolloutRequest, Any]], rows: int) -> Iterator[tuple[RolloutRequest, Any, np.ndarray]]:
+        latents = [record["final_latents"] for _, record in members]
+        latents += latents[-1:] * (rows - len(latents))
+        try:
+            with torch.inference_mode():
+                media = self._decode(torch.cat(latents), members[0][0].spec).cpu().numpy()
+        except Exception as error:
+            raise DecodeError([request for request, _ in members]) from error
+        for (request, record), one in zip(members, media, strict=False):
+            yield request, record, one.copy()
+
+
+class DecodeError(RuntimeError):
+    def __init__(self, requests: list[RolloutRequest]) -> None:
+        super().__init__(f"decoding the latents of {', '.join(request.request_id for request in requests)} failed")
+        self.requests = requests
+
+
+def _key(spec: SamplingSpec) -> tuple[object, ...]:
+    return spec.family, _layout(spec).media
+
+
+def _layout(spec: SamplingSpec) -> Layout:
+    return family_module(spec.family, "spec").layout(spec)
