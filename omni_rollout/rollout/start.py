@@ -41,7 +41,9 @@ def rollout_line(config: TrainConfig, prompts: int, out: Path) -> str:
 def sampling_words(config: TrainConfig) -> str:
     sizes = _sizes(config)
     guidance = f"guidance {sizes['true_cfg_scale']:g}" if sizes["true_cfg_scale"] > 1 else "no guidance"
-    width = f"{config.collate.prompt_width} text tokens"
+    given = config.collate.prompt_width
+    tokens = family_module(config.model.family, "spec").DEFAULTS["prompt_width"] if given is None else given
+    width = f"{tokens} text tokens"
     steps = f"{sizes['num_inference_steps']} steps"
     size = f"{sizes['height']}x{sizes['width']}" if sizes["height"] and sizes["width"] else "sizes of the input images"
     return f"{size}, {steps}, {guidance}, {width}, {config.model.dtype.value}"
