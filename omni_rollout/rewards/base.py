@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
@@ -103,20 +103,22 @@ def score_each(
     images: Sequence[np.ndarray],
     prompts: Sequence[Prompt],
     score: Callable[[np.ndarray, Prompt], float],
-    kind: Kind = "image",
+    kinds: Collection[Kind] = ("image",),
 ) -> list[float]:
-    """`score` of every image, each media of `kind`.
+    """`score` of every image, each media of one of `kinds`.
 
     Raises:
         RewardError: from whatever `score` raised, or for a score that is not finite: which image, and of which prompt.
-        ValueError: as many prompts as images are expected, and images as uint8 [H, W, 3], or as `kind` has it.
+        ValueError: as many prompts as images are expected, and images as uint8 of a shape that `kinds` have.
     """
     if len(images) != len(prompts):
         raise ValueError(f"{name}: {len(images)} images and {len(prompts)} prompts; expected one prompt an image")
+    expected = " or ".join(SHAPES[kind] for kind in sorted(kinds))
     for index, image in enumerate(images):
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or KINDS.get((image.ndim, image.shape[-1])) != kind:
-            found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise ValueError(f"{name}: image {index} is {found}; expected a uint8 array {SHAPES[kind]}")
+        array = image if isinstance(image, np.ndarray) else None
+        if array is None or array.dtype != np.uint8 or KINDS.get((array.ndim, array.shape[-1])) not in kinds:
+            found = type(image).__name__ if array is None else f"{array.dtype} {list(array.shape)}"
+            raise ValueError(f"{name}: image {index} is {found}; expected a uint8 array {expected}")
     values = []
     for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         where = f"{name}: image {index} of {len(images)}, prompt {prompt.text!r}"

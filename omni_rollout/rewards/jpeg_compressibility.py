@@ -19,19 +19,23 @@ QUALITY = 95
 
 
 class JPEGCompressibility:
-    """Minus the size in kB (1000 bytes) at JPEG quality 95; never above 0."""
+    """Minus the size in kB (1000 bytes) at JPEG quality 95; never above 0. Of a video: the mean of its frames."""
 
     name = "jpeg_compressibility"
-    kinds: frozenset[Kind] = frozenset({"image"})
+    kinds: frozenset[Kind] = frozenset({"image", "video"})
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Any prompt will do."""
 
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> list[float]:
-        return score_each(self.name, images, prompts, lambda image, _: -jpeg_bytes(image) / 1000)
+        return score_each(self.name, images, prompts, lambda media, _: -_mean_bytes(media) / 1000, self.kinds)
 
     def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict[str, float]:
         return {self.name: fmean(self(images, prompts))}
+
+
+def _mean_bytes(media: np.ndarray) -> float:
+    return float(jpeg_bytes(media)) if media.ndim == 3 else fmean(map(jpeg_bytes, media))
 
 
 def jpeg_bytes(image: np.ndarray) -> int:

@@ -29,7 +29,7 @@ class Recomposition:
                 raise UserError(f"reward {self.name}: prompt {prompt.text!r} has no input image to compare with")
 
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> list[float]:
-        return score_each(self.name, images, prompts, score, "layers")
+        return score_each(self.name, images, prompts, score, self.kinds)
 
     def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict[str, float]:
         return {self.name: fmean(self(images, prompts))}

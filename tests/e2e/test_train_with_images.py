@@ -70,5 +70,5 @@ def test_every_step_starts_at_exactly_zero_kl(family: str, tmp_path: Path) -> No
 
 
 def test_a_reward_of_images_is_refused_before_layers_are_sampled(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="reward jpeg_compressibility scores image, this model makes layers"):
+    with pytest.raises(UserError, match="reward jpeg_compressibility scores image and video, this model makes layers"):
         train(compose([*overrides("qwen_image_layered", tmp_path), "reward=jpeg_compressibility"]))
