@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from statistics import fmean
 from typing import Protocol
 
 import numpy as np
@@ -96,6 +97,24 @@ class WeightedSum:
     def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict[str, float]:
         """The evaluation metrics of all rewards, side by side."""
         return {key: value for reward in self.rewards.values() for key, value in reward.evaluate(images, prompts).items()}
+
+
+class EachAlone:
+    """A reward that is a function of one media and its prompt."""
+
+    def __init__(self, name: str, kind: Kind, score: Callable[[np.ndarray, Prompt], float]) -> None:
+        self.name, self._score = name, score
+        self._kind: Kind = kind
+        self.kinds: frozenset[Kind] = frozenset({kind})
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Any prompt will do."""
+
+    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> list[float]:
+        return score_each(self.name, images, prompts, self._score, self._kind)
+
+    def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict[str, float]:
+        return {self.name: fmean(self(images, prompts))}
 
 
 def score_each(
