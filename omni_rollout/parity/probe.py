@@ -194,7 +194,8 @@ def _probe(config: TrainConfig, matrix: Matrix, progress: Progress, build_random
             heads, head_dim = attention_shape(sides.policy)
             width = heads * head_dim
             _probe_dtype(sides, matrix, report, progress)
-    if matrix.true_width and build_random is not None and width < prod(family_module(config.model.family, "probe").TRUE_WIDTH):
+    true_width = prod(family_module(config.model.family, "probe").TRUE_WIDTH)
+    if matrix.true_width and build_random is not None and width < true_width:
         _probe_true_width(config, matrix, report, progress, build_random)
     return report
 

@@ -19,8 +19,8 @@ def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) ->
     gpus, size = made.gpus, gib(made.gpus.bytes)
     console.print(f"{config.model.path} on {gpus}; figures are derived, not measured on a GPU")
     rules = family_module(config.model.family, "spec").RULES
-    if images := len(assumed_images(rules, config.sampling.extra)):
-        number = f"{images} square input image{'' if images == 1 else 's'}"
+    if images := assumed_images(rules, config.sampling.extra):
+        number = f"{len(images)} input image{'' if len(images) == 1 else 's'} of {images[0].height}x{images[0].width}"
         console.print(f"assumed: {number} a prompt; others: sampling.height, sampling.width and sampling.extra")
     console.print(_table(f"a trainer rank (of {made.ranks}, trainer.engine={config.trainer.engine.value})", made.rank))
     if total(made.start) > total(made.rank):

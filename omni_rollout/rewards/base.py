@@ -8,9 +8,10 @@ from __future__ import annotations
 import difflib
 import math
 import pkgutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from statistics import fmean
 from typing import Protocol
 
 import numpy as np
@@ -98,27 +99,43 @@ class WeightedSum:
         return {key: value for reward in self.rewards.values() for key, value in reward.evaluate(images, prompts).items()}
 
 
+class EachAlone:
+    """A reward that is a function of one media and its prompt."""
+
+    def __init__(self, name: str, kind: Kind, score: Callable[[np.ndarray, Prompt], float]) -> None:
+        self.name, self._score = name, score
+        self._kind: Kind = kind
+        self.kinds: frozenset[Kind] = frozenset({kind})
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Any prompt will do."""
+
+    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> list[float]:
+        return score_each(self.name, images, prompts, self._score, self._kind)
+
+    def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict[str, float]:
+        return {self.name: fmean(self(images, prompts))}
+
+
 def score_each(
     name: str,
     images: Sequence[np.ndarray],
     prompts: Sequence[Prompt],
     score: Callable[[np.ndarray, Prompt], float],
-    kinds: Collection[Kind] = ("image",),
+    kind: Kind = "image",
 ) -> list[float]:
-    """`score` of every image, each media of one of `kinds`.
+    """`score` of every image, each media of `kind`.
 
     Raises:
         RewardError: from whatever `score` raised, or for a score that is not finite: which image, and of which prompt.
-        ValueError: as many prompts as images are expected, and images as uint8 of a shape that `kinds` have.
+        ValueError: as many prompts as images are expected, and images as uint8 [H, W, 3], or as `kind` has it.
     """
     if len(images) != len(prompts):
         raise ValueError(f"{name}: {len(images)} images and {len(prompts)} prompts; expected one prompt an image")
-    expected = " or ".join(SHAPES[kind] for kind in sorted(kinds))
     for index, image in enumerate(images):
-        array = image if isinstance(image, np.ndarray) else None
-        if array is None or array.dtype != np.uint8 or KINDS.get((array.ndim, array.shape[-1])) not in kinds:
-            found = type(image).__name__ if array is None else f"{array.dtype} {list(array.shape)}"
-            raise ValueError(f"{name}: image {index} is {found}; expected a uint8 array {expected}")
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or KINDS.get((image.ndim, image.shape[-1])) != kind:
+            found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise ValueError(f"{name}: image {index} is {found}; expected a uint8 array {SHAPES[kind]}")
     values = []
     for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         where = f"{name}: image {index} of {len(images)}, prompt {prompt.text!r}"

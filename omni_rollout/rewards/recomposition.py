@@ -6,33 +6,23 @@ A single layer that holds the whole picture does as well as any: weigh it with a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 
 import numpy as np
 from PIL import Image
 
 from omni_rollout.errors import UserError
 from omni_rollout.models.base.images import open_image
-from omni_rollout.rewards.base import Reward, score_each
-from omni_rollout.types import Kind, Prompt
+from omni_rollout.rewards.base import EachAlone, Reward
+from omni_rollout.types import Prompt
 
 
-class Recomposition:
+class Recomposition(EachAlone):
     """1 minus the mean absolute difference of the recomposed picture and the input image, as shares of full scale: 0 to 1."""
-
-    name = "recomposition"
-    kinds: frozenset[Kind] = frozenset({"layers"})
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             if not prompt.images:
                 raise UserError(f"reward {self.name}: prompt {prompt.text!r} has no input image to compare with")
-
-    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> list[float]:
-        return score_each(self.name, images, prompts, score, self.kinds)
-
-    def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict[str, float]:
-        return {self.name: fmean(self(images, prompts))}
 
 
 def score(layers: np.ndarray, prompt: Prompt) -> float:
@@ -52,4 +42,4 @@ def recomposed(layers: np.ndarray) -> np.ndarray:
 
 
 def make(threads: int) -> Reward:
-    return Recomposition()
+    return Recomposition("recomposition", "layers", score)

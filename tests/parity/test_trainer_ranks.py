@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from omni_rollout.algorithms import flow_grpo
 from omni_rollout.config import AlgorithmConfig, DType, ModelConfig, Offload, TrainConfig, TrainerConfig, TrainerEngine
+from omni_rollout.models import family_module
+from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.policy.checkpoint import RunState
 from omni_rollout.policy.learner import Learner
@@ -42,16 +45,20 @@ ENGINES: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
     },
 }
-KINDS: dict[str, dict[str, Any]] = {"full": {}, "bf16": {}, "lora": {"lora_rank": 2}, "kl": {}, "lora-kl": {"lora_rank": 2}}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {}, "bf16": {}, "lora": {"lora_rank": 2}, "kl": {}, "lora-kl": {"lora_rank": 2}, "experts": {},
+}  # fmt: skip
+TRAJECTORIES = {"bf16": "bf16", "experts": "experts"}  # kind -> folder; else full
 # Each engine of a row takes three steps, saves, and the next one of the row goes on from there: every state is read by another.
 SETS: dict[str, dict[str, list[str]]] = {
-    "quick": {"full": ["fsdp2", "zero1", "zero3"], "lora": ["zero3", "fsdp2"]},
+    "quick": {"full": ["fsdp2", "zero1", "zero3"], "lora": ["zero3", "fsdp2"], "experts": ["fsdp2", "zero3"]},
     "all": {
         "full": list(ENGINES),
         "bf16": ["ddp", "fsdp2", "zero2", "zero3"],
         "lora": ["ddp", "fsdp2", "zero1", "zero3", "zero3-offload"],
         "kl": ["fsdp2", "zero3"],
         "lora-kl": ["fsdp2", "zero3"],
+        "experts": ["ddp", "fsdp2-offload", "zero1", "zero2", "zero3-offload"],
     },
 }
 NORMS, STATE = 1e-6, 1e-5  # relative; docs/verl.md says what was measured
@@ -61,7 +68,11 @@ ADVANTAGES = torch.tensor([1.0, 0.0, -0.7, 0.4, 0.0])  # three rows to share: tw
 
 def config_of(folder: Path, kind: str, engine: str, ranks: int) -> TrainConfig:
     return TrainConfig(
-        model=ModelConfig(path=str(folder / "checkpoint"), dtype=DType.bfloat16 if kind == "bf16" else DType.float32),
+        model=ModelConfig(
+            path=str(folder / ("wan" if kind == "experts" else "checkpoint")),
+            family="wan2_2" if kind == "experts" else "qwen_image",
+            dtype=DType.bfloat16 if kind == "bf16" else DType.float32,
+        ),
         algorithm=AlgorithmConfig(kl_coef=0.5 if "kl" in kind else 0.0),
         trainer=TrainerConfig(
             ranks=ranks, learning_rate=1e-3, warmup_steps=0, steps=5, micro_batch_size=2, weight_decay=0.1, ema_decay=0.75,
@@ -87,13 +98,18 @@ def first_steps(learner: Learner, trajectories: list[Trajectory]) -> dict[str, A
     return {
         "engine's log-probs": all(torch.equal(a, b.log_probs) for a, b in zip(scored, trajectories, strict=True)),
         "engine's weights": start == trajectories[0].fingerprint["weights"],
-        "NaN changes nothing": broken != broken and digest(learner) == start and int(moments.get("step", 0)) == 0,
+        "NaN changes nothing": broken != broken and digest(learner) == start and not any(map(int, steps_in(moments).values())),
         "no advantage, no step": not learner.step(trajectories, ADVANTAGES * 0, scored, 1)[0].grad_norms,
     }
 
 
+def steps_in(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Optimizer steps, of each of several experts."""
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] == "step"}
+
+
 def run_case(folder: Path, kind: str, engine: str, after: str, rank: int, ranks: int) -> dict[str, Any]:
-    trajectories = [load_capsule(path) for path in sorted((folder / ("bf16" if kind == "bf16" else "full")).iterdir())]
+    trajectories = [load_capsule(path) for path in sorted((folder / TRAJECTORIES.get(kind, "full")).iterdir())]
     saved = folder / f"saved-{ranks}-{kind}-{engine}"
     learner = Learner(config_of(folder, kind, engine, ranks), flow_grpo, rank=rank, ranks=ranks)
     result = {} if "kl" in kind else first_steps(learner, trajectories)
@@ -149,10 +165,13 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
     folder, cases = tmp_path_factory.mktemp("ranks"), request.param
     build_random(folder / "checkpoint", heads=2, head_dim=16, seed=3)
-    for name, dtype in (("full", "float32"), ("bf16", "bfloat16"))[: 1 if cases == "quick" else 2]:
+    build_random(folder / "wan", family="wan2_2", heads=2, head_dim=12, seed=3)
+    for name in ("full", "experts") if cases == "quick" else ("full", "experts", "bf16"):
         (folder / name).mkdir()
-        engine = RolloutEngine(str(folder / "checkpoint"), dtype=dtype, max_num_seqs=5)
-        for trajectory in engine.generate([rollout_request(index) for index in range(len(ADVANTAGES))]):
+        config = config_of(folder, name, "ddp", 1)
+        engine = RolloutEngine(config.model.path, family=config.model.family, dtype=config.model.dtype.value, max_num_seqs=5)
+        request = video_request if name == "experts" else rollout_request
+        for trajectory in engine.generate([request(index) for index in range(len(ADVANTAGES))]):
             save_capsule(trajectory, folder / name / f"{trajectory.request_id}.safetensors")
         engine.close()
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder / "compiled"), "PATH": "", "OMP_NUM_THREADS": "1"}
@@ -182,6 +201,15 @@ def rollout_request(index: int) -> RolloutRequest:
     )
 
 
+def video_request(index: int) -> RolloutRequest:
+    """Two stochastic steps, one of each expert, of which the first alone is guided."""
+    extra = {"frames": 5, "flow_shift": 3.0, "true_cfg_scale_2": 1.0}
+    sampling = {"height": 32, "width": 32, "num_inference_steps": 3, "true_cfg_scale": 2.0, "prompt_width": 24, "extra": extra}
+    spec = family_module("wan2_2", "spec").resolve(sampling)
+    assert [expert_at(spec, step) for step in spec.step_indices] == [0, 1]
+    return replace(rollout_request(index), spec=spec)
+
+
 def results(folder: Path, ranks: int) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -208,8 +236,9 @@ def gap(mine: Path, theirs: Path) -> float:
     Not of single ones: a key's bias, say, has no gradient but for rounding.
     """
     one, other = load_file(mine), load_file(theirs)
-    assert one.keys() == other.keys() and torch.equal(one["step"], other["step"])
-    kinds = {name: name.rpartition(".")[2] if ".exp_avg" in name else "parameter" for name in other if name != "step"}
+    counts = steps_in(other)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], count) for name, count in counts.items())
+    kinds = {name: name.rpartition(".")[2] if ".exp_avg" in name else "parameter" for name in other.keys() - counts.keys()}
 
     def norm(difference: bool, kind: str) -> float:
         names = [name for name in kinds if kinds[name] == kind]

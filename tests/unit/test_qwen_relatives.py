@@ -311,7 +311,7 @@ def test_a_plan_counts_the_tokens_of_input_images(family: str, tmp_path: Path, c
     plan(own)
     told = re.sub(r"\s+", " ", capsys.readouterr().out)
     tokens = {"qwen_image_layered": 6 * 1600, "qwen_image_edit": 2 * 4096, "qwen_image_edit_plus": 2 * 4096}[family]
-    assert f"rows of {tokens} + 256" in told and "assumed: 1 square input image a prompt" in told
+    assert f"rows of {tokens} + 256" in told and "assumed: 1 input image of 1024x1024 a prompt" in told
     assert "with its vision tower" in told
     with pytest.raises(RequestError, match="give both, or neither"):
         plan([*own, "sampling.height=64"])

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from omni_rollout.errors import UserError
-from omni_rollout.rewards import RewardError, WeightedSum, get_reward
+from omni_rollout.rewards import RewardError, WeightedSum, get_reward, jpeg_compressibility
 from omni_rollout.rewards.base import score_each
-from omni_rollout.rewards.jpeg_compressibility import JPEGCompressibility
 from omni_rollout.rewards.ocr import OCRReward, _engine, edit_distance, similarity, target_text
 from omni_rollout.types import Prompt
 
@@ -149,7 +148,7 @@ def test_ocr_stays_on_its_threads_and_leaves_logging_alone() -> None:
 def test_jpeg_compressibility_is_minus_the_kilobytes() -> None:
     buffer = io.BytesIO()
     Image.fromarray(NOISE).save(buffer, "JPEG", quality=95)
-    blank, noise = JPEGCompressibility()([BLANK, NOISE], [Prompt(text="a")] * 2)
+    blank, noise = jpeg_compressibility.make(1)([BLANK, NOISE], [Prompt(text="a")] * 2)
     assert noise == -len(buffer.getvalue()) / 1000
     assert noise < -5 < -1 < blank < 0
 
@@ -166,7 +165,7 @@ def test_weighted_sum_keeps_the_parts() -> None:
 def test_evaluation_gives_the_means_of_all_rewards() -> None:
     images, prompts = [sign("42"), sign("42"), BLANK, sign("42")], [*map(asks_for, ("42", "43", "42", "42"))]
     rewards = WeightedSum({"ocr": 2.0, "jpeg_compressibility": 0.5})
-    jpeg = JPEGCompressibility()(images, prompts)
+    jpeg = jpeg_compressibility.make(1)(images, prompts)
     expected = {"exact_match": 0.5, "ocr": 2.5 / 4, "jpeg_compressibility": sum(jpeg) / 4}
     assert rewards.evaluate(images, prompts) == pytest.approx(expected)
 
@@ -209,7 +208,7 @@ def test_every_reward_keeps_the_protocol(name: str) -> None:
 )
 def test_wrong_images_are_refused(images: Sequence[np.ndarray], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        JPEGCompressibility()(images, [Prompt(text="a")] * 2)
+        jpeg_compressibility.make(1)(images, [Prompt(text="a")] * 2)
 
 
 @pytest.mark.parametrize(("value", "message"), [(None, "float"), (math.nan, "the reward is nan")])

@@ -37,10 +37,10 @@ class Rules:
     multiple: int  # pixels of height and width
     extra: Mapping[str, Extra]
     images: tuple[int, int] = (0, 0)  # how many a prompt must have, and may have
+    empty_prompt: bool = True  # False: an empty text is refused
     guided: Callable[[float, Mapping[str, Any]], bool] = lambda true_cfg_scale, extra: true_cfg_scale > 1
     # (model_index.json, its transformer's config.json, `extra`) -> a line for each thing that keeps it from being sampled so
     misfits: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Iterable[str]] = lambda *_: ()
-    empty_prompt: bool = True  # False: an empty text is refused
 
 
 def resolve(parameters: Mapping[str, Any], rules: Rules, images: Sequence[InputImage] = ()) -> SamplingSpec:
@@ -108,10 +108,17 @@ def resolve_extra(given: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
     return result
 
 
+SQUARE = 1024  # pixels
+
+
 def assumed_images(rules: Rules, extra: Mapping[str, Any]) -> list[InputImage]:
-    """For sizes without a prompt at hand: square images, as few as the family takes, or one for each size in `extra`."""
+    """For sizes without a prompt at hand: as few as the family takes, or one for each size in `extra`.
+
+    Each has the family's own size; where that follows from the image, a square.
+    """
     number = max(rules.images[0], len(extra.get("image_sizes") or ()))
-    return [InputImage(path=f"input image {place}", sha256="", height=1024, width=1024) for place in range(1, number + 1)]
+    height, width = (rules.defaults[side] or SQUARE for side in ("height", "width"))
+    return [InputImage(path=f"input image {place}", sha256="", height=height, width=width) for place in range(1, number + 1)]
 
 
 def check(values: Mapping[str, Any], rules: Rules) -> None:
