@@ -81,7 +81,7 @@ class ModelConfig:
 
 @dataclass
 class CollateConfig:
-    prompt_width: int = 256  # text tokens the transformer sees for every prompt, padding included
+    prompt_width: int | None = None  # text tokens the transformer sees for every prompt, padding included; None: the family's
     negative_prompt_width: int | None = None  # None: as wide as prompt_width
 
 

@@ -2,7 +2,8 @@
 
 ROLLOUT_KEYS = """
 keys (all of them, with their defaults: omni_rollout/config.py):
-  model=nano|nano_edit|qwen_image         a checkpoint with its own sizes, steps, guidance and text width
+  model=nano|nano_edit|qwen_image|qwen_image_edit|qwen_image_edit_plus|qwen_image_layered
+                                          a checkpoint with its own sizes, steps, guidance and text width
   model.path=FOLDER                       a checkpoint in diffusers layout; after model=nano, with that one's sizes
   model.dtype=float32|bfloat16            what the transformer computes in
   sampling.height, .width                 pixels, multiples of 16
@@ -14,7 +15,8 @@ keys (all of them, with their defaults: omni_rollout/config.py):
 """
 TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   rollout.prompts_per_step
-  reward=ocr|recolour|jpeg_compressibility  or reward.weights={{NAME: WEIGHT}}
+  reward=ocr|jpeg_compressibility|recomposition
+                                          or reward.weights={{NAME: WEIGHT}}
   backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
   trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|deepspeed
   evaluation.images, .every, .prompts     fixed seeds, before and after training

@@ -25,23 +25,31 @@ def rollout(config: TrainConfig, out: Path) -> int:
         from omni_rollout.rollout.command import rollout_to_folder
 
         made, failed = rollout_to_folder(config, prompts, out, progress)
+    what, files = made_by(config)
     if made:
-        print(f"{_many(made, 'image')} (*.png) and {'its capsule' if made == 1 else 'their capsules'} (*.safetensors): {out}")
+        print(f"{_many(made, what)} ({files}) and {'its capsule' if made == 1 else 'their capsules'} (*.safetensors): {out}")
     if failed:
-        print(f"{failed} of {_many(made + failed, 'image')} could not be made: see above", file=sys.stderr)
+        print(f"{failed} of {_many(made + failed, what)} could not be made: see above", file=sys.stderr)
     return 1 if failed else 0
+
+
+def made_by(config: TrainConfig) -> tuple[str, str]:
+    """What this family makes, and the files it is saved in."""
+    return ("video", "*.webp") if family_module(config.model.family, "spec").KIND == "video" else ("image", "*.png")
 
 
 def rollout_line(config: TrainConfig, prompts: int, out: Path) -> str:
     """`3 prompts x 2 images: 64x64, 10 steps, no guidance, 16 text tokens, float32; into rollouts`."""
     size = config.rollout.group_size
-    return f"{_many(prompts, 'prompt')} x {_many(size, 'image')}: {sampling_words(config)}; into {out}"
+    return f"{_many(prompts, 'prompt')} x {_many(size, made_by(config)[0])}: {sampling_words(config)}; into {out}"
 
 
 def sampling_words(config: TrainConfig) -> str:
     sizes = _sizes(config)
     guidance = f"guidance {sizes['true_cfg_scale']:g}" if sizes["true_cfg_scale"] > 1 else "no guidance"
-    width = f"{config.collate.prompt_width} text tokens"
+    given = config.collate.prompt_width
+    tokens = family_module(config.model.family, "spec").DEFAULTS["prompt_width"] if given is None else given
+    width = f"{tokens} text tokens"
     steps = f"{sizes['num_inference_steps']} steps"
     size = f"{sizes['height']}x{sizes['width']}" if sizes["height"] and sizes["width"] else "sizes of the input images"
     return f"{size}, {steps}, {guidance}, {width}, {config.model.dtype.value}"

@@ -101,6 +101,7 @@ def save_capsule(trajectory: Trajectory, path: str | Path) -> None:
     header = {key: _to_json(path, key, value) for key, value in values.items()}
     _check_values(path, values)
     _check_tensors(path, tensors, trajectory.spec)
+    _check_extra(path, trajectory.spec, trajectory.prompt.images)
     # A clone owns its memory: safetensors refuses views that share it, such as rows of one batch.
     owned = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     write_whole(path, safetensors.torch.save(owned, metadata=header))
@@ -126,7 +127,9 @@ def load_capsule(path: str | Path) -> Trajectory:
     _check_values(path, values)
     indices = tensors.get("step_indices", torch.empty(0)).flatten().tolist()
     spec = SamplingSpec(**{key: values[key] for key in SPEC_KEYS}, step_indices=tuple(indices))
+    images = tuple(_input_image(path, image) for image in values["prompt_images"])
     _check_tensors(path, tensors, spec)
+    _check_extra(path, spec, images)
     media = tensors.pop("media").numpy()
     return Trajectory(
         **{name: tensors.get(name) for name in (*TENSORS, *NEGATIVE_TENSORS) if name != "media"},  # type: ignore[arg-type]
@@ -134,7 +137,7 @@ def load_capsule(path: str | Path) -> Trajectory:
         media=media,
         prompt=Prompt(
             text=values["prompt"],
-            images=tuple(_input_image(path, image) for image in values["prompt_images"]),
+            images=images,
             metadata=values["prompt_metadata"],
         ),
         spec=spec,
@@ -215,10 +218,20 @@ def _check_spec(path: Path, values: Mapping[str, Any]) -> None:
         _refuse(path, "noise_level", f"{level}, expected more than 0 with sde_type {sde_type}")
     if level > 1 and sde_type == "cps":
         _refuse(path, "noise_level", f"{level}, expected at most 1 with sde_type cps")
-    if rules.guided(scale, values["extra"]) != (values["negative_prompt"] is not None):
-        _refuse(
-            path, "true_cfg_scale", f"{scale}, with negative_prompt {values['negative_prompt']!r:.60}: above 1 exactly with one"
-        )
+    negative = values["negative_prompt"]
+    if rules.guided(scale, values["extra"]) != (negative is not None):
+        _refuse(path, "true_cfg_scale", f"{scale}, with negative_prompt {negative!r:.60}: above 1 exactly with one")
+
+
+def _check_extra(path: Path, spec: SamplingSpec, images: tuple[InputImage, ...]) -> None:
+    """What the family works out must be what it would work out again, such as the step at which experts change."""
+    values = {key: value for key, value in spec.to_json().items() if key not in ("family", "step_indices")}
+    try:
+        again = family_module(spec.family, "spec").resolve(values, images)
+    except RequestError as error:
+        _refuse(path, "extra", str(error))
+    if again.extra != spec.extra:
+        _refuse(path, "extra", f"{dict(spec.extra)}, expected {dict(again.extra)}")
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], spec: SamplingSpec) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.models import family_module
+from omni_rollout.models.base.encodings import Encodings
 from omni_rollout.models.base.policy import Experts, experts
 from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.nano.random_weights import build_random
@@ -250,6 +253,35 @@ def test_torchvision_was_not_needed_and_nobody_believes_it_is_there(sides):
     assert not is_torchvision_available()
 
 
+def test_images_are_encoded_while_videos_are_decoded(sides, monkeypatch):
+    """The engine's thread encodes, this one decodes: the VAE's memory of earlier frames belongs to one of them at a time."""
+    if sides.family == "wan2_2":
+        pytest.skip("it encodes no images")
+    pipeline, request = sides.engine.pipeline, sides.request(1, extra={"frames": 9})
+    latents = torch.randn(1, *family_module(sides.family, "spec").layout(request.spec).latent)
+    monkeypatch.setattr(pipeline, "encodings", Encodings(0))  # encodes again each time
+    stop = Event()
+
+    def encoded() -> torch.Tensor:
+        return pipeline.encoded(request.prompt, request.spec).conditions["condition"]
+
+    def encode() -> list[torch.Tensor]:
+        found = []
+        with torch.inference_mode():
+            while not stop.is_set():
+                found.append(encoded())
+        return found
+
+    with torch.inference_mode(), ThreadPoolExecutor(1) as pool:
+        quiet, condition = pipeline.decode(latents, request.spec), encoded()
+        encoding = pool.submit(encode)
+        decoded = [pipeline.decode_beside_the_loop(latents, request.spec) for _ in range(8)]
+        stop.set()
+        encoded = encoding.result()
+    assert all(torch.equal(video, quiet) for video in decoded)
+    assert encoded and all(torch.equal(one, condition) for one in encoded)
+
+
 def test_the_video_is_that_of_stock_diffusers_on_the_same_sigmas(sides, monkeypatch):
     """ODE, the same noise. fp32: stock products run as they come, which costs roundings and nothing more."""
     if sides.dtype is not torch.float32:
@@ -257,7 +289,7 @@ def test_the_video_is_that_of_stock_diffusers_on_the_same_sigmas(sides, monkeypa
     request = sides.request(4, sde_type="ode", true_cfg_scale=3.0, extra={"true_cfg_scale_2": 2.0, "frames": 9})
     pipeline, last, kept = type(sides.engine.pipeline), [], []
     decode, encode = pipeline.decode, pipeline.encode
-    monkeypatch.setattr(pipeline, "decode", lambda own, x, spec: (last.append(x.clone()), decode(own, x, spec))[1])
+    monkeypatch.setattr(pipeline, "decode", lambda own, x, spec: (last.append(x[:1].clone()), decode(own, x, spec))[1])
     monkeypatch.setattr(pipeline, "encode", lambda own, prompt, spec: (kept.append(encode(own, prompt, spec)), kept[-1])[1])
     (trajectory,) = sides.engine.generate([request])
     told = kept[0]

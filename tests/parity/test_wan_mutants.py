@@ -150,9 +150,9 @@ def test_weights_of_one_expert_stale(sides):
 def test_channels_of_the_condition_swapped(sides, monkeypatch):
     if sides.config.model.family == "wan2_2":
         pytest.skip("it has none")
-    order = [*range(16), *range(20, 36), *range(16, 20)]  # the latents of the image before the mask
+    order = [*range(16), *range(20, 36), *range(16, 20)]  # the image before the mask
     tell(monkeypatch, lambda inputs: {"hidden_states": inputs["hidden_states"][:, order]})
-    assert noticed(sides) == ("input", "hidden_states")
+    assert noticed(sides) == ("input", "condition")
 
 
 def test_a_stale_condition(sides, monkeypatch):
@@ -168,7 +168,7 @@ def test_a_stale_condition(sides, monkeypatch):
         return original(network, latents, timesteps, told or conditions, dtype, expert=expert)
 
     monkeypatch.setattr(rollout, "velocity", velocity)
-    assert noticed(sides) == ("input", "hidden_states")
+    assert noticed(sides) == ("input", "condition")
 
 
 def test_every_cause_of_the_family_costs_bits_here(sides):

@@ -51,7 +51,7 @@ def sampled(*overrides: str, name: str = "train") -> tuple[object, ...]:
     [
         (["model=nano"], (64, 64, 10, 1.0, 16, 8), (64, 64, 10, 1.0, 16, 1), (64, 64, 6, 1.0, 16, 8)),
         (["model=qwen_image"], (1328, 1328, 50, 4.0, 256, 8), (1328, 1328, 50, 4.0, 256, 1), (64, 64, 6, 4.0, 256, 8)),
-        (["model.path=m"], (None, None, None, None, 256, 8), (None, None, None, None, 256, 1), (64, 64, 6, None, 256, 8)),
+        (["model.path=m"], (None, None, None, None, None, 8), (None, None, None, None, None, 1), (64, 64, 6, None, None, 8)),
         (["model=nano", "model.path=m"], (64, 64, 10, 1.0, 16, 8), (64, 64, 10, 1.0, 16, 1), (64, 64, 6, 1.0, 16, 8)),
         # an experiment's own values come before the model's and the command's; what it leaves open, they give
         (["experiment=nano_ocr"], (64, 64, 10, 1.0, 16, 16), (64, 64, 10, 1.0, 16, 16), (64, 64, 6, 1.0, 16, 16)),
@@ -257,8 +257,8 @@ def test_a_sound_configuration_passes(sound: TrainConfig) -> None:
         ("algorithm.advantage_std", "batch", "expected global or group"),
         ("reward.weights", {}, "empty; give one"),
         ("reward.weights", {"ocr": 0.0}, "every weight is 0"),
-        ("reward.weights", {"orc": 1.0}, "did you mean ocr? expected one of jpeg_compressibility, ocr"),
-        ("reward.weights", {"base": 1.0}, "expected one of jpeg_compressibility, ocr"),
+        ("reward.weights", {"orc": 1.0}, "did you mean ocr? expected one of jpeg_compressibility, motion, ocr"),
+        ("reward.weights", {"base": 1.0}, "expected one of jpeg_compressibility, motion, ocr"),
         ("model.family", "qwenimage", "did you mean qwen_image?"),
         ("algorithm.name", "grpo", "did you mean flow_grpo?"),
         ("launch.cpus", 0, "expected at least 1"),

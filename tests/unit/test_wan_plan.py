@@ -140,7 +140,7 @@ def test_both_experts_are_counted_and_one_computes_at_a_time():
 
 
 def test_a_condition_is_counted_and_longer_videos_need_more():
-    t2v, i2v = run_of("wan2_2", T2V), run_of("wan2_2_i2v", I2V)
+    t2v, i2v = run_of("wan2_2", T2V), run_of("wan2_2_i2v", I2V, "sampling.height=480", "sampling.width=832")
     assert (t2v.conditions, i2v.conditions) == (0, 20 * 21 * 60 * 104)
     assert part(engine_parts(i2v), "requests") - part(engine_parts(t2v), "requests") == 8 * 2 * i2v.conditions
     short = run_of("wan2_2", T2V, "sampling.extra.frames=41")

@@ -57,9 +57,9 @@ def resolve(parameters: Mapping[str, Any], rules: Rules, images: Sequence[InputI
     for key in given:
         if key not in rules.defaults and key not in OTHER_KEYS:
             raise RequestError(f"sampling parameter {key!r}: not known{_near(key, [*rules.defaults, *OTHER_KEYS, *ALIASES])}")
-    if "prompt_width" not in given:
-        raise RequestError("prompt_width: not given; set collate.prompt_width to the text width of every prompt")
     values = {**rules.defaults, **given}
+    if "prompt_width" not in values:
+        raise RequestError("prompt_width: not given; set collate.prompt_width to the text width of every prompt")
     check(values, rules)
     check_images(images, rules)
     steps = values["num_inference_steps"]

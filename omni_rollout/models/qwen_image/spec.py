@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "width": 1328,
     "num_inference_steps": 50,
     "true_cfg_scale": 4.0,
+    "prompt_width": 256,
     "noise_level": 0.7,
     "sde_type": "sde",
     "log_prob_form": "gaussian",

@@ -9,6 +9,8 @@ from omni_rollout.models.qwen_image import probe as parent
 from omni_rollout.models.qwen_image.probe import (
     MEANING,
     OUTPUT_PROJECTIONS,
+    TRUE_WIDTH,
+    TRUE_WIDTH_STEPS,
     attention_name,
     rope_calls,
     rope_name,
@@ -22,6 +24,8 @@ from omni_rollout.types import InputImage
 __all__ = [
     "MEANING",
     "OUTPUT_PROJECTIONS",
+    "TRUE_WIDTH",
+    "TRUE_WIDTH_STEPS",
     "attention_name",
     "rope_calls",
     "rope_name",

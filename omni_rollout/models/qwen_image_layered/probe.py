@@ -9,6 +9,8 @@ from omni_rollout.models.base.images import made_image
 from omni_rollout.models.qwen_image import probe as parent
 from omni_rollout.models.qwen_image.probe import (
     OUTPUT_PROJECTIONS,
+    TRUE_WIDTH,
+    TRUE_WIDTH_STEPS,
     attention_name,
     rope_calls,
     rope_name,
@@ -20,6 +22,8 @@ from omni_rollout.types import InputImage
 
 __all__ = [
     "OUTPUT_PROJECTIONS",
+    "TRUE_WIDTH",
+    "TRUE_WIDTH_STEPS",
     "attention_name",
     "rope_calls",
     "rope_name",

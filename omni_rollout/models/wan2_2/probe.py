@@ -10,11 +10,13 @@ import torch
 
 from omni_rollout.models.base.causes import swapped
 from omni_rollout.models.wan2_2 import operators
+from omni_rollout.models.wan2_2.spec import LATENT_CHANNELS
 from omni_rollout.types import InputImage
 
 MEANING = {  # input of the transformer -> what it says when the two sides give it another one
     "timestep": "the timestep is cast or scaled differently, or belongs to another step",
     "hidden_states": "the latents that the transformer saw are not those of the record",
+    "condition": "what stands beside the latents, a mask and the input image, is not what the record holds",
     "encoder_hidden_states": "the text is not the same width, or not the same text",
 }
 # Sampling, where the config leaves it to us: a grid of three different sides, and steps of both experts.
@@ -38,9 +40,11 @@ def pictures(number: int) -> tuple[InputImage, ...]:
     return ()
 
 
-def told(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the transformer is told, as the parity probe compares it."""
-    return inputs
+def told(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the transformer is told, with what stands beside the latents under a name of its own."""
+    whole = inputs["hidden_states"]
+    beside = whole[:, LATENT_CHANNELS:]
+    return {**inputs, "hidden_states": whole[:, :LATENT_CHANNELS], "condition": beside if beside.shape[1] else None}
 
 
 def trainer_outputs(name: str, output: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

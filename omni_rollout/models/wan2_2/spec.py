@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "width": 832,
     "num_inference_steps": 40,
     "true_cfg_scale": 4.0,
+    "prompt_width": 512,  # zeros after the text are attended to, so the width is part of what the model learned
     "noise_level": 0.7,
     "sde_type": "sde",
     "log_prob_form": "gaussian",

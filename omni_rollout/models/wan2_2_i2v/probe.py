@@ -1,10 +1,10 @@
-"""What the parity probe must know beside Wan2.2's text to video: pictures, made by us."""
+"""What the parity probe must know of Wan2.2's image to video: its pictures; all else is that of text to video."""
 
 from __future__ import annotations
 
 from omni_rollout.models.base.images import made_image
-from omni_rollout.models.wan2_2 import probe as parent
 from omni_rollout.models.wan2_2.probe import (
+    MEANING,
     SMALL,
     TRUE_WIDTH,
     TRUE_WIDTH_STEPS,
@@ -18,6 +18,7 @@ from omni_rollout.models.wan2_2.probe import (
 from omni_rollout.types import InputImage
 
 __all__ = [
+    "MEANING",
     "SMALL",
     "TRUE_WIDTH",
     "TRUE_WIDTH_STEPS",
@@ -29,15 +30,7 @@ __all__ = [
     "trainer_outputs",
 ]
 
-MEANING = {
-    **parent.MEANING,
-    "hidden_states": "the latents that the transformer saw, or the condition beside them, are not those of the record",
-}
-PICTURES = 3
-SIDE = 48  # pixels; the width of a picture
-
 
 def pictures(number: int) -> tuple[InputImage, ...]:
-    """Of the parity probe's prompt `number`: of three shapes."""
-    number %= PICTURES
-    return (made_image(number, SIDE * (number + 2) // 3, SIDE),)
+    """Of the parity probe's prompt `number`."""
+    return (made_image(number % 3, 48, 32 + 16 * (number % 3)),)

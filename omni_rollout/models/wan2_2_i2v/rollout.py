@@ -20,16 +20,19 @@ from omni_rollout.types import InputImage, Prompt, SamplingSpec
 with without_torchvision():
     from vllm_omni.diffusion.models.wan2_2 import Wan22I2VPipeline
 
+WARM_UP_PICTURE = 32  # pixels
+
 
 class WanI2VRolloutPipeline(WanTransformers, RolloutMixin, Wan22I2VPipeline):
     family: ClassVar[str] = "wan2_2_i2v"
 
     def warm_up(self, height: int, width: int) -> tuple[Prompt, SamplingSpec]:
-        images = (made_image(0, height, width),)
+        images = (made_image(0, WARM_UP_PICTURE, WARM_UP_PICTURE),)
         return Prompt(text="dummy run", images=images), resolve(self.warm_up_values(height, width), images)
 
     def encode(self, prompt: Prompt, spec: SamplingSpec) -> Conditioning:
-        condition = self.encode_image(prompt.images[0], spec.height, spec.width, spec.extra["frames"])
+        (image,) = prompt.images
+        condition = self.encode_image(image, spec.height, spec.width, spec.extra["frames"])
         return replace(super().encode(prompt, spec), conditions={"condition": condition.to(self.dtype)})
 
     def encode_image(self, image: InputImage, height: int, width: int, frames: int) -> torch.Tensor:

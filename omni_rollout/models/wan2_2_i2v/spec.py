@@ -21,7 +21,8 @@ PARENT: str | None = "wan2_2"
 ROLLOUT_PIPELINE = "omni_rollout.models.wan2_2_i2v.rollout.WanI2VRolloutPipeline"
 PIPELINE = "WanImageToVideoPipeline"  # what model_index.json calls it
 
-DEFAULTS: dict[str, Any] = {**parent.DEFAULTS, "true_cfg_scale": 5.0}
+# None: they follow from the input image.
+DEFAULTS: dict[str, Any] = {**parent.DEFAULTS, "height": None, "width": None, "true_cfg_scale": 5.0}
 AREA = parent.DEFAULTS["height"] * parent.DEFAULTS["width"]  # pixels of a frame, where its size is left to the image
 MASK_CHANNELS = 4  # that say which frames are given
 CONDITION_CHANNELS = MASK_CHANNELS + parent.LATENT_CHANNELS
@@ -41,7 +42,8 @@ RULES = Rules(
 
 def resolve(parameters: Mapping[str, Any], images: Sequence[InputImage] = ()) -> SamplingSpec:
     """See `base.sampling.resolve`. A side that is not given follows from the image's shape and `AREA`."""
-    sides = frame_size(images[0]) if images else {}
+    sampling.check_images(images, RULES)
+    sides = frame_size(images[0])
     given = {key: value for key, value in parameters.items() if value is not None}
     return parent.completed(sampling.resolve({**sides, **given}, RULES, images))
 
