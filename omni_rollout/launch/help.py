@@ -15,7 +15,7 @@ keys (all of them, with their defaults: omni_rollout/config.py):
 """
 TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   rollout.prompts_per_step
-  reward=ocr|jpeg_compressibility|recomposition
+  reward=ocr|recolour|jpeg_compressibility|recomposition
                                           or reward.weights={{NAME: WEIGHT}}
   backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
   trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|deepspeed
