@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageTransformer2DModel
+from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from omni_rollout.errors import UserError
@@ -63,7 +64,8 @@ def build(
     record = run_stage(folder, asked, lambda folder: _train(folder, pipeline, settings, seed))
 
     step = choose_state(record["measured"]["evaluations"], settings.window, RECOLOURED)
-    shipped = QwenImageTransformer2DModel.from_pretrained(folder / state_name(step))
+    # Rounded to bfloat16, as the published one is: half the size.
+    shipped = QwenImageTransformer2DModel.from_pretrained(folder / state_name(step), torch_dtype=torch.bfloat16)
     checkpoint = save_checkpoint(pipeline, shipped, start, out / "checkpoint")
     write_data(out / "data")
     stored = QwenImageTransformer2DModel.from_pretrained(checkpoint / "transformer", torch_dtype=torch.float32)
@@ -72,11 +74,15 @@ def build(
     return checkpoint
 
 
+def make_edit_tokenizer() -> Qwen2Tokenizer:
+    # What stands behind the place for the picture is there for the corpus alone: its words become tokens.
+    return make_tokenizer(TEMPLATE.format("{}", "make it"), TEMPLATE_PREFIX_TOKENS)
+
+
 def assemble(start: Path, seed: int) -> QwenImageEditPipeline:
     """Qwen-Image-Edit around the VAE and the transformer of `start`, with a tokenizer and a frozen text encoder of its own."""
     transformer = QwenImageTransformer2DModel.from_pretrained(start / "transformer")
-    # What stands behind the place for the picture is there for the corpus alone: its words become tokens.
-    tokenizer = make_tokenizer(TEMPLATE.format("{}", "make it"), TEMPLATE_PREFIX_TOKENS)
+    tokenizer = make_edit_tokenizer()
     processor: Any = PILProcessor(Qwen2VLImageProcessorPil(**PREPROCESSOR), tokenizer)
     return QwenImageEditPipeline(
         scheduler=make_scheduler(),
@@ -93,14 +99,14 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint to `folder`, replacing what is there.
 
-    The VAE is a copy of `start`'s, byte for byte, of which git keeps one. The transformer is rounded to bfloat16, as the
-    published one is: half the size.
+    The VAE is a copy of `start`'s, byte for byte, of which git keeps one.
     """
     if folder.exists():
         shutil.rmtree(folder)
     transformer.register_to_config(_name_or_path="")
-    parts = {name: getattr(pipeline, name) for name in ("scheduler", "text_encoder", "tokenizer", "vae")}
-    save(folder, PIPELINE, {**parts, "transformer": transformer.to(torch.bfloat16)})
+    parts = {name: getattr(pipeline, name) for name in ("scheduler", "text_encoder", "vae")}
+    fresh = make_edit_tokenizer()  # one that was used keeps how it padded, and would be saved with it
+    save(folder, PIPELINE, {**parts, "tokenizer": fresh, "transformer": transformer})
     shutil.rmtree(folder / "vae")
     shutil.copytree(start / "vae", folder / "vae")
     return folder
