@@ -194,9 +194,9 @@ def engine_parts(run: Run) -> list[Part]:
     latents = rows * (image * model.channels * 4 * (kept + 1) + run.conditions * run.item)
     embeddings = rows * sum(run.widths) * model.text_width * run.item
     forward = max(run.activations.forward_working(model, one) for one in run.passes(rows))
+    decoded = decode_rows(run.layout)
     encoder, vae = sizes.encoder_parameters, sizes.vae_parameters
     encoder_item, vae_item = sizes.text_encoder_item or run.item, sizes.vae_item or run.item
-    decoded = decode_rows(run.layout)
     decode = decoded * run.activations.decode_working(sizes.vae_config, spec, vae_item)
     told = "prompt embeddings, conditions" if run.conditions else "prompt embeddings"
     experts = f", {sizes.experts} experts" if sizes.experts > 1 else ""

@@ -123,7 +123,7 @@ class RolloutEngine:
             self._in_flight.add(task)
             task.add_done_callback(self._in_flight.discard)
         failures: list[Exception] = []
-        decoder = Decoder(self.pipeline.decode, requests)
+        decoder = Decoder(self.pipeline.decode_beside_the_loop, requests)
 
         def failed(request: RolloutRequest, error: Exception) -> None:
             failures.append(error) if on_error is None else on_error(request, error)

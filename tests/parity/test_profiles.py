@@ -43,6 +43,11 @@ def test_fast_profile_keeps_up_with_the_weights_but_is_not_exact(checkpoint):
     assert 0 < gap.max() < 1e-5, "other roundings, the same weights: stale ones would differ by 1e-2"
 
 
+def test_fast_profile_reads_every_row_of_a_batch(checkpoint):
+    """The output projections' input is a slice of the joint sequence; read as if it were whole, gaps were 0.1."""
+    assert differences(checkpoint, "bfloat16", "fast").abs().max() < 5e-3
+
+
 def test_a_changed_attention_backend_is_refused_by_name(checkpoint, monkeypatch):
     from omni_rollout.rollout.platform.attention import CpuSDPABackend, CpuSDPAImpl
 

@@ -21,6 +21,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.models import family_module
+from omni_rollout.models.base.encodings import Encodings
 from omni_rollout.models.base.policy import Experts, experts
 from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.nano.random_weights import build_random
@@ -252,26 +253,29 @@ def test_torchvision_was_not_needed_and_nobody_believes_it_is_there(sides):
     assert not is_torchvision_available()
 
 
-def test_images_are_encoded_while_videos_are_decoded(sides):
+def test_images_are_encoded_while_videos_are_decoded(sides, monkeypatch):
     """The engine's thread encodes, this one decodes: the VAE's memory of earlier frames belongs to one of them at a time."""
     if sides.family == "wan2_2":
         pytest.skip("it encodes no images")
     pipeline, request = sides.engine.pipeline, sides.request(1, extra={"frames": 9})
     latents = torch.randn(1, *family_module(sides.family, "spec").layout(request.spec).latent)
-    (image,) = request.prompt.images
+    monkeypatch.setattr(pipeline, "encodings", Encodings(0))  # encodes again each time
     stop = Event()
+
+    def encoded() -> torch.Tensor:
+        return pipeline.encoded(request.prompt, request.spec).conditions["condition"]
 
     def encode() -> list[torch.Tensor]:
         found = []
         with torch.inference_mode():
             while not stop.is_set():
-                found.append(pipeline.encode_image(image, 32, 64, 9))
+                found.append(encoded())
         return found
 
     with torch.inference_mode(), ThreadPoolExecutor(1) as pool:
-        quiet, condition = pipeline.decode(latents, request.spec), pipeline.encode_image(image, 32, 64, 9)
+        quiet, condition = pipeline.decode(latents, request.spec), encoded()
         encoding = pool.submit(encode)
-        decoded = [pipeline.decode(latents, request.spec) for _ in range(8)]
+        decoded = [pipeline.decode_beside_the_loop(latents, request.spec) for _ in range(8)]
         stop.set()
         encoded = encoding.result()
     assert all(torch.equal(video, quiet) for video in decoded)

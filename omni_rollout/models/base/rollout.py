@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +63,9 @@ class RolloutMixin:
         self.policy_version = 0
         arguments: Any = od_config.custom_pipeline_args
         self.encodings = Encodings(2 * od_config.max_num_seqs)
+        # Media are decoded beside the loop that encodes input images, and these VAEs keep what they remember of earlier frames
+        # in themselves: either would clear it under the other's hands.
+        self._vae_in_use = Lock()
         self.steps = 0  # that were taken, of all requests: what a command shows as it waits
         self.parity: str = arguments["parity"]
         self.threads: int = arguments["threads"]
@@ -83,6 +87,13 @@ class RolloutMixin:
         """Text, and with input images the vision tower and the VAE."""
         raise NotImplementedError
 
+    def encoded(self, prompt: Prompt, spec: SamplingSpec) -> Conditioning:
+        """`encode`, once for a group: text is kept by the engine's own cache, images by ours. All that are in flight wait."""
+        if not prompt.images:
+            return self.encode(prompt, spec)
+        with self._vae_in_use:
+            return self.encodings.take(prompt, spec, self.encode)
+
     def noise(self, spec: SamplingSpec, generator: torch.Generator) -> torch.Tensor:
         """[1, *shape] fp32."""
         raise NotImplementedError
@@ -90,6 +101,11 @@ class RolloutMixin:
     def decode(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
         """[B, *shape] fp32 of one size -> uint8 [B, *media], of the shape of `Layout.media`."""
         raise NotImplementedError
+
+    def decode_beside_the_loop(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
+        """`decode`, from another thread than the engine's."""
+        with self._vae_in_use:
+            return self.decode(latents, spec)
 
     def call(self, *, expert: int, **inputs: Any) -> torch.Tensor:
         """The engine's network on what `velocity` gives it."""
@@ -103,8 +119,7 @@ class RolloutMixin:
     def prepare_encode(self, state: Any, **_: Any) -> Any:
         prompt, spec, schedule = self._resolve(state)
         check_text(prompt.text, family_module(self.family, "spec").RULES)
-        # Text alone is kept by the engine's own cache; encoders run in the step loop, so all that are in flight wait for them.
-        conditioning = self.encodings.take(prompt, spec, self.encode) if prompt.images else self.encode(prompt, spec)
+        conditioning = self.encoded(prompt, spec)
         state.latents = self.noise(spec, state.sampling.generator)
         state.timesteps = schedule.timesteps
         state.step_index = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from threading import Lock
 from typing import ClassVar
 
 import numpy as np
@@ -27,12 +26,6 @@ WARM_UP_PICTURE = 32  # pixels
 class WanI2VRolloutPipeline(WanTransformers, RolloutMixin, Wan22I2VPipeline):
     family: ClassVar[str] = "wan2_2_i2v"
 
-    def install(self, model: str) -> None:
-        super().install(model)
-        # Videos are decoded beside the loop that encodes images, and the VAE keeps what it remembers of earlier frames, of
-        # both, in itself: either would clear it under the other's hands.
-        self._vae_in_use = Lock()
-
     def warm_up(self, height: int, width: int) -> tuple[Prompt, SamplingSpec]:
         images = (made_image(0, WARM_UP_PICTURE, WARM_UP_PICTURE),)
         return Prompt(text="dummy run", images=images), resolve(self.warm_up_values(height, width), images)
@@ -47,12 +40,7 @@ class WanI2VRolloutPipeline(WanTransformers, RolloutMixin, Wan22I2VPipeline):
         resized = open_image(image).resize((width, height), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].to(self.device).float() / 127.5 - 1
         unused = torch.empty(0)  # the noise is drawn elsewhere
-        with self._vae_in_use:
-            _, condition, _ = self.prepare_latents(
-                pixels, 1, 0, height, width, frames, torch.float32, self.device, generator=None, latents=unused
-            )
+        _, condition, _ = self.prepare_latents(
+            pixels, 1, 0, height, width, frames, torch.float32, self.device, generator=None, latents=unused
+        )
         return condition[0]
-
-    def decode(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
-        with self._vae_in_use:
-            return super().decode(latents, spec)

@@ -32,7 +32,8 @@ class PackedLinearMethod(KeptWeightLinearMethod):
         dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return layer.cpu_linear(x, layer.weight, bias)
+        # vLLM's bf16 kernel reads a strided input as if it were not: all rows but the first of a batch came out wrong.
+        return layer.cpu_linear(x.contiguous(), layer.weight, bias)
 
 
 def is_exact(layer: Any) -> bool:
