@@ -153,8 +153,10 @@ def test_the_size_of_a_video_follows_its_image():
     i2v = family_module("wan2_2_i2v", "spec")
     spec = resolved("wan2_2_i2v")
     assert (spec.height, spec.width) == (480, 816) and spec.true_cfg_scale == 5.0 and spec.extra["boundary_ratio"] == 0.9
-    assert resolved("wan2_2_i2v", height=64).height == 64 and resolved("wan2_2_i2v", height=None).height == 480
-    assert i2v.frame_size(replace(IMAGE, height=100_000, width=1)) == {"height": 199840, "width": 16}
+    assert resolved("wan2_2_i2v", height=None, width=None) == spec
+    with pytest.raises(RequestError, match="height=64, width=None: give both, or neither"):
+        resolved("wan2_2_i2v", height=64)
+    assert i2v.frame_size(replace(IMAGE, height=100_000, width=1)) == (199840, 16)
     for images, found in (((), 0), ((IMAGE, IMAGE), 2)):
         with pytest.raises(RequestError, match=f"the prompt has {found}, wan2_2_i2v takes 1"):
             i2v.resolve({"prompt_width": 8}, images)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from omni_rollout.models.base import sampling
+from omni_rollout.models.base.image_sizes import target_size
 from omni_rollout.models.base.sampling import Rules
 from omni_rollout.models.wan2_2 import spec as parent
 from omni_rollout.models.wan2_2.checkpoint import misfits
@@ -41,21 +42,19 @@ RULES = Rules(
 
 
 def resolve(parameters: Mapping[str, Any], images: Sequence[InputImage] = ()) -> SamplingSpec:
-    """See `base.sampling.resolve`. A side that is not given follows from the image's shape and `AREA`."""
+    """See `base.sampling.resolve`. A size that is not given follows from the image's shape and `AREA`."""
     sampling.check_images(images, RULES)
-    sides = frame_size(images[0])
-    given = {key: value for key, value in parameters.items() if value is not None}
-    return parent.completed(sampling.resolve({**sides, **given}, RULES, images))
+    return parent.completed(sampling.resolve(target_size(parameters, frame_size(images[0])), RULES, images))
 
 
-def frame_size(image: InputImage) -> dict[str, int]:
-    """Of about `AREA`, in the image's shape, as the stock pipelines have it."""
+def frame_size(image: InputImage) -> tuple[int, int]:
+    """(height, width) of about `AREA`, in the image's shape, as the stock pipelines have it."""
     ratio = image.height / image.width
 
     def side(pixels: float) -> int:
         return max(round(pixels) // parent.SIZE_MULTIPLE, 1) * parent.SIZE_MULTIPLE
 
-    return {"height": side(math.sqrt(AREA * ratio)), "width": side(math.sqrt(AREA / ratio))}
+    return side(math.sqrt(AREA * ratio)), side(math.sqrt(AREA / ratio))
 
 
 def layout(spec: SamplingSpec) -> Layout:
