@@ -48,6 +48,13 @@ class Decoder:
             del self._waiting[key]
             yield from self._batch(waiting, rows)
 
+    def rest(self) -> Iterator[tuple[RolloutRequest, Any, np.ndarray]]:
+        """What has finished and waits for others, where none will come."""
+        for key in list(self._waiting):
+            members = self._waiting.pop(key)
+            if members:
+                yield from self._batch(members, decode_rows(_layout(members[0][0].spec)))
+
     def _batch(self, members: list[tuple[RolloutRequest, Any]], rows: int) -> Iterator[tuple[RolloutRequest, Any, np.ndarray]]:
         latents = [record["final_latents"] for _, record in members]
         latents += latents[-1:] * (rows - len(latents))

@@ -128,16 +128,23 @@ class RolloutEngine:
         def failed(request: RolloutRequest, error: Exception) -> None:
             failures.append(error) if on_error is None else on_error(request, error)
 
+        def made(ready: Iterator[tuple[RolloutRequest, Record, np.ndarray]]) -> Iterator[Trajectory]:
+            try:
+                for request, record, media in ready:
+                    yield self._trajectory(request, record, media)
+            except DecodeError as error:
+                for request in error.requests:
+                    failed(request, error)
+
         for _ in requests:
-            request, result = self._next(finished, timeout)
+            try:
+                request, result = self._next(finished, timeout)
+            except (EngineDiedError, EngineHungError):
+                yield from made(decoder.rest())  # what has finished is kept
+                raise
             if isinstance(result, Exception):
                 failed(request, result)
-            try:
-                for one, record, media in decoder.add(request, None if isinstance(result, Exception) else result):
-                    yield self._trajectory(one, record, media)
-            except DecodeError as error:
-                for one in error.requests:
-                    failed(one, error)
+            yield from made(decoder.add(request, None if isinstance(result, Exception) else result))
         if failures:
             raise ExceptionGroup(f"{len(failures)} of {len(requests)} rollout requests failed", failures)
 
