@@ -178,7 +178,8 @@ def test_one_wrong_bit_is_enough(capsules, checkpoint, tmp_path):
 def test_the_true_width_has_cells_of_its_own_and_the_size_of_its_cause(checkpoint, tmp_path, capsys):
     built = []
 
-    def small(out: Path, *, layers: int, heads: int, head_dim: int) -> Path:  # what it is called with, in a size for tests
+    def small(out: Path, *, family: str, layers: int, heads: int, head_dim: int) -> Path:
+        """What it is called with, in a size for tests."""
         built.append((layers, heads, head_dim, out))
         return build_random(out, layers=1, heads=2)
 
