@@ -48,12 +48,14 @@ class Decoder:
             del self._waiting[key]
             yield from self._batch(waiting, rows)
 
+    @property
+    def waits(self) -> bool:
+        return any(self._waiting.values())
+
     def rest(self) -> Iterator[tuple[RolloutRequest, Any, np.ndarray]]:
-        """What has finished and waits for others, where none will come."""
-        for key in list(self._waiting):
-            members = self._waiting.pop(key)
-            if members:
-                yield from self._batch(members, decode_rows(_layout(members[0][0].spec)))
+        """A batch of what has finished and waits for others, where none will come. Raises DecodeError, as `add` does."""
+        members = self._waiting.pop(next(key for key, members in self._waiting.items() if members))
+        yield from self._batch(members, decode_rows(_layout(members[0][0].spec)))
 
     def _batch(self, members: list[tuple[RolloutRequest, Any]], rows: int) -> Iterator[tuple[RolloutRequest, Any, np.ndarray]]:
         latents = [record["final_latents"] for _, record in members]

@@ -140,7 +140,8 @@ class RolloutEngine:
             try:
                 request, result = self._next(finished, timeout)
             except (EngineDiedError, EngineHungError):
-                yield from made(decoder.rest())  # what has finished is kept
+                while decoder.waits:
+                    yield from made(decoder.rest())  # what has finished is kept
                 raise
             if isinstance(result, Exception):
                 failed(request, result)

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from omni_rollout.models.base import rollout
 from omni_rollout.models.base.sizes import DECODE_ROWS, decode_rows
 from omni_rollout.models.qwen_image.spec import layout
-from omni_rollout.rollout.decoding import DecodeError
+from omni_rollout.rollout.decoding import DecodeError, Decoder
 
 
 def sizes(sides: Any, count: int, **sampling: Any) -> list[Any]:
@@ -44,6 +46,36 @@ def test_an_image_is_the_same_in_any_company(sides: Any, calls: list[int]) -> No
     mixed = images(sides, [*sizes(sides, 3), sides.request(9, "dog", height=32, width=32)])
     assert calls == [DECODE_ROWS] * 2 and mixed[9].shape == (32, 32, 3)
     assert all(np.array_equal(mixed[seed], together[seed]) for seed in range(3))
+
+
+def test_an_encoder_that_hangs_does_not_hang_the_decoder(sides: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "VAE_PATIENCE", 0.1)
+    pipeline, told = sides.pipeline, []
+    with pipeline._vae_in_use:
+        made = list(sides.engine.generate(sizes(sides, 2), on_error=lambda request, error: told.append(error)))
+    assert not made and len(told) == 2
+    assert all(isinstance(error, DecodeError) and isinstance(error.__cause__, TimeoutError) for error in told)
+    assert len(images(sides, sizes(sides, 2))) == 2, "and it is given back"
+
+
+def test_what_has_finished_is_decoded_where_the_engine_ends(sides: Any) -> None:
+    """Of two sizes; that the first batch cannot be decoded does not keep the second from it."""
+    small = [sides.request(seed, "a cat", height=32, width=32) for seed in range(2)]
+    large = sizes(sides, 2)
+
+    def decode(latents: Any, spec: Any) -> torch.Tensor:
+        if spec.height == 32:
+            raise MemoryError("too large")
+        return torch.zeros(len(latents), 64, 64, 3, dtype=torch.uint8)
+
+    decoder = Decoder(decode, [*small, *large])
+    for request in (small[0], large[0]):  # the others of their sizes never come
+        assert not list(decoder.add(request, {"final_latents": torch.zeros(1, 16, 64)}))
+    assert decoder.waits
+    with pytest.raises(DecodeError):
+        list(decoder.rest())
+    ((request, _, media),) = decoder.rest()
+    assert request is large[0] and media.shape == (64, 64, 3) and not decoder.waits
 
 
 def test_how_many_at_a_time_is_a_matter_of_the_size_alone(sides: Any) -> None:

@@ -28,6 +28,7 @@ from omni_rollout.models.base.velocity import Conditioning, expert_at, velocity
 from omni_rollout.types import Prompt, SamplingSpec
 
 WARM_UP_WIDTH = 64
+VAE_PATIENCE = 300.0  # seconds
 
 
 @dataclass
@@ -103,9 +104,17 @@ class RolloutMixin:
         raise NotImplementedError
 
     def decode_beside_the_loop(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
-        """`decode`, from another thread than the engine's."""
-        with self._vae_in_use:
+        """`decode`, from another thread than the engine's.
+
+        Raises:
+            TimeoutError: that thread has been encoding for minutes; should it hang, this one must not.
+        """
+        if not self._vae_in_use.acquire(timeout=VAE_PATIENCE):
+            raise TimeoutError(f"the VAE has been busy encoding for {VAE_PATIENCE:g} s")
+        try:
             return self.decode(latents, spec)
+        finally:
+            self._vae_in_use.release()
 
     def call(self, *, expert: int, **inputs: Any) -> torch.Tensor:
         """The engine's network on what `velocity` gives it."""
