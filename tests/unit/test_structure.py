@@ -31,6 +31,7 @@ STAGES = (
     ("monitor",),
     ("train",),
     ("integrations", "nano", "plan"),
+    ("commands",),
     ("cli",),
 )
 RANK = {stage: rank for rank, row in enumerate(STAGES) for stage in row}
