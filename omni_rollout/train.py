@@ -28,7 +28,7 @@ from omni_rollout.monitor import CaptionedImage, Monitor
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
 from omni_rollout.rewards import WeightedSum
-from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.rollout.choice import open_engine
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.resume import Start, check_weights, enter, find_start, run_state
 from omni_rollout.run.stop import StopFlag
@@ -112,13 +112,7 @@ class Trainer:
         self.seeds = SeedLedger(Path(config.run_dir) / "seeds.jsonl")
         self.journal = Journal(config.run_dir, keep=config.rollout.keep_finished)
         self.version = start.step
-        self.engine = RolloutEngine(
-            config.model.path,
-            family=config.model.family,
-            dtype=config.model.dtype.value,
-            max_num_seqs=config.rollout.max_num_seqs,
-            parity=config.parity.value,
-        )
+        self.engine = open_engine(config)
         try:
             self.learner = Learner(config, self.algorithm, checkpoint=start.checkpoint)
             self._sync()  # also proves, before the first rollout, that both sides read the same checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from omni_rollout.errors import PinnedKnobError, UserError
 from omni_rollout.types import RequestError, RolloutRequest
 
+OnError = Callable[[RolloutRequest, Exception], None]
 PINNED: dict[str, tuple[Any, ...]] = {  # knob of the engine -> values under which the bits were compared
     "attention": (["CpuSDPAImpl"], ["ExactSDPAImpl"]),  # on a CPU, on a GPU
     "linear": (True,),
