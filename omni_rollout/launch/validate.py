@@ -50,7 +50,7 @@ def validate(config: TrainConfig) -> None:
 def validate_rollout(config: TrainConfig, out: str) -> None:
     """`validate` for sampling alone, where `ode` and groups of one make sense; `out`: the folder for its images."""
     common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *_prompts(config)]
-    _raise([*common, *_folder("out", out)])
+    _raise([*common, *_own_engine(config), *_folder("out", out)])
 
 
 def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None], *, path_needed: bool = True) -> None:
@@ -66,12 +66,12 @@ def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None], *, p
     ]
     sampling = replace(config.sampling, sde_window_range=None, sde_window_size=None)  # they score every step: no window is read
     model = _model(config) if path_needed or config.model.path else _known("model.family", config.model.family, families())
-    _raise([*_numbers(config), *_sampling(sampling), *model, *written])
+    _raise([*_numbers(config), *_sampling(sampling), *model, *_own_engine(config), *written])
 
 
 def validate_serving(config: TrainConfig) -> None:
     """`validate` for `serve`, whose prompts come later."""
-    _raise([*_numbers(config), *_sampling(config.sampling), *_model(config)])
+    _raise([*_numbers(config), *_sampling(config.sampling), *_model(config), *_own_engine(config)])
 
 
 def validate_plan(config: TrainConfig) -> None:
@@ -249,6 +249,11 @@ def _processes(config: TrainConfig) -> Iterator[str]:
         yield f"rollout.url={url}: expected http://HOST:PORT, as omni-rollout serve prints it; of several, a comma between them"
     if url is not None and config.backend is Backend.verl:
         yield f"rollout.url={url}: backend=verl has engines of its own; give backend=embedded"
+
+
+def _own_engine(config: TrainConfig) -> Iterator[str]:
+    if config.rollout.url is not None:
+        yield f"rollout.url={config.rollout.url}: this command has an engine of its own; leave it out"
 
 
 def _model(config: TrainConfig) -> Iterator[str]:

@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 
 from omni_rollout.errors import EngineDiedError, EngineHungError, RunFailedError, UserError, WeightSyncError
+from omni_rollout.models.base.images import read_image
 from omni_rollout.rollout.guards import OnError, check_distinct
 from omni_rollout.rollout.serve.shared import new_name, offered, sweep
 from omni_rollout.rollout.serve.wire import SHARED_NAME, SHARED_TOKEN, WEIGHTS, CutOffError, frames, to_body
@@ -32,6 +33,7 @@ from omni_rollout.types import RequestError, RolloutRequest, Trajectory
 TOKEN = "OMNI_ROLLOUT_TOKEN"  # environment, of both sides
 SILENCE_SECONDS = 60.0  # without a byte, where a frame is due every few: the server is gone
 RETRY_SECONDS = 0.5
+REQUEST_BYTES = 20_000  # of one in a body without its pictures, at most
 PATIENCE = 600.0  # seconds that a server may take to come back, where no time-out is given
 AGAIN = ("weights_error", "engine_error", "draining_error", "aborted_error", "rate_limit_error")  # not the request's fault
 LOST = (httpx.TransportError, CutOffError)
@@ -94,6 +96,16 @@ class RemoteEngine:
         check_distinct(requests)
         left, failures = dict(enumerate(requests)), list[Exception]()
         patience = PATIENCE if timeout is None else timeout
+
+        def failed(request: RolloutRequest, error: Exception) -> None:
+            failures.append(error) if on_error is None else on_error(request, error)
+
+        for position, request in enumerate(requests):
+            try:
+                for image in request.prompt.images:
+                    read_image(image)
+            except RequestError as error:  # before it could sink the body that it is part of
+                failed(left.pop(position), error)
         last = time.monotonic()
         while left:
             try:
@@ -101,12 +113,10 @@ class RemoteEngine:
                     if answer is not None:
                         position, result = answer
                         request = left.pop(position)
-                        if not isinstance(result, Exception):
-                            yield result
-                        elif on_error is None:
-                            failures.append(result)
+                        if isinstance(result, Exception):
+                            failed(request, result)
                         else:
-                            on_error(request, result)
+                            yield result
                         last = time.monotonic()  # not counting what was done with it
                     elif timeout is not None and time.monotonic() - last > timeout:
                         raise EngineHungError(f"no image from {self._url} for {timeout:g} s (rollout.timeout): it hangs")
@@ -157,7 +167,7 @@ class RemoteEngine:
 
     def _answers(self, left: Mapping[int, RolloutRequest]) -> Iterator[tuple[int, Trajectory | Exception] | None]:
         """Of one body's worth of requests; None: the server is there, and works."""
-        chosen = list(left.items())[: self.about["max_requests"]]
+        chosen = self._body(left)
         body = to_body([request for _, request in chosen], self.weights_digest)
         headers = {SHARED_TOKEN: self._memory[1]} if self._memory is not None else {}
         with self._http.stream("POST", "/v1/rollouts", json=body, headers=headers) as answer:
@@ -176,6 +186,20 @@ class RemoteEngine:
                 elif head["type"] == "trajectory":
                     position, request = chosen[head["index"]]
                     yield position, self._trajectory(request, head, content)
+
+    def _body(self, left: Mapping[int, RolloutRequest]) -> list[tuple[int, RolloutRequest]]:
+        """As many as one body may hold, with their pictures."""
+        chosen: list[tuple[int, RolloutRequest]] = []
+        pictures: set[str] = set()
+        size = 0
+        for position, request in left.items():
+            new = {image.sha256: image for image in request.prompt.images if image.sha256 not in pictures}
+            size += REQUEST_BYTES + sum(4 * Path(image.path).stat().st_size // 3 for image in new.values())
+            if chosen and (len(chosen) == self.about["max_requests"] or size > self.about["max_body_bytes"]):
+                break
+            chosen.append((position, request))
+            pictures |= new.keys()
+        return chosen
 
     def _refused(self, answer: httpx.Response, chosen: Sequence[tuple[int, RolloutRequest]]) -> tuple[int, Exception] | None:
         """Of a body that was refused: for one of its requests, which is told, or for all."""

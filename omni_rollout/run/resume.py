@@ -23,7 +23,7 @@ from omni_rollout.run.checkpoints import ORIGIN, candidates, checkpoint_folders
 from omni_rollout.trajectories.journal import Journal
 
 FILES = ("metrics.jsonl", "seeds.jsonl")  # of a run folder: they only grow, step after step
-NOT_KEPT = ("run_dir", "experiment", "trainer.resume", "wandb.", "launch.")  # where and how, not what
+NOT_KEPT = ("serve.", "run_dir", "experiment", "trainer.resume", "wandb.", "launch.")  # where and how, not what
 MUST_BE_EQUAL = ("model.family", "model.dtype", "trainer.lora_rank", "trainer.lora_alpha")
 
 

@@ -289,6 +289,8 @@ KINDS: list[tuple[str, str, Any, int, str]] = [  # what, where, its body, status
     ("an address as a picture", "chat/completions", {"messages": [{"role": "user", "content": [CHAT]}]}, 400, "images.0"),
     ("nobody asks", "chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages"),
     ("a body too large", "rollouts", b" " * ((1 << 20) + 1), 413, "max_body_mb"),
+    ("weights without a version", "weights", b"", 400, "version"),
+    ("an address that is not there", "nothing", {}, 404, "Not Found"),
     ("steps apart", "rollouts", sampling(step_indices=[0, 2]), 400, "sampling.step_indices"),
 ]
 

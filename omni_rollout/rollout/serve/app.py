@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from omni_rollout.rollout.serve.answers import chat_answer, images_answer
 from omni_rollout.rollout.serve.asked import Batch, from_chat
 from omni_rollout.rollout.serve.bodies import Chat, Images, Rollouts, parse
-from omni_rollout.rollout.serve.errors import BadRequest
+from omni_rollout.rollout.serve.errors import BadRequest, error_of
 from omni_rollout.rollout.serve.state import Server
 from omni_rollout.rollout.serve.stream import Answer
 from omni_rollout.rollout.serve.uploads import read_body, take_weights
@@ -45,6 +46,8 @@ def make_app(server: Server) -> FastAPI:
         app.add_middleware(Guard, token=token)
     app.add_exception_handler(BadRequest, lambda _, error: refusal(error))  # type: ignore[arg-type,return-value]
     app.add_exception_handler(HTTPException, lambda _, error: refusal(_of_starlette(error)))  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, lambda _, error: refusal(_of_query(error)))  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, lambda _, error: refusal(error_of(error)))
     _add_rollouts(app, server)
     _add_openai(app, server)
     _add_policy(app, server)
@@ -183,6 +186,12 @@ def check_json(request: Request) -> None:
 def refusal(error: BadRequest) -> Response:
     headers = {"retry-after": RETRY_SECONDS} if error.status in (429, 503) else None
     return JSONResponse({"error": error.to_json()}, status_code=error.status, headers=headers)
+
+
+def _of_query(error: Any) -> BadRequest:
+    first = error.errors()[0]
+    param = str(first["loc"][-1])
+    return BadRequest(f"{param}: {first['msg']}", param)
 
 
 def _of_starlette(error: Any) -> BadRequest:

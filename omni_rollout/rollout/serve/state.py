@@ -83,5 +83,6 @@ class Server:
             "weights": engine.weights_digest,
             "machine": engine.machine,
             "max_requests": self.limits.max_requests,
+            "max_body_bytes": self.limits.max_body_mb << 20,
             "shared_memory": str(self.shared.folder) if self.shared.folder is not None else None,
         }
