@@ -121,7 +121,8 @@ def chat_with_a_picture(server: Serving, request: RolloutRequest, made: Sequence
 
 def pictures_that_are_refused(server: Serving, request: RolloutRequest) -> None:
     for what, content, said in (
-        ("a bomb", bomb(30_000), "serve.max_pixels"),
+        ("a large one", bomb(9_000), "serve.max_pixels"),
+        ("a bomb", bomb(30_000), "decompression bomb"),
         ("cut off", Path(request.prompt.images[0].path).read_bytes()[:-200], "not readable"),
         ("a GIF", saved("GIF"), "not readable as PNG, JPEG, WEBP"),
         ("an animation", saved("WEBP", animated=True), "an animation of 2 frames"),

@@ -34,21 +34,13 @@ def check_spec(spec: SamplingSpec, limits: ServeConfig, where: str) -> None:
     if spec.height * spec.width > limits.max_pixels:
         _past(f"{where}height", spec.height * spec.width, "max_pixels", limits.max_pixels, "pixels")
     for name, value in spec.extra.items():
-        pixels = _pixels(name, value)
-        if pixels > limits.max_pixels:
-            _past(f"{where}extra.{name}", pixels, "max_pixels", limits.max_pixels, "pixels")
+        if isinstance(value, list) and value and is_sizes(value):  # of input images, as they are scaled
+            pixels = max(height * width for height, width in value)
+            if pixels > limits.max_pixels:
+                _past(f"{where}extra.{name}", pixels, "max_pixels", limits.max_pixels, "pixels")
     media = family_module(spec.family, "spec").layout(spec).media
     if len(media) == 4 and media[0] > limits.max_frames:
         _past(f"{where}extra", media[0], "max_frames", limits.max_frames, "frames or layers")
-
-
-def _pixels(name: str, value: Any) -> int:
-    """Of the largest picture that this parameter of a family asks for; 0: it asks for none."""
-    if isinstance(value, list) and value and isinstance(value[0], list) and is_sizes(value):
-        return max(height * width for height, width in value)
-    if name == "resolution" and isinstance(value, int):
-        return value * value
-    return value if name.endswith("_area") and isinstance(value, int) else 0
 
 
 def _past(param: str, value: int, limit: str, most: int, unit: str) -> None:
