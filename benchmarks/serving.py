@@ -12,17 +12,19 @@ import argparse
 import multiprocessing
 import os
 import pickle
+import resource
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import safetensors.torch
 import torch
 
@@ -66,34 +68,34 @@ def made(family: str, parameters: dict[str, Any], width: int) -> Trajectory:
     )
 
 
-def roads(trajectory: Trajectory, rounds: int) -> Iterator[tuple[str, float, int]]:
-    """(road, median seconds, bytes that pass the socket) of: nothing, shared memory, the socket, a socket and pickled lists."""
+def roads(trajectory: Trajectory, rounds: int) -> Iterator[tuple[str, float, float, int]]:
+    """(road, least seconds, mean seconds of CPU on both sides, bytes that pass the socket)."""
     content = encode_capsule(trajectory)
-    yield "in process", median(rounds, lambda: replace(trajectory, prompt=Prompt(text="x"))), 0
-    yield "shared memory", carried(rounds, trajectory, shared=True), 200
-    yield "socket", carried(rounds, trajectory, shared=False), len(content)
+    yield "in process", *measured(rounds, lambda: replace(trajectory, prompt=Prompt(text="x"))), 0
+    yield "shared memory", *carried(rounds, trajectory, shared=True), 200
+    yield "socket", *carried(rounds, trajectory, shared=False), len(content)
     pickled = pickle.dumps(trajectory, protocol=pickle.HIGHEST_PROTOCOL)
-    yield "(pickle alone)", median(rounds, lambda: pickle.loads(pickle.dumps(trajectory))), len(pickled)
+    yield "(pickle alone)", *measured(rounds, lambda: pickle.loads(pickle.dumps(trajectory))), len(pickled)
 
 
-def median(rounds: int, action: Callable[[], object]) -> float:
-    taken = []
+def measured(rounds: int, action: Callable[[], object]) -> tuple[float, float]:
+    taken, cpu = [], time.process_time()
     for _ in range(rounds):
         start = time.perf_counter()
         action()
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return min(taken), (time.process_time() - cpu) / rounds
 
 
-def carried(rounds: int, trajectory: Trajectory, *, shared: bool) -> float:
-    """Median seconds from a trajectory in one process to the same in another, which says when it has it."""
+def carried(rounds: int, trajectory: Trajectory, *, shared: bool) -> tuple[float, float]:
+    """From a trajectory in one process to the same in another, which says when it has it."""
     here, there = socket.socketpair()
     context = multiprocessing.get_context("fork")
     folder = SharedFolder() if shared else None
     process = context.Process(target=receive, args=(there, folder.folder if folder is not None else None, rounds))
     process.start()
     there.close()
-    taken = []
+    taken, cpu, before = [], time.process_time(), children()
     for _ in range(rounds):
         start = time.perf_counter()
         if folder is not None:
@@ -112,7 +114,13 @@ def carried(rounds: int, trajectory: Trajectory, *, shared: bool) -> float:
     here.close()
     if folder is not None:
         folder.close()
-    return statistics.median(taken)
+    return min(taken), (time.process_time() - cpu + children() - before) / rounds
+
+
+def children() -> float:
+    """Seconds of CPU of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def receive(connection: socket.socket, folder: Path | None, rounds: int) -> None:
@@ -153,21 +161,32 @@ def overhead(rounds: int, in_flight: int) -> None:
         with make_engine(config) as engine, RemoteEngine(url) as shared, RemoteEngine(url, shared=False) as plain:
             roads = {"in process": engine, "shared memory": shared, "socket": plain}
             taken: dict[str, list[float]] = {name: [] for name in roads}
+            cpu = dict.fromkeys(roads, 0.0)
+            both = [psutil.Process(), psutil.Process(server.pid)]
             for number in range(rounds + 1):
                 for name, road in roads.items():
-                    start = time.perf_counter()
+                    start, used = time.perf_counter(), cpu_of(both)
                     assert len(list(road.generate(requests))) == in_flight
                     if number:  # the first warms up
                         taken[name].append(time.perf_counter() - start)
+                        cpu[name] += (cpu_of(both) - used) / rounds
         print(f"\nnano, {in_flight} in flight, {rounds} rounds taking turns\n")
-        print("| road | median s | over in process, round by round |\n|---|---|---|")
+        print("| road | median s | over in process, round by round | mean s of CPU, both sides | over in process |")
+        print("|---|---|---|---|---|")
         for name, seconds in taken.items():
             ratios = sorted(one / other for one, other in zip(seconds, taken["in process"], strict=True))
             middle, least, most = statistics.median(ratios), ratios[0], ratios[-1]
-            print(f"| {name} | {statistics.median(seconds):.3f} | {middle:.3f} ({least:.3f} to {most:.3f}) |")
+            own, over = cpu[name], cpu[name] / cpu["in process"]
+            words = f"{middle:.3f} ({least:.3f} to {most:.3f})"
+            print(f"| {name} | {statistics.median(seconds):.3f} | {words} | {own:.3f} | {over:.3f} |")
     finally:
         server.terminate()
         server.wait()
+
+
+def cpu_of(processes: Sequence[psutil.Process]) -> float:
+    """Seconds, of all their threads: what others do on the machine leaves it alone."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def main() -> None:
@@ -182,11 +201,11 @@ def main() -> None:
         {"height": 720, "width": 1280, "num_inference_steps": 10, "true_cfg_scale": 1.0, "extra": {"frames": 81}},
         4096,
     )
-    print(f"{os.cpu_count()} cores, medians of {parsed.rounds}\n")
-    print("| trajectory | road | seconds | bytes over the socket |\n|---|---|---|---|")
+    print(f"{os.cpu_count()} cores, {parsed.rounds} rounds\n")
+    print("| trajectory | road | least s | mean s of CPU, both sides | bytes over the socket |\n|---|---|---|---|---|")
     for name, trajectory in (("image 512 x 512", image), ("video 1280 x 720 x 81", video)):
-        for road, seconds, size in roads(trajectory, parsed.rounds):
-            print(f"| {name} | {road} | {seconds:.4f} | {size} |", flush=True)
+        for road, seconds, cpu, size in roads(trajectory, parsed.rounds):
+            print(f"| {name} | {road} | {seconds:.4f} | {cpu:.4f} | {size} |", flush=True)
     overhead(parsed.rounds, parsed.in_flight)
 
 
