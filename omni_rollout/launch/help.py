@@ -13,6 +13,11 @@ keys (all of them, with their defaults: omni_rollout/config.py):
   rollout.group_size                      images per prompt: 1 for rollout, 8 for train
   rollout.max_num_seqs                    images denoised together
 """
+CHECKPOINT_KEYS = """\
+  checkpoint=RUN|STEP                     a run folder (its newest checkpoint) or one of its checkpoints/step_...,
+                                          with its run's own settings; single keys given here come before those
+  checkpoint_weights=policy|ema           ema: the average of the weights that the run kept
+"""
 TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   rollout.prompts_per_step
   reward=ocr|recolour|jpeg_compressibility|recomposition

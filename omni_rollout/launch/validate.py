@@ -50,7 +50,17 @@ def validate(config: TrainConfig) -> None:
 def validate_rollout(config: TrainConfig, out: str) -> None:
     """`validate` for sampling alone, where `ode` and groups of one make sense; `out`: the folder for its images."""
     common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *_prompts(config)]
-    _raise([*common, *_folder("out", out)])
+    _raise([*common, *_folder("out", out, new=True)])
+
+
+def validate_evaluate(config: TrainConfig, out: str) -> None:
+    """`validate` for held-out images, of `config.prompts`, alone."""
+    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *_prompts(config), *_rewards(config)]
+    _raise([*common, *_folder("out", out, new=True)])
+
+
+def validate_export(config: TrainConfig, out: str) -> None:
+    _raise([*_model(config), *_folder("--out", out, new=True)])
 
 
 def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None], *, path_needed: bool = True) -> None:
@@ -260,10 +270,10 @@ def _prompts(config: TrainConfig) -> Iterator[str]:
             yield f"{key}={file}: expected a file that ends in {', '.join(_PROMPT_SUFFIXES)}"
 
 
-def _folder(key: str, path: str) -> Iterator[str]:
+def _folder(key: str, path: str, *, new: bool = False) -> Iterator[str]:
     if not path.strip():
         yield f"{key} is empty: give {key}=FOLDER"
-    elif (problem := folder_problem(Path(path))) is not None:
+    elif (problem := folder_problem(Path(path), new=new)) is not None:
         yield f"{key}={path}: {problem}"
 
 

@@ -17,11 +17,11 @@ from omni_rollout.launch.compose import to_yaml
 from omni_rollout.monitor.alerts import find_alerts
 from omni_rollout.monitor.console import ConsoleSink
 from omni_rollout.monitor.heatmap import heat_map
-from omni_rollout.monitor.images import CaptionedImage, image_grid
 from omni_rollout.monitor.metrics import timestep_gaps
 from omni_rollout.monitor.pairs import pairs_of
 from omni_rollout.monitor.wandb_sink import WandbSink
 from omni_rollout.run.checkpoints import how_to_go_on
+from omni_rollout.trajectories.sheet import CaptionedImage, image_grid
 
 HEATMAP_EVERY = 10  # steps; a step with a difference, and the last one, are drawn as well
 

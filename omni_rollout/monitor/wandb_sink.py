@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from omni_rollout.config import WandbConfig
 from omni_rollout.monitor.alerts import Alert
-from omni_rollout.monitor.images import CaptionedImage, flat, kind_of
 from omni_rollout.trajectories.media import animated
+from omni_rollout.trajectories.sheet import CaptionedImage, flat, kind_of
 
 _WORST = {  # metric -> what a run's summary keeps of it: one bad step must not be covered by the good ones after it
     "parity/over_clip": "max",

@@ -19,13 +19,14 @@ from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.diffusion.self_check import checker
 from omni_rollout.models import family_module
-from omni_rollout.policy.checkpoint import RunState, load_generators, load_policy, save_policy
+from omni_rollout.policy.checkpoint import load_generators, load_policy, save_policy
 from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
 from omni_rollout.policy.engines.torch_engine import first_rank, on_first_rank
 from omni_rollout.policy.lora import attach_lora, base_alone
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.policy.rng import seed_generators
+from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import PolicyUpdate, Update
 from omni_rollout.types import Trajectory
 

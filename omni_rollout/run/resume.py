@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import UserError
-from omni_rollout.policy.checkpoint import RunState, read_state, verify
-from omni_rollout.run.checkpoints import ORIGIN, candidates, checkpoint_folders
+from omni_rollout.policy.state import RunState, read_state
+from omni_rollout.run.folder import ORIGIN, candidates, checkpoint_folders, newest_whole
 from omni_rollout.trajectories.journal import Journal
 
 FILES = ("metrics.jsonl", "seeds.jsonl")  # of a run folder: they only grow, step after step
@@ -124,12 +124,8 @@ def changed_keys(config: TrainConfig, before: Mapping[str, Any]) -> dict[str, tu
 
 
 def _newest(run_dir: Path) -> Start:
-    for folder in candidates(run_dir.absolute()):
-        try:
-            return Start(checkpoint=folder, run=verify(folder))
-        except UserError as error:
-            print(f"checkpoint {folder.name} is passed over, for the one before it: {error}", file=sys.stderr, flush=True)
-    return Start()
+    found = newest_whole(candidates(run_dir.absolute()))
+    return Start() if found is None else Start(checkpoint=found[0], run=found[1])
 
 
 def _holds_a_run(run_dir: Path) -> bool:

@@ -23,8 +23,8 @@ from omni_rollout.config import AlgorithmConfig, DType, ModelConfig, Offload, Tr
 from omni_rollout.models import family_module
 from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.models.qwen_image.spec import resolve
-from omni_rollout.policy.checkpoint import RunState
 from omni_rollout.policy.learner import Learner
+from omni_rollout.policy.state import RunState
 from omni_rollout.trajectories.capsule import load_capsule, save_capsule
 from omni_rollout.trajectories.digest import combined_digest, tensor_digest
 from omni_rollout.types import Prompt, RolloutRequest, Trajectory

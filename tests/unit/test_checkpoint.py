@@ -23,16 +23,14 @@ from omni_rollout.policy import checkpoint
 from omni_rollout.policy.checkpoint import (
     OPTIMIZER,
     RNG,
-    STATE,
-    RunState,
     load_generators,
     load_policy,
     save_policy,
-    verify,
 )
 from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import TrainerEngine, make_trainer_engine
 from omni_rollout.policy.lora import attach_lora
+from omni_rollout.policy.state import STATE, RunState, verify
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 

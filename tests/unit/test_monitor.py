@@ -18,8 +18,8 @@ from omni_rollout.errors import RunFailedError
 from omni_rollout.monitor import Monitor, NotFiniteError, check_finite, parity_metrics, ratio_metrics, reward_metrics
 from omni_rollout.monitor.console import step_line
 from omni_rollout.monitor.heatmap import heat_map
-from omni_rollout.monitor.images import image_grid
 from omni_rollout.monitor.wandb_sink import has_key
+from omni_rollout.trajectories.sheet import image_grid
 
 STEPS = torch.tensor([[0, 1], [1, 2]])
 

@@ -17,9 +17,9 @@ from verl.single_controller.base.decorator import Dispatch, register
 
 from omni_rollout import algorithms, monitor
 from omni_rollout.integrations.verl.records import Weights, buckets, column, from_fields, run_config
-from omni_rollout.policy.checkpoint import RunState
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint
+from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import Update
 from omni_rollout.trajectories.digest import combined_digest, tensor_digests
 
