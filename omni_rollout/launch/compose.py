@@ -20,6 +20,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from omni_rollout.config import RewardConfig, TrainConfig
 from omni_rollout.errors import UserError
+from omni_rollout.launch import aliases
 from omni_rollout.launch.paths import config_dir, recipe_dir
 
 
@@ -186,6 +187,11 @@ def _unknown_key(key: str) -> UserError:
     known = _schema_keys()
     leaf = key.rpartition(".")[2]
     same_leaf = [candidate for candidate in known if candidate.rpartition(".")[2] == leaf]
+    alias = aliases.meant(key)
+    if alias is not None and (key in aliases.ALIASES or not same_leaf):
+        ours, note = alias
+        hint = f"did you mean {ours}?{f' ({note})' if note else ''}" if ours else note
+        return UserError(f"{key}: no such key; {hint}")
     near = same_leaf or difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(OmegaConf.structured(TrainConfig))}"
     return UserError(f"{key}: no such key; {hint}")

@@ -23,12 +23,14 @@ TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   reward=ocr|recolour|jpeg_compressibility|recomposition
                                           or reward.weights={{NAME: WEIGHT}}
   backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
-  trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|deepspeed
+  trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|fsdp2|deepspeed
+  prompts=FILE                            .txt (one a line), .jsonl or .parquet with `prompt`; other columns go to the rewards
   evaluation.images, .every, .prompts     fixed seeds, before and after training
   wandb.mode=online|offline|disabled      without a key: offline
   run_dir=FOLDER                          config.yaml, metrics.jsonl, images/, checkpoints/
   trainer.save_every, .keep_checkpoints   steps between checkpoints, and how many stay
   trainer.resume=none|auto|FOLDER         go on from run_dir's newest checkpoint, or from one that is named
+  dry_run=true [gpus=8x80]                check paths, prompts, rewards and memory, say what would be trained, and stop
 
 examples:
   omni-rollout train experiment=nano_ocr

@@ -88,14 +88,21 @@ class WandbSink:
         self,
         step: int,
         values: Mapping[str, float | str],
-        images: Sequence[CaptionedImage],
+        images: Mapping[str, Sequence[CaptionedImage]],
         alerts: Sequence[Alert] = (),
         heatmap: Path | None = None,
     ) -> None:
-        """Sends one step; `alerts` are those that are new, so each kind is sent once a run."""
+        """Sends one step.
+
+        Args:
+            images: what they are of -> some of them, under `images/<name>`.
+            alerts: those that are new, so each kind is sent once a run.
+        """
         if self._run is None:
             return
-        media: dict[str, Any] = self._shown(images[: self._images])
+        media: dict[str, Any] = {}
+        for name, some in images.items():
+            media |= {f"{kind}/{name}": shown for kind, shown in self._shown(some[: self._images]).items()}
         if heatmap is not None:
             media["parity/heatmap"] = self._wandb.Image(str(heatmap))
         if self._pairs is not None:

@@ -57,7 +57,7 @@ def rollout_to_folder(
     return len(made), refused + len(requests) - len(made)
 
 
-def engine_of(config: TrainConfig, progress: Progress, prepare: Prepare | None) -> RolloutEngine:
+def engine_of(config: TrainConfig, progress: Progress, prepare: Prepare | None = None) -> RolloutEngine:
     """The engine that `config` asks for, closed again where `prepare` fails."""
     model = config.model
     progress.stage("loading the model into the engine")

@@ -35,6 +35,7 @@ from omni_rollout.run.restore import put_into, restored_policy
 from omni_rollout.run.resume import run_state
 from omni_rollout.run.source import Source, find_source
 from omni_rollout.trajectories.digest import combined_digest, tensor_digests
+from omni_rollout.types import Prompt, RolloutRequest
 from tests.parity.test_qwen_relatives_stock import decoded_in_batches
 
 TEXT, STEPS = "a photo of a cat", 4
@@ -189,12 +190,13 @@ def test_capsules_of_a_checkpoint_hold_with_it_alone(
     resolved = spec.resolve(
         {"height": 64, "width": 64, "num_inference_steps": STEPS, "true_cfg_scale": 1.0, "prompt_width": 16}
     )
-    from omni_rollout.types import Prompt, RolloutRequest
 
     def sampled(name: str) -> list[Path]:
-        request = RolloutRequest(request_id=name, prompt=Prompt(text=TEXT), spec=resolved, seed=1, group_id=name, member=0)
+        request = RolloutRequest(
+            request_id=f"{name}-00", prompt=Prompt(text=TEXT), spec=resolved, seed=1, group_id=name, member=0
+        )
         sample_to_folder(engine, [request], tmp_path / name, Progress(shown=False))
-        return [tmp_path / name / f"{name}.safetensors"]
+        return [tmp_path / name / f"{name}-00.safetensors"]
 
     of_base = sampled("base")
     found = {}
@@ -202,7 +204,7 @@ def test_capsules_of_a_checkpoint_hold_with_it_alone(
         put_into(engine, exact, source_of(saved, weights))
         found[weights] = sampled(weights)
     line = json.loads((tmp_path / "policy" / "index.jsonl").read_text())
-    assert (line["file"], line["prompt"], line["policy_version"]) == ("policy.png", TEXT, 2)
+    assert (line["file"], line["prompt"], line["policy_version"]) == ("policy-00.png", TEXT, 2)
     for weights, capsules in found.items():
         for scored, holds in ((source_of(saved, weights), True), (None, False)):
             (replayed,) = replay_capsules(exact, capsules, scored)

@@ -88,7 +88,8 @@ class TrainerRank(Worker):
                     put.append(ray.put([(name, tensor.cpu()) for name, tensor in bucket]))
         digest = combined_digest(digests)
         self._expected = self._learner.expected(digest)
-        return Weights(version=version, digest=digest, buckets=tuple(put), machine=self._expected.get("machine"))
+        machine, drift = self._expected.get("machine"), self._learner.drift.value
+        return Weights(version=version, digest=digest, buckets=tuple(put), machine=machine, drift=drift)
 
     @every_rank
     def save_checkpoint(self, folder: Path, run: RunState) -> str | None:
