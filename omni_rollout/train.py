@@ -56,7 +56,10 @@ def train(config: TrainConfig, progress: Progress | None = None) -> None:
     progress = progress or Progress(shown=False)
     start, run_dir, stop = find_start(config), Path(config.run_dir), StopFlag(config.run_dir)
     if start.run is not None and start.step >= config.trainer.steps:
-        print(f"all {config.trainer.steps} steps are done: {start.checkpoint}; more: trainer.steps={config.trainer.steps + 10}")
+        print(
+            f"all {config.trainer.steps} steps are done: {start.checkpoint}; more: trainer.steps={config.trainer.steps + 10}; "
+            f"to evaluate: omni-rollout evaluate checkpoint={start.checkpoint} out=FOLDER"
+        )
         return
     stop.clear()
     with stop.signals():

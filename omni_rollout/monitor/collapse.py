@@ -8,9 +8,10 @@ from statistics import fmean
 from typing import Any
 
 from omni_rollout.config import TrainConfig
-from omni_rollout.monitor.alerts import SIGMAS, Alert
+from omni_rollout.monitor.alerts import Alert
 from omni_rollout.monitor.commands import train_command
 
+FALL = 4.0  # standard errors; every step is compared with the best stretch so far, so 3 would be reached by chance
 WINDOW, LATEST = 5, 3  # steps of the best stretch so far, and of the one that is compared with it
 MEAN, STD = "critic/rewards/mean", "critic/rewards/std"
 
@@ -18,7 +19,7 @@ MEAN, STD = "critic/rewards/mean", "critic/rewards/std"
 def reward_collapsed(
     step: int, metrics: Mapping[str, float], history: Sequence[Mapping[str, Any]], config: TrainConfig
 ) -> Iterator[Alert]:
-    """The alert `reward_collapsed`: the latest steps' mean reward is SIGMAS standard errors below the best before.
+    """The alert `reward_collapsed`: the latest steps' mean reward is FALL standard errors below the best before.
 
     Each step has other prompts, so a step's mean has the standard error std / sqrt(prompts of the step).
 
@@ -34,7 +35,7 @@ def reward_collapsed(
     best = max((before[start : start + size] for start in range(len(before) - size + 1)), key=_mean)
     error = math.hypot(_error(best, config), _error(latest, config))
     fall = _mean(best) - _mean(latest)
-    if fall > SIGMAS * error and fall > 0:
+    if fall > FALL * error and fall > 0:
         yield Alert(
             name="reward_collapsed",
             sentence=f"step {step}: the mean reward is {_mean(latest):.3f} over the latest {len(latest)} steps, "

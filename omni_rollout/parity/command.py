@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -75,11 +76,21 @@ def replay(
     console = Console(soft_wrap=True)
     for result in results:
         console.print(_line(result), markup=False, highlight=False)
+    for told in _sampled_by_others(results):
+        console.print(told, markup=False, highlight=False)
     held = sum(result.holds for result in results)
     console.print(f"{held} of {len(results)} capsules hold bit for bit", markup=False, highlight=False)
     if others := {result.status for result in results} - {"equal"}:
         return 1 if others & {"different", "refused"} else 4 if "outside" in others else 3
     return 0 if results else 1
+
+
+def _sampled_by_others(results: Sequence[Replayed]) -> Iterator[str]:
+    """Once for each policy version: which weights these capsules ask for, and how to give them."""
+    versions = [result.other_version for result in results if result.other_version is not None]
+    for version, number in sorted(Counter(versions).items()):
+        whose = f"checkpoint=RUN/checkpoints/step_{version:05d}" if version else "the model that the run started from"
+        yield f"{number} capsules were sampled with other weights than these, after step {version} of their run: give {whose}"
 
 
 def _line(result: Replayed) -> str:

@@ -36,6 +36,7 @@ class Replayed:
     measure: Measure | None = None
     not_honoured: tuple[str, ...] = ()  # fields of its fingerprint that are otherwise here, in words
     other_machine: tuple[str, ...] = ()  # where the bits differ: the same of its machine; empty: the machine is no excuse
+    other_version: int | None = None  # of the policy that sampled it, where its weights are not those here
     explained: float = 0.0  # the largest gap that rounding explains here, where the machine is another
 
     @property
@@ -89,6 +90,7 @@ class Scorer:
             path=path,
             measure=measure([trajectory], [log_probs], self.config.trainer.clip_range),
             not_honoured=tuple(self._not_honoured(trajectory)),
+            other_version=None if trajectory.fingerprint.get("weights") == self.weights else trajectory.policy_version,
         )
         if found.holds or any(not field.startswith("versions.") for field in found.not_honoured):
             return found  # other weights, another dtype: the gap is not the machine's

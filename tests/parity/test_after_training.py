@@ -209,6 +209,7 @@ def test_capsules_of_a_checkpoint_hold_with_it_alone(
         for scored, holds in ((source_of(saved, weights), True), (None, False)):
             (replayed,) = replay_capsules(exact, capsules, scored)
             assert (replayed.holds, not replayed.not_honoured) == (holds, holds)
+            assert replayed.other_version == (None if holds else 2)
     assert replay_capsules(exact, of_base)[0].holds
     assert not replay_capsules(exact, found["ema"], source_of(saved))[0].holds
 

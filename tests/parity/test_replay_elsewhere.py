@@ -34,7 +34,7 @@ def foreign(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"model.path={checkpoint}",
         "model.dtype=bfloat16",
         f"prompts={folder / 'prompts.txt'}",
-        f"out={folder}",
+        f"out={folder / 'out'}",
     ]
     words += ["threads=1", "rollout.group_size=1", "sampling.height=64", "sampling.width=64", "collate.prompt_width=64"]
     done = subprocess.run(
@@ -45,7 +45,7 @@ def foreign(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={**os.environ, **ELSEWHERE},
     )
     assert done.returncode == 0, done.stderr
-    (capsule,) = folder.glob("*.safetensors")
+    (capsule,) = (folder / "out").glob("*.safetensors")
     return capsule
 
 

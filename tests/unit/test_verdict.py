@@ -79,7 +79,7 @@ def test_a_reward_that_collapses_is_told(config: TrainConfig) -> None:
     (alert,) = reward_collapsed(2, lines([0.69, 0.05], std=0.1)[1], run, config)
     assert alert.name == "reward_collapsed" and "trainer.learning_rate=1e-05" in alert.command
     assert "0.050 over the latest 1 steps, 0.690 over the best 1 before them" in alert.sentence
-    assert fired([0.6, 0.62, 0.7, 0.72, 0.75, 0.74, 0.5, 0.3, 0.1, 0.05], config)[0] in (8, 9)
+    assert fired([0.6, 0.62, 0.7, 0.72, 0.75, 0.74, 0.5, 0.3, 0.1, 0.05], config) == [10]
 
 
 def test_noise_between_prompts_is_no_collapse(config: TrainConfig) -> None:
@@ -89,7 +89,7 @@ def test_noise_between_prompts_is_no_collapse(config: TrainConfig) -> None:
     for run in range(100):
         slope = 0.002 if run % 2 else 0.0
         false += bool(fired([0.6 + slope * step + generator.gauss(0, 0.3 / 2) for step in range(80)], config))
-    assert false <= 20, "each run is looked at 79 times, against the best stretch so far"
+    assert false <= 8, "each run is looked at 79 times, against the best stretch so far"
 
 
 def test_the_drift_is_the_relative_distance_of_the_weights() -> None:
