@@ -50,7 +50,7 @@ def run(parsed: argparse.Namespace) -> int:
     matrix = Matrix.parse(parsed.matrix)  # a typo must not wait for the engine's libraries
     with progress_of(config.model.path, "loading torch and the engine") as progress:
         from omni_rollout.nano.random_weights import build_random
-        from omni_rollout.parity.command import parity
+        from omni_rollout.parity.reported import parity
 
         files = {"json_path": parsed.json, "html_path": parsed.html}
         return parity(config, **files, matrix=matrix, progress=progress, build_random=build_random, source=source)

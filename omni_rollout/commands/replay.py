@@ -40,6 +40,6 @@ def run(parsed: argparse.Namespace) -> int:
     from omni_rollout.launch.progress import progress_of
 
     with progress_of(config.model.path, "loading torch") as progress:
-        from omni_rollout.parity.command import replay
+        from omni_rollout.parity.reported import replay
 
         return replay(capsules, config, json_path=parsed.json, progress=progress, source=source)

@@ -23,7 +23,7 @@ from omni_rollout.config import (
     SDETypeName,
     TrainConfig,
     TrainerConfig,
-    TrainerEngine,
+    TrainerEngineName,
 )
 from omni_rollout.errors import UserError
 from omni_rollout.launch import model_files
@@ -217,14 +217,14 @@ def _trainer(config: TrainConfig) -> Iterator[str]:
 def trainer_engine(trainer: TrainerConfig) -> Iterator[str]:
     """What is wrong with the choice of engine, ZeRO stage, offload and ranks."""
     engine, stage, offload = trainer.engine, trainer.zero_stage, trainer.offload
-    deepspeed = engine is TrainerEngine.deepspeed
+    deepspeed = engine is TrainerEngineName.deepspeed
     if deepspeed and stage not in (0, 1, 2, 3):
         yield f"trainer.zero_stage={stage}: expected 0, 1, 2 or 3"
-    if engine is TrainerEngine.fsdp2 and trainer.ranks == 1:
+    if engine is TrainerEngineName.fsdp2 and trainer.ranks == 1:
         yield "trainer.engine=fsdp2: one rank has nothing to cut; give trainer.ranks (backend=verl), or trainer.engine=torch"
     if offload is Offload.optimizer and not (deepspeed and stage > 0):
         yield "trainer.offload=optimizer: needs trainer.engine=deepspeed and trainer.zero_stage of 1, 2 or 3"
-    if offload is Offload.all and not (engine is TrainerEngine.fsdp2 or (deepspeed and stage == 3)):
+    if offload is Offload.all and not (engine is TrainerEngineName.fsdp2 or (deepspeed and stage == 3)):
         yield "trainer.offload=all: needs trainer.engine=fsdp2, or trainer.engine=deepspeed with trainer.zero_stage=3"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from omni_rollout.config import TrainConfig
 from omni_rollout.monitor.alerts import Alert
-from omni_rollout.monitor.commands import train_command
+from omni_rollout.monitor.suggested import train_command
 
 FALL = 4.0  # standard errors; every step is compared with the best stretch so far, so 3 would be reached by chance
 WINDOW, LATEST = 5, 3  # steps of the best stretch so far, and of the one that is compared with it

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from omni_rollout.config import Parity, TrainConfig, TrainerEngine
+from omni_rollout.config import Parity, TrainConfig, TrainerEngineName
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.diffusion.machine import compute_device
@@ -53,7 +53,7 @@ class Learner:
         load = family_module(config.model.family, "policy").load_policy
         self.policy = load(config.model.path, self.dtype, config.parity.value)
         self._device = compute_device()
-        if trainer.engine is not TrainerEngine.fsdp2:
+        if trainer.engine is not TrainerEngineName.fsdp2:
             self.policy.to(self._device)
         self.drift = Drift(effective_weights(self.policy, self.dtype))
         start = copy.deepcopy(self.policy).requires_grad_(False) if config.algorithm.kl_coef and not trainer.lora_rank else None

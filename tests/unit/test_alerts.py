@@ -16,7 +16,7 @@ from omni_rollout.launch.compose import compose
 from omni_rollout.launch.validate import validate
 from omni_rollout.monitor import find_alerts, parity_metrics, ratio_metrics
 from omni_rollout.monitor.alerts import leaning
-from omni_rollout.monitor.commands import parity_command, train_command
+from omni_rollout.monitor.suggested import parity_command, train_command
 
 
 @pytest.fixture

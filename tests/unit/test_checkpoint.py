@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from omni_rollout.config import TrainerConfig
-from omni_rollout.config import TrainerEngine as EngineName
+from omni_rollout.config import TrainerEngineName as EngineName
 from omni_rollout.diffusion.exact_ops import install_linears
 from omni_rollout.errors import UserError
 from omni_rollout.policy import checkpoint
