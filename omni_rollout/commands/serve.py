@@ -7,6 +7,7 @@ import argparse
 from omni_rollout.commands import Commands, add_command
 from omni_rollout.launch.help import ROLLOUT_KEYS
 
+READS = ("model", "collate", "sampling", "parity", "threads", "rollout.max_num_seqs", "serve")
 _MORE = """  serve.host, .port                       127.0.0.1 and 8091; another address needs a secret in OMNI_ROLLOUT_TOKEN
   serve.max_steps, .max_pixels, ...       limits, each answered with 4xx and its name
 
@@ -33,7 +34,7 @@ def run(parsed: argparse.Namespace) -> int:
     from omni_rollout.launch.validate import validate_serving
     from omni_rollout.rollout.start import say_family_defaults
 
-    config = compose(parsed.overrides, name="rollout", unused=("prompts",))
+    config = compose(parsed.overrides, name="rollout", unused=("prompts",), reads=READS)
     validate_serving(config)
     say_family_defaults(config)
     quieten_libraries(config.model.path)

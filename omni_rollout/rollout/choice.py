@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import UserError
+from omni_rollout.launch.progress import Progress
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.rollout.remote import RemoteEngine
 from omni_rollout.rollout.several import RemoteEngines
 
 
-def open_engine(config: TrainConfig) -> RolloutEngine | RemoteEngine | RemoteEngines:
+def open_engine(config: TrainConfig, progress: Progress) -> RolloutEngine | RemoteEngine | RemoteEngines:
     """Raises UserError: nobody answers at `rollout.url`, or with another model than the run's."""
-    return make_engine(config) if config.rollout.url is None else _remote(config)
+    url = config.rollout.url
+    progress.stage("loading the model into the engine" if url is None else f"asking {url}")
+    return make_engine(config) if url is None else _remote(config)
 
 
 def make_engine(config: TrainConfig) -> RolloutEngine:

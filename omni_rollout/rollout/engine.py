@@ -25,7 +25,15 @@ from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobErro
 from omni_rollout.models import family_module
 from omni_rollout.rollout.architecture import register
 from omni_rollout.rollout.decoding import DecodeError, Decoder
-from omni_rollout.rollout.guards import OnError, check_alone, check_distinct, check_pinned, check_threads, close_at_exit
+from omni_rollout.rollout.guards import (
+    OnError,
+    check_alone,
+    check_distinct,
+    check_pinned,
+    check_threads,
+    close_at_exit,
+    without_bars,
+)
 from omni_rollout.rollout.platform.linear import register_linears
 from omni_rollout.rollout.records import engine_request, to_trajectory
 from omni_rollout.trajectories.digest import combined_digest, tensor_digests
@@ -61,6 +69,7 @@ class RolloutEngine:
         parity: str = "exact",
     ) -> None:
         check_alone()
+        without_bars()
         pipeline = family_module(family, "spec").ROLLOUT_PIPELINE
         self.threads = torch.get_num_threads()
         if parity != "fast":
@@ -93,8 +102,7 @@ class RolloutEngine:
         self._serial = itertools.count()
         self._decoder = Decoder(lambda latents, spec: self.pipeline.decode_beside_the_loop(latents, spec))
         close_at_exit(self)
-        self.dtype, self.parity = dtype, parity
-        self.policy_version = 0
+        self.dtype, self.parity, self.policy_version = dtype, parity, 0
         try:
             if parity == "exact":
                 check_pinned(self._rpc("pinned_knobs"))
@@ -144,10 +152,9 @@ class RolloutEngine:
             raise ExceptionGroup(f"{len(failures)} of {len(requests)} rollout requests failed", failures)
 
     def submit(self, request: RolloutRequest, deliver: Deliver) -> asyncio.Task[Record]:
-        """Admits one request beside those in flight; in the thread of `loop`.
+        """Admits one beside those in flight, in the thread of `loop`, where `deliver` is told once what became of it.
 
-        `deliver` is called there, once, with the trajectory or what kept it from being made. A task that is cancelled gives its
-        place in the batch to another request, and delivers nothing.
+        A task that is cancelled gives its place in the batch to another request, and delivers nothing.
         """
         self._decoder.expect(request)
         task = self.loop.create_task(self._sample(request))
@@ -158,8 +165,8 @@ class RolloutEngine:
     def _next(self, finished: asyncio.Queue[Any], timeout: float | None) -> Any:
         end = math.inf if timeout is None else time.monotonic() + timeout
         while True:
+            patience = min(LIVENESS_SECONDS, max(end - time.monotonic(), 0))
             try:
-                patience = min(LIVENESS_SECONDS, max(end - time.monotonic(), 0))
                 return self.loop.run_until_complete(asyncio.wait_for(finished.get(), patience))
             except TimeoutError:
                 if not finished.empty():  # it was made while the loop could not look at its clock
@@ -168,9 +175,8 @@ class RolloutEngine:
                     self._closed = True  # there is nobody to drain, or to close
                     raise EngineHungError(f"no image for {timeout:g} s (rollout.timeout): the engine hangs") from None
                 if not self.alive:
-                    raise EngineDiedError(
-                        "the engine's thread has ended, see its error above; make a new RolloutEngine"
-                    ) from None
+                    text = "the engine's thread has ended, see its error above; make a new RolloutEngine"
+                    raise EngineDiedError(text) from None
 
     @property
     def alive(self) -> bool:
@@ -248,7 +254,7 @@ class RolloutEngine:
         return self._rpc("policy_digests")
 
     def policy_layout(self) -> dict[str, tuple[str, list[int]]]:
-        """dtype and shape of every tensor of the transformer, by checkpoint name."""
+        """dtype and shape of what `policy_digests` names."""
         return self._rpc("policy_layout")
 
     def _rpc(self, method: str, *args: Any) -> Any:
@@ -266,8 +272,7 @@ class RolloutEngine:
             raise RuntimeError("this RolloutEngine is closed; make a new one")
 
     async def _sample(self, request: RolloutRequest) -> Record:
-        asked = engine_request(request, next(self._serial))
-        output = None
+        asked, output = engine_request(request, next(self._serial)), None
         try:
             async for outputs in self._engine.step_streaming(asked):
                 output = outputs[0]
@@ -282,8 +287,8 @@ class RolloutEngine:
         error = None if task.cancelled() else task.exception()
         if isinstance(error, Exception):
             deliver(error)
-        made = None if task.cancelled() or error is not None else {**task.result(), "deliver": deliver}
-        self._decoded(self._decoder.add(request, made))
+        done = not task.cancelled() and error is None
+        self._decoded(self._decoder.add(request, {**task.result(), "deliver": deliver} if done else None))
 
     def _decoded(self, ready: Iterator[tuple[RolloutRequest, Record, np.ndarray]]) -> None:
         try:

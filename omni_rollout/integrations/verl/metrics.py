@@ -10,6 +10,7 @@ import numpy as np
 
 from omni_rollout.monitor import CaptionedImage
 from omni_rollout.policy.update import Scores, Update
+from omni_rollout.run import evaluation
 
 TIMINGS = {"gen": "rollout", "update_actor": "update", "update_weights": "weight_sync", "step": "step"}  # verl's -> ours
 
@@ -50,11 +51,8 @@ class Samples:
         )
 
 
-def captioned(samples: Samples, *, rewards: bool = True) -> list[CaptionedImage]:
-    texts = [prompt["text"] for prompt in samples.prompts]
-    if rewards:
-        texts = [f"{reward:.2f} {text}" for reward, text in zip(samples.rewards, texts, strict=True)]
-    return list(zip(texts, samples.media, strict=True))
+def captioned(samples: Samples) -> list[CaptionedImage]:
+    return evaluation.captioned(samples.rewards, [prompt["text"] for prompt in samples.prompts], samples.media)
 
 
 def merged(updates: Sequence[Update]) -> Update:

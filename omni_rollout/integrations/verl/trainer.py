@@ -42,7 +42,9 @@ from omni_rollout.monitor import CaptionedImage, Monitor, last_words, step_metri
 from omni_rollout.policy.recompute import check_machine
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
-from omni_rollout.run.resume import check_weights, enter, find_start, run_state
+from omni_rollout.run.evaluation import evaluation_metrics
+from omni_rollout.run.resume import check_weights, enter, run_state
+from omni_rollout.run.start import find_start
 from omni_rollout.run.stop import StopFlag
 from omni_rollout.trajectories.journal import Journal
 from omni_rollout.types import Prompt, RolloutRequest
@@ -223,7 +225,7 @@ class OmniTrainer(PPOTrainer):
             self._publish()
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
         if not self.global_steps:
-            self.sight.log(0, metrics, self.images)
+            self.sight.log(0, metrics, evaluation=self.images)
         return metrics
 
     def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
@@ -234,7 +236,7 @@ class OmniTrainer(PPOTrainer):
         samples = self._samples(batch)
         tq.kv_clear(keys=batch.keys, partition_id="val")
         scores = self.rewards.evaluate(samples.media, [Prompt.from_json(prompt) for prompt in samples.prompts])
-        return {f"evaluation/{key}": value for key, value in scores.items()}, captioned(samples, rewards=False)
+        return evaluation_metrics(samples.rewards, scores), captioned(samples)
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
@@ -254,6 +256,7 @@ class OmniTrainer(PPOTrainer):
             learning_rate=first.learning_rate,
             collisions=self.seeds.collisions,
             recomputed=first.recomputed,
+            drift=self.weights.drift,
         )
         ours |= {
             "rollout/servers": float(self.servers_in_step),
@@ -264,8 +267,8 @@ class OmniTrainer(PPOTrainer):
         not_kept = self.told["not_kept"]
         notes = step_notes(sampled_by=self.sampled_by, recomputed=first.recomputed, reused=self.reused, not_kept=not_kept)
         metrics.update(ours)
-        images = self.images if evaluated else captioned(samples)
-        self.sight.log(global_steps, ours, images, {**notes, **self.checkpoints.notes()})
+        images = self.images if evaluated else ()
+        self.sight.log(global_steps, ours, captioned(samples), {**notes, **self.checkpoints.notes()}, images)
         self._finish(global_steps)
 
     def _finish(self, step: int) -> None:
