@@ -9,8 +9,10 @@ from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.rollout.remote import RemoteEngine
 from omni_rollout.rollout.several import RemoteEngines
 
+Engine = RolloutEngine | RemoteEngine | RemoteEngines
 
-def open_engine(config: TrainConfig, progress: Progress) -> RolloutEngine | RemoteEngine | RemoteEngines:
+
+def open_engine(config: TrainConfig, progress: Progress) -> Engine:
     """Raises UserError: nobody answers at `rollout.url`, or with another model than the run's."""
     url = config.rollout.url
     progress.stage("loading the model into the engine" if url is None else f"asking {url}")
