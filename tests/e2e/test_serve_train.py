@@ -76,6 +76,7 @@ def test_a_run_with_a_server_is_the_same_run(random_checkpoint, own, tmp_path, m
     assert files(tmp_path / "run" / saved, "*") == files(own / saved, "*") != {}
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_server_in_mid_rollout_costs_the_run_nothing(random_checkpoint, own, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     first = serving(random_checkpoint, log)
