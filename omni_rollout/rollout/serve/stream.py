@@ -32,12 +32,14 @@ class Answer(StreamingResponse):
         self._server, self._batch, self._shared = server, batch, shared
         self._work = server.host.work(batch.requests, weights)
         self._files: list[Path] = []
+        self._gone = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with self._work, self._server.metrics.watching(self._batch.requests) as self._watch:
                 await super().__call__(scope, receive, send)
         finally:  # nothing is awaited here: the client may have gone
+            self._gone = True
             self._server.reader.release(self._batch)
             for path in self._files:
                 path.unlink(missing_ok=True)
@@ -85,4 +87,6 @@ class Answer(StreamingResponse):
         except (OSError, safetensors.SafetensorError):
             path.unlink(missing_ok=True)
             return None
+        if self._gone:  # while this thread wrote it: nobody else will remove it
+            path.unlink(missing_ok=True)
         return path.name
