@@ -1,7 +1,7 @@
 """The loop, readable top to bottom.
 
 for step in steps:
-    PromptStream.batch ─► Collator.groups ─► RolloutEngine.generate ─► WeightedSum ─► advantages
+    PromptStream.batch ─► Collator.groups ─► RolloutEngine.generate ─► rewards ─► advantages
                                                     ▲                                     │
                           update_weights (digests) ─┘◄── PolicyUpdate ◄── old log-probs ◄─┘
     Monitor.log
@@ -27,7 +27,7 @@ from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Monitor
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
-from omni_rollout.rewards import WeightedSum
+from omni_rollout.rewards import make_rewards
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.resume import Start, check_weights, enter, find_start, run_state
@@ -101,7 +101,7 @@ class Trainer:
         self.config = config
         self.prompts = load_prompts(config.prompts)
         self.evaluation_prompts = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else self.prompts
-        self.rewards = WeightedSum(config.reward.weights, config.reward.threads)
+        self.rewards = make_rewards(config)
         self.rewards.check([*self.prompts, *self.evaluation_prompts], family_module(config.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
         self.collator = Collator(config.model.family, tokenizer, config.sampling, config.collate)
@@ -147,10 +147,13 @@ class Trainer:
             monitor.check_finite(step, trajectories)
             with timed(timings, "reward"):
                 images = [trajectory.media for trajectory in trajectories]
-                rewards = self.rewards(images, [trajectory.prompt for trajectory in trajectories])
+                scored = self.rewards(images, [trajectory.prompt for trajectory in trajectories])
+            self.rewards.require(scored)
+            trajectories = [trajectories[row] for row in scored.scored]  # the others leave their groups
+            rewards, group_ids = scored.of(scored.scored), [trajectory.group_id for trajectory in trajectories]
             advantages = self.algorithm.advantages(
-                torch.tensor(rewards.total, dtype=torch.float32),
-                [trajectory.group_id for trajectory in trajectories],
+                torch.tensor(self.rewards.compared(scored, group_ids), dtype=torch.float32),
+                group_ids,
                 std=config.algorithm.advantage_std,
                 clip=config.algorithm.advantage_clip,
             )
@@ -167,7 +170,8 @@ class Trainer:
             update,
             rewards=rewards.total,
             breakdown=rewards.breakdown,
-            group_ids=[trajectory.group_id for trajectory in trajectories],
+            failed=len(images) - len(trajectories),
+            group_ids=group_ids,
             elements=trajectories[0].latents[0].numel(),
             clip_range=config.trainer.clip_range,
             timings=timings,
@@ -176,10 +180,15 @@ class Trainer:
             collisions=self.seeds.collisions,
             recomputed=recomputed,
         )
-        captions = [f"{reward:.2f} {t.prompt.text}" for t, reward in zip(trajectories, rewards.total, strict=True)]
-        failure = self.journal.failure
-        notes = monitor.step_notes(sampled_by=sampled_by, recomputed=recomputed, reused=reused, not_kept=failure)
-        return StepReport(metrics=metrics, images=list(zip(captions, images, strict=True)), notes=notes)
+        shown = [(f"{reward:.2f} {t.prompt.text}", t.media) for t, reward in zip(trajectories, rewards.total, strict=True)]
+        notes = monitor.step_notes(
+            sampled_by=sampled_by,
+            recomputed=recomputed,
+            reused=reused,
+            not_kept=self.journal.failure,
+            not_scored=scored.failures,
+        )
+        return StepReport(metrics=metrics, images=shown, notes=notes)
 
     def _rollout(self, requests: Sequence[RolloutRequest], step: int) -> tuple[int, list[Trajectory]]:
         """How many had been finished before the run was stopped, and all of them in the order of their ids."""

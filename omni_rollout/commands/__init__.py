@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import ModuleType
 
-ORDER = ("train", "rollout", "parity", "replay", "plan", "nano", "doctor")  # as `--help` lists them
+ORDER = ("train", "rollout", "parity", "replay", "plan", "nano", "reward", "doctor")  # as `--help` lists them
 Commands = argparse._SubParsersAction  # argparse has no public name for what `add_subparsers` returns
 
 

@@ -26,7 +26,7 @@ from omni_rollout.config import (
     TrainerEngine,
 )
 from omni_rollout.errors import UserError
-from omni_rollout.launch import model_files
+from omni_rollout.launch import model_files, plugins
 from omni_rollout.launch.outputs import file_problem, folder_problem
 from omni_rollout.models import families
 
@@ -119,6 +119,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
             yield f"{key}={value}: expected at most {_LARGEST}"
     above_zero = {
         "rollout.timeout": config.rollout.timeout,
+        "reward.timeout": config.reward.timeout,
         "algorithm.advantage_clip": config.algorithm.advantage_clip,
         "trainer.learning_rate": config.trainer.learning_rate,
         "trainer.max_grad_norm": config.trainer.max_grad_norm,
@@ -179,11 +180,22 @@ def _learning(config: TrainConfig) -> Iterator[str]:
 
 
 def _rewards(config: TrainConfig) -> Iterator[str]:
-    weights = config.reward.weights
-    for name, weight in weights.items():
-        yield from _known("reward.weights", name, [known for known in _modules("rewards") if known != "base"])
+    weights, sources, untrained = config.reward.weights, config.reward.source, config.evaluation.reward.weights
+    known = sorted({*plugins.registered("rewards"), *sources})
+    for key, name, weight in [
+        *(("reward.weights", *item) for item in weights.items()),
+        *(("evaluation.reward.weights", *item) for item in untrained.items()),
+    ]:
+        yield from _known(key, name, known)
         if not math.isfinite(weight):
-            yield f"reward.weights.{name}={weight}: expected a finite number"
+            yield f"{key}.{name}={weight}: expected a finite number"
+    for name, source in sources.items():
+        if name not in weights and name not in untrained:
+            yield f"reward.source.{name}={source}: nothing uses it; give reward.weights.{name}, or evaluation.reward.weights"
+        elif not plugins.is_address(source) and (problem := plugins.function_problem(source)) is not None:
+            yield f"reward.source.{name}={source}: {problem}, or an http(s) address"
+    if not 0 <= config.reward.max_failed < 1:
+        yield f"reward.max_failed={config.reward.max_failed}: expected a share, at least 0 and below 1"
     if not any(weights.values()):
         yield f"reward.weights={weights}: {'every weight is 0' if weights else 'empty'}; give one, such as reward=ocr"
 
@@ -254,7 +266,9 @@ def _prompts(config: TrainConfig) -> Iterator[str]:
     for key, file in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         if file is None:
             continue
-        if not os.path.isfile(file):  # os.path's answers are no errors, however odd the name
+        if plugins.is_function(file):
+            yield from [f"{key}={file}: {problem}"] if (problem := plugins.function_problem(file)) is not None else []
+        elif not os.path.isfile(file):  # os.path's answers are no errors, however odd the name
             yield f"{key}={file}: {'it is a folder' if os.path.isdir(file) else 'no such file'}"
         elif Path(file).suffix not in _PROMPT_SUFFIXES:
             yield f"{key}={file}: expected a file that ends in {', '.join(_PROMPT_SUFFIXES)}"

@@ -24,12 +24,12 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A step's images and rewards, in the order of request ids."""
+    """A step's images and what their rewards are made of, in the order of request ids."""
 
     prompts: list[dict[str, Any]]  # text, metadata
     media: list[np.ndarray]
-    rewards: list[float]
-    breakdown: dict[str, list[float]]
+    breakdown: dict[str, list[float | None]]  # reward name -> one an image, before its weight
+    failures: list[str]  # a sentence for every image and reward that failed
     group_ids: list[str]
     sources: list[Source]
     elements: int  # numbers in a latent
@@ -39,8 +39,8 @@ class Samples:
         return cls(
             prompts=[sample["prompt"] for sample in stored],
             media=[sample["media"] for sample in stored],
-            rewards=[sample["reward"] for sample in stored],
             breakdown={name: [sample["breakdown"][name] for sample in stored] for name in stored[0]["breakdown"]},
+            failures=[failure for sample in stored for failure in sample["failures"]],
             group_ids=[tag["group_id"] for tag in tags],
             sources=[
                 Source(request_id=tag["request_id"], fingerprint=sample["fingerprint"])
@@ -50,11 +50,13 @@ class Samples:
         )
 
 
-def captioned(samples: Samples, *, rewards: bool = True) -> list[CaptionedImage]:
+def captioned(samples: Samples, rewards: Sequence[float | None] | None = None) -> list[CaptionedImage]:
+    """The images with their prompts, and those that have one with their reward; the others are left out."""
     texts = [prompt["text"] for prompt in samples.prompts]
-    if rewards:
-        texts = [f"{reward:.2f} {text}" for reward, text in zip(samples.rewards, texts, strict=True)]
-    return list(zip(texts, samples.media, strict=True))
+    if rewards is None:
+        return list(zip(texts, samples.media, strict=True))
+    rows = [(reward, text, media) for reward, text, media in zip(rewards, texts, samples.media, strict=True)]
+    return [(f"{reward:.2f} {text}", media) for reward, text, media in rows if reward is not None]
 
 
 def merged(updates: Sequence[Update]) -> Update:

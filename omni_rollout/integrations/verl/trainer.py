@@ -40,7 +40,7 @@ from omni_rollout.integrations.verl.reward import RewardWorkers
 from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Monitor, last_words, step_metrics, step_notes
 from omni_rollout.policy.recompute import check_machine
-from omni_rollout.rewards import WeightedSum
+from omni_rollout.rewards import make_rewards
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.resume import check_weights, enter, find_start, run_state
 from omni_rollout.run.stop import StopFlag
@@ -102,7 +102,7 @@ class OmniTrainer(PPOTrainer):
         run = self.run
         prompts = load_prompts(run.prompts)
         self.evaluation_prompts = load_prompts(run.evaluation.prompts) if run.evaluation.prompts else prompts
-        self.rewards = WeightedSum(run.reward.weights, run.reward.threads)
+        self.rewards = make_rewards(run)
         self.rewards.check([*prompts, *self.evaluation_prompts], family_module(run.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(run.model.path, subfolder="tokenizer")
         self.collator = Collator(run.model.family, tokenizer, run.sampling, run.collate)
@@ -176,9 +176,12 @@ class OmniTrainer(PPOTrainer):
         self.told = self.agent_loop_manager.settle()
         self.samples = self._samples(batch)
         self.reused += self.seeds.record_noise(cast(Any, self.samples.sources))
+        self.scored = self.rewards.batch(self.samples.breakdown, self.samples.failures)
+        self.rewards.require(self.scored)
+        self.group_ids = [self.samples.group_ids[row] for row in self.scored.scored]  # the others leave their groups
         self.advantages = self.algorithm.advantages(
-            torch.tensor(self.samples.rewards, dtype=torch.float32),
-            self.samples.group_ids,
+            torch.tensor(self.rewards.compared(self.scored, self.group_ids), dtype=torch.float32),
+            self.group_ids,
             std=self.run.algorithm.advantage_std,
             clip=self.run.algorithm.advantage_clip,
         )
@@ -186,7 +189,7 @@ class OmniTrainer(PPOTrainer):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         self.updates: list[RankUpdate] = self.actor_rollout_wg.update_policy(
-            batch.keys, batch.partition_id, self.advantages, self.global_steps
+            [batch.keys[row] for row in self.scored.scored], batch.partition_id, self.advantages, self.global_steps
         )
         self.sampled_by = self.weights.digest
         return batch
@@ -234,19 +237,21 @@ class OmniTrainer(PPOTrainer):
         samples = self._samples(batch)
         tq.kv_clear(keys=batch.keys, partition_id="val")
         scores = self.rewards.evaluate(samples.media, [Prompt.from_json(prompt) for prompt in samples.prompts])
-        return {f"evaluation/{key}": value for key, value in scores.items()}, captioned(samples, rewards=False)
+        return {f"evaluation/{key}": value for key, value in scores.items()}, captioned(samples)
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
     ) -> None:
         """Adds this step's numbers, as the embedded trainer has them, to what verl logs, and writes them to the run folder."""
         evaluated = {key: value for key, value in metrics.items() if key.startswith("evaluation/")}
-        samples, first = self.samples, self.updates[0]
+        samples, scored, first = self.samples, self.scored, self.updates[0]
+        rewards = scored.of(scored.scored)
         ours = step_metrics(
             merged([rank.update for rank in self.updates]),
-            rewards=samples.rewards,
-            breakdown=samples.breakdown,
-            group_ids=samples.group_ids,
+            rewards=rewards.total,
+            breakdown=rewards.breakdown,
+            failed=len(scored.total) - len(rewards.total),
+            group_ids=self.group_ids,
             elements=samples.elements,
             clip_range=self.run.trainer.clip_range,
             timings=our_timings(timing_raw),
@@ -261,10 +266,10 @@ class OmniTrainer(PPOTrainer):
             "perf/restarts": float(restarts(self.run.run_dir)),
             **evaluated,
         }
-        not_kept = self.told["not_kept"]
-        notes = step_notes(sampled_by=self.sampled_by, recomputed=first.recomputed, reused=self.reused, not_kept=not_kept)
+        lost = {"not_kept": self.told["not_kept"], "not_scored": scored.failures}
+        notes = step_notes(sampled_by=self.sampled_by, recomputed=first.recomputed, reused=self.reused, **lost)
         metrics.update(ours)
-        images = self.images if evaluated else captioned(samples)
+        images = self.images if evaluated else captioned(samples, scored.total)
         self.sight.log(global_steps, ours, images, {**notes, **self.checkpoints.notes()})
         self._finish(global_steps)
 
