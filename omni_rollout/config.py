@@ -169,7 +169,7 @@ class EvaluationRewardConfig:
 class EvaluationConfig:
     every: int = 0  # steps; 0: before and after training only
     images: int = 0  # per evaluation; 0: none. ODE, fixed seeds, without guidance unless sampling turns it on
-    prompts: str | None = None  # file; None: the training prompts
+    prompts: str | None = None  # as `prompts`, one source; None: its `test` if there is one, else the training prompts
     seed: int = 10_000
     reward: EvaluationRewardConfig = field(default_factory=EvaluationRewardConfig)
 
@@ -223,7 +223,8 @@ class TrainConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     backend: Backend = Backend.embedded
     parity: Parity = Parity.exact
-    prompts: str = MISSING  # .txt (one a line), .jsonl or .parquet with `prompt` and metadata
+    # .txt (one a line), .jsonl or .parquet with `prompt` and metadata, a folder, a dataset, a function; or {SOURCE: WEIGHT}
+    prompts: Any = MISSING
     threads: int | None = None  # of torch; None: torch's own choice
     run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
     experiment: Any = None  # set by `experiment=NAME`; the name is kept in the run's config.yaml

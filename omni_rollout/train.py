@@ -21,10 +21,10 @@ from transformers import AutoTokenizer
 from omni_rollout import algorithms, monitor
 from omni_rollout.config import TrainConfig
 from omni_rollout.data.collate import Collator
-from omni_rollout.data.prompts import PromptStream, load_prompts
 from omni_rollout.data.seeds import SeedLedger
+from omni_rollout.data.stream import prompt_data
 from omni_rollout.models import family_module
-from omni_rollout.monitor import CaptionedImage, Monitor
+from omni_rollout.monitor import CaptionedImage, Guards, Monitor
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
 from omni_rollout.rewards import make_rewards
@@ -65,14 +65,15 @@ def train(config: TrainConfig) -> None:
 def _loop(config: TrainConfig, start: Start, trainer: Trainer, sight: Monitor, stop: StopFlag) -> Checkpoints:
     checkpoints = Checkpoints(config, trainer.journal)
     if config.evaluation.images and not start.step:
-        sight.log(0, *trainer.evaluate("before"))
+        sight.log(0, *trainer.evaluate(0))
     for step in range(start.step + 1, config.trainer.steps + 1):
         stop.stepping()
         with monitor.last_words(sight, step):
             report = trainer.step(step)
             if trainer.evaluation_due(step):
-                evaluated, report.images = trainer.evaluate(f"step_{step:05d}")
+                evaluated, report.images, lost = trainer.evaluate(step)
                 report.metrics |= evaluated
+                report.notes |= lost
         sight.log(step, report.metrics, report.images, {**report.notes, **checkpoints.notes()})
         stopping = stop.is_set
         if checkpoints.due(step, stopping=stopping):
@@ -99,18 +100,18 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
         self.config = config
-        self.prompts = load_prompts(config.prompts)
-        self.evaluation_prompts = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else self.prompts
+        self.stream, self.evaluation_prompts = prompt_data(config)
+        all_prompts = [*self.stream.prompts, *self.evaluation_prompts]
         self.rewards = make_rewards(config)
-        self.rewards.check([*self.prompts, *self.evaluation_prompts], family_module(config.model.family, "spec").KIND)
+        self.rewards.check(all_prompts, family_module(config.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
         self.collator = Collator(config.model.family, tokenizer, config.sampling, config.collate)
-        for prompt in [*self.prompts, *self.evaluation_prompts]:  # all of them now, not one of them in an hour
+        for prompt in all_prompts:  # all of them now, not one of them in an hour
             self.collator.check(self.collator.spec(images=prompt.images), prompt)
-        self.stream = PromptStream(self.prompts, config.rollout.prompts_per_step, config.sampling.seed)
         self.algorithm = algorithms.get_algorithm(config.algorithm.name)
         self.seeds = SeedLedger(Path(config.run_dir) / "seeds.jsonl")
         self.journal = Journal(config.run_dir, keep=config.rollout.keep_finished)
+        self.guards = Guards(config.run_dir)
         self.version = start.step
         self.engine = RolloutEngine(
             config.model.path,
@@ -214,16 +215,20 @@ class Trainer:
         self.expected = self.learner.expected(digest)
         check_machine(self.engine.machine, self.expected)  # before anything is sampled
 
-    def evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
-        """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""
+    def evaluate(self, step: int) -> tuple[dict[str, float], list[CaptionedImage], dict[str, str]]:
+        """Deterministic (ode) images from fixed seeds; with an average kept, metrics of the averaged policy as well; and, as
+        notes, what the guards found."""
+        name = f"step_{step:05d}" if step else "before"
         metrics, images = self._evaluate(name)
+        prompts, media = zip(*images, strict=True)
+        guarded, lost = self.guards(step, media, prompts, self.rewards.trained(metrics))
         if self.learner.ema is not None and self.version:
             with self.learner.ema.swapped():
                 self._sync()
                 averaged, _ = self._evaluate(f"{name}-ema")
             self._sync()
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
-        return metrics, images
+        return metrics | guarded, images, lost
 
     def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
         requests = self.collator.evaluation(self.evaluation_prompts, self.config.evaluation, name)

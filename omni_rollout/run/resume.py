@@ -5,7 +5,6 @@ find_start ─► a checkpoint, or none ─► enter: the folder is what it was 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from omni_rollout.config import TrainConfig
+from omni_rollout.data.prompts import prompts_digest
 from omni_rollout.errors import UserError
 from omni_rollout.policy.checkpoint import RunState, read_state, verify
 from omni_rollout.run.checkpoints import ORIGIN, candidates, checkpoint_folders
@@ -85,9 +85,10 @@ def enter(config: TrainConfig, start: Start) -> None:
 
 def run_state(config: TrainConfig, *, step: int, weights: str, wandb_id: str | None, lines: Mapping[str, int]) -> RunState:
     """What a checkpoint of this run says of it."""
-    prompts = hashlib.sha256(Path(config.prompts).read_bytes()).hexdigest()
     kept = {key: value for key, value in _flat(config).items() if not key.startswith(NOT_KEPT)}
-    return RunState(step=step, weights=weights, prompts=prompts, wandb_id=wandb_id, lines=dict(lines), config=kept)
+    return RunState(
+        step=step, weights=weights, prompts=prompts_digest(config.prompts), wandb_id=wandb_id, lines=dict(lines), config=kept
+    )
 
 
 def check_fits(config: TrainConfig, run: RunState) -> None:
@@ -98,7 +99,7 @@ def check_fits(config: TrainConfig, run: RunState) -> None:
         for key in MUST_BE_EQUAL
         if key in changed
     ]
-    if hashlib.sha256(Path(config.prompts).read_bytes()).hexdigest() != run.prompts:
+    if prompts_digest(config.prompts) != run.prompts:
         problems.append(
             f"prompts={config.prompts}: not the file that the checkpoint of step {run.step} was trained on (sha256 "
             f"{run.prompts[:16]}...), so a step would have other prompts; give that file, or start a new run"

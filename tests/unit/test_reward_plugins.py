@@ -87,16 +87,18 @@ def test_what_is_not_there_is_said_with_its_key(mine: Path, source: str, message
 
 
 def test_a_source_without_a_weight_and_a_file_that_is_not_there_are_found_before_torch(tmp_path: Path) -> None:
-    from omni_rollout.launch.validate import _rewards
+    from omni_rollout.launch.sources import reward_problems
 
     config = compose(["model=nano", "prompts=p.txt", "reward.source={bright: 'nowhere.py:bright'}"])
-    assert list(_rewards(config)) == [
+    assert list(reward_problems(config)) == [
         "reward.source.bright=nowhere.py:bright: nothing uses it; give reward.weights.bright, or evaluation.reward.weights"
     ]
     config.evaluation.reward.weights = {"bright": 1.0}
-    assert list(_rewards(config)) == ["reward.source.bright=nowhere.py:bright: no such file: nowhere.py, or an http(s) address"]
+    assert list(reward_problems(config)) == [
+        "reward.source.bright=nowhere.py:bright: no such file: nowhere.py, or an http(s) address"
+    ]
     config.reward.source = {"bright": "http://somewhere"}
-    assert list(_rewards(config)) == []
+    assert list(reward_problems(config)) == []
 
 
 def plain(images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Any]) -> list[float]:

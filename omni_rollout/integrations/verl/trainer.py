@@ -27,8 +27,8 @@ from verl.utils.debug import marked_timer
 
 from omni_rollout import algorithms
 from omni_rollout.data.collate import Collator
-from omni_rollout.data.prompts import PromptStream, load_prompts
 from omni_rollout.data.seeds import SeedLedger
+from omni_rollout.data.stream import prompt_data
 from omni_rollout.errors import WeightSyncError
 from omni_rollout.integrations.verl import NAME, replica
 from omni_rollout.integrations.verl.agent_loop import AgentLoopManager
@@ -38,7 +38,7 @@ from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank
 from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, Weights, adopt, column
 from omni_rollout.integrations.verl.reward import RewardWorkers
 from omni_rollout.models import family_module
-from omni_rollout.monitor import CaptionedImage, Monitor, last_words, step_metrics, step_notes
+from omni_rollout.monitor import CaptionedImage, Guards, Monitor, last_words, step_metrics, step_notes
 from omni_rollout.policy.recompute import check_machine
 from omni_rollout.rewards import make_rewards
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
@@ -100,16 +100,16 @@ class OmniTrainer(PPOTrainer):
 
     def _init_dataloader(self) -> None:
         run = self.run
-        prompts = load_prompts(run.prompts)
-        self.evaluation_prompts = load_prompts(run.evaluation.prompts) if run.evaluation.prompts else prompts
+        self.stream, self.evaluation_prompts = prompt_data(run)
+        all_prompts = [*self.stream.prompts, *self.evaluation_prompts]
         self.rewards = make_rewards(run)
-        self.rewards.check([*prompts, *self.evaluation_prompts], family_module(run.model.family, "spec").KIND)
+        self.rewards.check(all_prompts, family_module(run.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(run.model.path, subfolder="tokenizer")
         self.collator = Collator(run.model.family, tokenizer, run.sampling, run.collate)
-        for prompt in [*prompts, *self.evaluation_prompts]:
+        for prompt in all_prompts:
             self.collator.check(self.collator.spec(images=prompt.images), prompt)
-        self.stream = PromptStream(prompts, run.rollout.prompts_per_step, run.sampling.seed)
         self.algorithm = algorithms.get_algorithm(run.algorithm.name)
+        self.guards = Guards(run.run_dir)
         self.seeds = SeedLedger(Path(run.run_dir) / "seeds.jsonl")
         self.total_training_steps = self.steps_per_epoch = max(run.trainer.steps, 1)
 
@@ -220,11 +220,14 @@ class OmniTrainer(PPOTrainer):
         """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""
         name = f"step-{self.global_steps:05d}" if self.global_steps else "before"
         metrics, self.images = self._evaluate(name)
+        prompts, media = zip(*self.images, strict=True)
+        guarded, self.lost = self.guards(self.global_steps, media, prompts, self.rewards.trained(metrics))
         if self.run.trainer.ema_decay and self.global_steps:
             self._publish(averaged=True)
             averaged, _ = self._evaluate(f"{name}-ema")
             self._publish()
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
+        metrics |= guarded
         if not self.global_steps:
             self.sight.log(0, metrics, self.images)
         return metrics
@@ -243,7 +246,7 @@ class OmniTrainer(PPOTrainer):
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
     ) -> None:
         """Adds this step's numbers, as the embedded trainer has them, to what verl logs, and writes them to the run folder."""
-        evaluated = {key: value for key, value in metrics.items() if key.startswith("evaluation/")}
+        evaluated = {key: value for key, value in metrics.items() if key.startswith(("evaluation/", "guard/"))}
         samples, scored, first = self.samples, self.scored, self.updates[0]
         rewards = scored.of(scored.scored)
         ours = step_metrics(
@@ -270,7 +273,7 @@ class OmniTrainer(PPOTrainer):
         notes = step_notes(sampled_by=self.sampled_by, recomputed=first.recomputed, reused=self.reused, **lost)
         metrics.update(ours)
         images = self.images if evaluated else captioned(samples, scored.total)
-        self.sight.log(global_steps, ours, images, {**notes, **self.checkpoints.notes()})
+        self.sight.log(global_steps, ours, images, {**notes, **(self.lost if evaluated else {}), **self.checkpoints.notes()})
         self._finish(global_steps)
 
     def _finish(self, step: int) -> None:
