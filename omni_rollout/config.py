@@ -114,6 +114,24 @@ class RolloutConfig:
     workers: int = 1  # engines; more than one with backend=verl
     timeout: float = 600.0  # seconds without a finished image after which an engine is taken for dead
     keep_finished: bool = True  # trajectories on disk until a checkpoint holds what was learned from them
+    url: str | None = None  # of an `omni-rollout serve` that samples instead of an engine here; of several: "A,B"
+
+
+@dataclass
+class ServeConfig:
+    """Of `omni-rollout serve`. What is past a limit is refused by its name; the token is in OMNI_ROLLOUT_TOKEN."""
+
+    host: str = "127.0.0.1"  # any other address needs a token
+    port: int = 8091  # 0: one that is free
+    max_body_mb: int = 64  # of a request; weights may be as large as the model is
+    max_requests: int = 256  # images in one body
+    max_waiting: int = 1024  # images asked for and not finished, of all clients
+    max_prompt_chars: int = 10_000
+    max_prompt_width: int = 1024  # text tokens
+    max_steps: int = 200
+    max_pixels: int = 2048 * 2048  # of a frame, and of an input image
+    max_frames: int = 161  # of a video; layers of an image
+    timeout: float = 600.0  # seconds without a finished image after which the engine is taken for dead, and the server ends
 
 
 @dataclass
@@ -214,6 +232,7 @@ class TrainConfig:
     collate: CollateConfig = field(default_factory=CollateConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -30,7 +30,7 @@ from omni_rollout.monitor import CaptionedImage, Guards, Monitor
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
 from omni_rollout.rewards import make_rewards
-from omni_rollout.rollout.to_folder import engine_of
+from omni_rollout.rollout.choice import open_engine
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.evaluate import sampled
 from omni_rollout.run.evaluation import captioned, evaluation_metrics
@@ -127,7 +127,7 @@ class Trainer:
         self.journal = Journal(config.run_dir, keep=config.rollout.keep_finished)
         self.guards = Guards(config.run_dir)
         self.version = start.step
-        self.engine = engine_of(config, progress)
+        self.engine = open_engine(config, progress)
         try:
             progress.stage("loading the model into the trainer", quiet=True)
             self.learner = Learner(config, self.algorithm, checkpoint=start.checkpoint)

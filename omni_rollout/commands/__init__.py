@@ -12,7 +12,7 @@ from types import ModuleType
 
 from omni_rollout.errors import UserError
 
-ORDER = ("train", "rollout", "evaluate", "export", "parity", "replay", "plan", "nano", "reward", "doctor")  # as `--help` has it
+ORDER = ("train", "rollout", "serve", "evaluate", "export", "parity", "replay", "plan", "nano", "reward", "doctor")  # of --help
 Commands = argparse._SubParsersAction  # argparse has no public name for what `add_subparsers` returns
 
 

@@ -113,7 +113,7 @@ def _from_file(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix == ".txt":
-        return [Prompt(text=_checked(line.strip(), where)) for where, line in _lines(path)]
+        return [Prompt(text=printable(line.strip(), where)) for where, line in _lines(path)]
     if path.suffix == ".jsonl":
         return [_prompt(_parse(line, where), where, path.parent) for where, line in _lines(path)]
     return [_prompt(row, where, path.parent) for where, row in _parquet_rows(path)]
@@ -187,7 +187,7 @@ def _check_depth(row: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: metadata nested deeper than {MAX_DEPTH} levels; flatten it")
 
 
-def _checked(text: str, where: str) -> str:
+def printable(text: str, where: str) -> str:
     found = _UNPRINTABLE.search(text)
     if found is not None:
         raise UserError(
@@ -206,7 +206,7 @@ def _prompt(row: Any, where: str, folder: Path) -> Prompt:
         raise UserError(f"{where}: `prompt` is {type(text).__name__} {repr(text)[:60]}, expected a string")
     if not text.strip():
         raise UserError(f"{where}: `prompt` is empty")
-    _checked(text, where)
+    printable(text, where)
     _check_depth(row, where)
     metadata = {key: value for key, value in row.items() if key not in ("prompt", "images", "metadata")}
     nested = row.get("metadata") or {}

@@ -84,6 +84,10 @@ def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None], *, p
     _raise([*_numbers(config), *_sampling(sampling), *model, *written])
 
 
+def validate_serving(config: TrainConfig) -> None:
+    _raise([*_numbers(config), *_sampling(config.sampling), *_model(config)])
+
+
 def validate_plan(config: TrainConfig) -> None:
     """`validate` for `plan`, which reads neither prompts nor weights."""
     _raise([*_numbers(config), *_sampling(config.sampling), *_trainer(config), *_processes(config)])
@@ -126,6 +130,8 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "launch.cpus_per_task": (config.launch.cpus_per_task, 1),
         "launch.object_store_mb": (config.launch.object_store_mb, 128),
         "threads": (config.threads, 1),
+        "serve.port": (config.serve.port, 0),
+        **{f"serve.{name}": (value, 1) for name, value in vars(config.serve).items() if name.startswith("max_")},
     }
     for key, (value, minimum) in at_least.items():
         if value is not None and not value >= minimum:
@@ -135,6 +141,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
     above_zero = {
         "rollout.timeout": config.rollout.timeout,
         "reward.timeout": config.reward.timeout,
+        "serve.timeout": config.serve.timeout,
         "algorithm.advantage_clip": config.algorithm.advantage_clip,
         "trainer.learning_rate": config.trainer.learning_rate,
         "trainer.max_grad_norm": config.trainer.max_grad_norm,
@@ -242,6 +249,11 @@ def _processes(config: TrainConfig) -> Iterator[str]:
     for key, number in (("rollout.workers", config.rollout.workers), ("trainer.ranks", config.trainer.ranks)):
         if number > 1 and config.backend is Backend.embedded:
             yield f"{key}={number}: backend=embedded is one process; give backend=verl"
+    url = config.rollout.url
+    if url is not None and not re.fullmatch(r"https?://[^/\s,]+/?(,https?://[^/\s,]+/?)*", url):
+        yield f"rollout.url={url}: expected http://HOST:PORT, as omni-rollout serve prints it; of several, a comma between them"
+    if url is not None and config.backend is Backend.verl:
+        yield f"rollout.url={url}: backend=verl has engines of its own; give backend=embedded"
 
 
 def _model(config: TrainConfig) -> Iterator[str]:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from omni_rollout.diffusion.exact_ops import ExactLinear
+from omni_rollout.diffusion.exact_ops import ExactLinear, merged_weight
 from omni_rollout.diffusion.products import exact_linear
 from omni_rollout.errors import UserError
 from omni_rollout.models import family_module, family_of
@@ -43,8 +43,7 @@ class MergedLoraLinear(lora.Linear):
         if not self.merges:
             return _base(self).effective_weight()
         factor_a, factor_b = _factors(self)
-        merged = _base(self).weight.float() + self.scaling[ADAPTER] * (factor_b.float() @ factor_a.float())
-        return merged.to(self.compute_dtype)
+        return merged_weight(_base(self).weight, factor_a, factor_b, self.scaling[ADAPTER], self.compute_dtype)
 
     def effective_bias(self) -> torch.Tensor | None:
         return _base(self).effective_bias()

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from omni_rollout.config import TrainConfig
 from omni_rollout.data.collate import Collator
 from omni_rollout.launch.progress import Progress
+from omni_rollout.rollout.choice import make_engine
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.trajectories.capsule import CapsuleError, save_capsule
 from omni_rollout.trajectories.media import save_media
@@ -59,15 +60,8 @@ def rollout_to_folder(
 
 def engine_of(config: TrainConfig, progress: Progress, prepare: Prepare | None = None) -> RolloutEngine:
     """The engine that `config` asks for, closed again where `prepare` fails."""
-    model = config.model
     progress.stage("loading the model into the engine")
-    engine = RolloutEngine(
-        model.path,
-        family=model.family,
-        dtype=model.dtype.value,
-        max_num_seqs=config.rollout.max_num_seqs,
-        parity=config.parity.value,
-    )
+    engine = make_engine(config)
     if prepare is not None:
         try:
             progress.stage("loading the checkpoint into the engine")

@@ -23,7 +23,7 @@ from omni_rollout.data.prompts import load_prompts
 from omni_rollout.launch.progress import Progress
 from omni_rollout.models import family_module
 from omni_rollout.rewards import RewardBatch, make_rewards
-from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.rollout.choice import Engine
 from omni_rollout.rollout.to_folder import ON_SHEET, engine_of
 from omni_rollout.run.evaluation import captioned, evaluation_metrics
 from omni_rollout.run.restore import put_into
@@ -64,13 +64,12 @@ def evaluate(config: TrainConfig, out: Path, progress: Progress, source: Source 
 
 
 def sampled(
-    engine: RolloutEngine, requests: Sequence[RolloutRequest], progress: Progress, timeout: float, what: str = "evaluating"
+    engine: Engine, requests: Sequence[RolloutRequest], progress: Progress, timeout: float, what: str = "evaluating"
 ) -> list[Trajectory]:
     """All of the requests' images, in the order of their ids; how far they are is shown."""
-    steps, pipeline = sum(request.spec.num_inference_steps for request in requests), engine.pipeline
-    before = pipeline.steps
-    progress.stage(f"{what} {len(requests)} images", steps, "steps", count=lambda: min(pipeline.steps - before, steps))
-    return sorted(engine.generate(requests, timeout=timeout), key=lambda trajectory: trajectory.request_id)
+    progress.stage(f"{what} {len(requests)} images", len(requests), "images")
+    made = progress.track(engine.generate(requests, timeout=timeout))  # not by steps: the engine may be elsewhere
+    return sorted(made, key=lambda trajectory: trajectory.request_id)
 
 
 def _write(

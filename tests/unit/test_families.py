@@ -208,9 +208,9 @@ def test_a_checkpoint_of_two_experts(tmp_path: Path, rank: int) -> None:
 
 
 def test_a_capsule_with_conditions_comes_back(child: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from omni_rollout.trajectories import capsule
+    from omni_rollout.trajectories import contract
 
-    monkeypatch.setattr(capsule, "families", models.families)
+    monkeypatch.setattr(contract, "families", models.families)
     before = trajectory(child)
     save_capsule(before, tmp_path / "a.safetensors")
     after = load_capsule(tmp_path / "a.safetensors")
