@@ -51,6 +51,7 @@ def by_hand(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     logits, embeddings = [], []
     for image, text in zip(IMAGES, TEXTS, strict=True):
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
         pixels = (torch.tensor(image).permute(2, 0, 1)[None] / 255 - mean) / std
         with torch.no_grad():
             out = model(input_ids=tokenizer([text], return_tensors="pt")["input_ids"], pixel_values=pixels)
