@@ -25,6 +25,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     serve.add_argument("--port", type=int, default=8300, help="0: any that is free (default: %(default)s)")
     serve.add_argument("--threads", type=int, default=1, help="CPU threads of the reward (default: %(default)s)")
+    serve.add_argument("--model", help="folder or hub id of the model that a reward is read off")
     serve.add_argument(
         "--timeout", type=float, default=RewardConfig.timeout, help="seconds for one batch (default: %(default)s)"
     )
@@ -41,7 +42,7 @@ def run(parsed: argparse.Namespace) -> int:
 
     is_function = plugins.is_function(parsed.name)
     name = parsed.name.rpartition(":")[2] if is_function else parsed.name
-    reward = get_reward(name, parsed.threads, parsed.name if is_function else None)
+    reward = get_reward(name, parsed.threads, parsed.name if is_function else None, model=parsed.model)
     try:
         listening = socket.create_server((parsed.host, parsed.port))
     except OSError as error:

@@ -1,8 +1,9 @@
 """How well the text in an image can be read: the OCR task of Flow-GRPO (arXiv 2505.05470), with RapidOCR as the reader.
 
 The reward is 1 - min(edit distance, length) / length, between what is read and the wanted text, both in lower case and
-without spaces. One difference to the published code (`flow_grpo/ocr.py`, `OcrScorer`): there, an image that holds the
-wanted text among other text scores 1; here everything else that is read counts against it, or "421" would be a perfect "42".
+without spaces. One difference to the published code (`flow_grpo/ocr.py`, `OcrScorer`), whose form is `ocr_inside`: there, an
+image that holds the wanted text among other text scores 1; here everything else that is read counts against it, or "421" would
+be a perfect "42".
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class OCRReward:
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
+        self.similarity = similarity  # of what is read and what is wanted
 
     def check(self, prompts: Sequence[str], metadata: Sequence[Columns]) -> None:
         for prompt, columns in zip(prompts, metadata, strict=True):
@@ -66,7 +68,7 @@ class OCRReward:
         self, images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Columns], *, narrow: bool
     ) -> list[float]:
         def score(image: np.ndarray, prompt: str, columns: Columns) -> float:
-            return similarity(_read(image, self.threads, narrow=narrow), target_text(prompt, columns))
+            return self.similarity(_read(image, self.threads, narrow=narrow), target_text(prompt, columns))
 
         return score_each(self.name, images, prompts, metadata, score)
 
@@ -102,6 +104,11 @@ def similarity(read: str, wanted: str) -> float:
     """0 to 1, by edit distance relative to the length of what is wanted."""
     read, wanted = normalised(read), normalised(wanted)
     return 1 - min(edit_distance(read, wanted), len(wanted)) / len(wanted)
+
+
+def similarity_inside(read: str, wanted: str) -> float:
+    """1 where the wanted text stands anywhere in what is read; else as `similarity`."""
+    return 1.0 if normalised(wanted) in normalised(read) else similarity(read, wanted)
 
 
 def normalised(text: str) -> str:

@@ -137,11 +137,12 @@ def remote(address: str, **settings: Any) -> WeightedSum:
     return WeightedSum({"bright": 1.0}, settings=RewardConfig(weights={}, source={"bright": address}, **settings))
 
 
-def test_500_scorings_with_a_server_that_fails_delays_drops_and_lies() -> None:
-    timeout = 10.0
+def test_500_scorings_with_a_server_that_fails_delays_drops_and_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeout = 200.0  # never reached; a try is given up after a hundredth of it
+    monkeypatch.setattr("omni_rollout.rewards.base.http.SHARE_A_TRY", 0.01)
     behaved, reward = Brightness(), Brightness()
     expected = behaved(IMAGES, [prompt.text for prompt in PROMPTS], [prompt.metadata for prompt in PROMPTS])
-    unreliable = Unreliable(application("bright", reward, timeout), delay=0.2 * timeout + 1)
+    unreliable = Unreliable(application("bright", reward, timeout), delay=0.01 * timeout + 1)
     with serving(unreliable) as address:
         batch = remote(address, timeout=timeout)(IMAGES, PROMPTS)
     assert batch.failures == [] and batch.total == expected, "none lost, and the numbers of a server that behaves"
@@ -219,3 +220,67 @@ def test_the_command_serves_a_reward_from_a_process_of_its_own(tmp_path: Path) -
         finally:
             process.terminate()
     assert batch.total == [float(image.mean()) for image in IMAGES[:20]] and not batch.failures
+
+
+class ChatServer:
+    """Speaks chat completions: its first answers are what it is given, then one that makes sense."""
+
+    def __init__(self, *first: Any) -> None:
+        self._first, self.asked = list(first), list[Any]()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        self.asked.append((scope["path"], dict(scope["headers"]), json.loads(body)))
+        if self._first:
+            status, told = self._first.pop(0)
+        else:
+            status, told = 200, '{"reason": "there it is", "score": 7}'
+        content = json.dumps({"choices": [{"message": {"content": told}}]}) if status == 200 else told
+        await answer(send, status, content.encode())
+
+
+def judge(address: str, cache: Path) -> Any:
+    from omni_rollout.rewards.vlm_judge import Judge
+
+    return Judge(f"{address}/v1#a-model", cache)
+
+
+def test_a_judge_is_asked_again_until_its_answer_makes_sense_and_never_twice(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setattr("omni_rollout.rewards.vlm_judge.PAUSE", 0.01)
+    chat = ChatServer((500, "busy"), (200, "no JSON"), (200, '{"score": 11}'), (200, '{"score": true}'))
+    with serving(chat) as address:
+        assert judge(address, tmp_path)(IMAGES[:1], ["a cat"], [{}]) == [0.7]
+        assert len(chat.asked) == 5
+        assert judge(address, tmp_path)(IMAGES[:1], ["a cat"], [{}]) == [0.7] and len(chat.asked) == 5, "kept on disk"
+        assert judge(address, tmp_path)(IMAGES[:2], ["a cat"] * 2, [{"question": "Is it red?"}] * 2) == [0.7, 0.7]
+        assert len(chat.asked) == 7, "another question, another image"
+    path, headers, body = chat.asked[0]
+    assert path == "/v1/chat/completions" and headers[b"authorization"] == b"Bearer secret" and body["model"] == "a-model"
+    picture, text = body["messages"][0]["content"]
+    assert np.array_equal(from_wire(picture["image_url"]["url"].partition("base64,")[2]), IMAGES[0])
+    assert "Prompt: a cat" in text["text"] and body["response_format"]["json_schema"]["strict"] is True
+    assert "Is it red?" in chat.asked[-1][2]["messages"][0]["content"][1]["text"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_judge_that_gives_no_score_loses_that_image_and_a_damaged_cache_is_asked_anew(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("omni_rollout.rewards.vlm_judge.PAUSE", 0.01)
+    with serving(ChatServer(*[(200, "{}")] * 5)) as address:
+        (lost,) = judge(address, tmp_path)(IMAGES[:1], ["a cat"], [{}])
+        assert "no score in 5 tries" in str(lost) and not list(tmp_path.iterdir())
+        assert judge(address, tmp_path)(IMAGES[:1], ["a cat"], [{}]) == [0.7]
+        (kept,) = tmp_path.iterdir()
+        kept.write_text('{"score"')
+        assert judge(address, tmp_path)(IMAGES[:1], ["a cat"], [{}]) == [0.7] and "reason" in kept.read_text()
+    with pytest.raises(UserError, match="expected ADDRESS#NAME"):
+        from omni_rollout.rewards.vlm_judge import Judge
+
+        Judge("http://somewhere/v1", tmp_path)

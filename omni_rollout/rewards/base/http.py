@@ -78,8 +78,8 @@ class RemoteReward:
 
     def __init__(self, key: str, address: str, timeout: float) -> None:
         self._key, self._address, self._timeout = key, address.rstrip("/"), timeout
-        limits = httpx.Timeout(max(timeout * SHARE_A_TRY, 0.05))
-        self._client = httpx.Client(timeout=limits, trust_env=False)
+        self._a_try = max(timeout * SHARE_A_TRY, 0.05)
+        self._client = httpx.Client(timeout=self._a_try, trust_env=False)
         try:
             about = self._client.get(self._address)
             told = strict_json.loads(about.text) if about.status_code == 200 else {}
@@ -115,20 +115,19 @@ class RemoteReward:
     ) -> list[float | Exception | None]:
         body = {"id": uuid.uuid4().hex, "images": [to_wire(image) for image in images], **_body(prompts, metadata)}
         pause = FIRST_PAUSE
-        while True:
+        last = "none was tried"
+        while (left := end - time.monotonic()) > 0:
             try:
-                answer = self._client.post(self._address, json=body)
+                answer = self._client.post(self._address, json=body, timeout=min(self._a_try, left))
                 if 400 <= answer.status_code < 500 and answer.status_code not in (408, 425, 429):
                     return [RewardError(f"{self._address} refused: {answer.status_code} {answer.text[:200]}")] * len(images)
                 return _read(answer.raise_for_status().text, len(images))
             except (httpx.HTTPError, ValueError) as error:
                 last = f"{type(error).__name__}: {error}"
-            pause_now = pause * random.uniform(0.5, 1)
-            if time.monotonic() + pause_now > end:
-                late = f"{self._address}: no answer that makes sense within {self._timeout * MARGIN:g} s; the last: {last}"
-                return [RewardError(late)] * len(images)
-            time.sleep(pause_now)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            time.sleep(pause * random.uniform(0.5, 1))
+            pause = min(2 * pause, LONGEST_PAUSE, self._a_try)
+        late = f"{self._address}: no answer that makes sense within {self._timeout * MARGIN:g} s; the last: {last}"
+        return [RewardError(late)] * len(images)
 
 
 def _body(prompts: Sequence[str], metadata: Sequence[Columns]) -> dict[str, Any]:

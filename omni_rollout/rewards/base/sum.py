@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from inspect import signature
 from statistics import fmean, pstdev
 
 import numpy as np
@@ -21,15 +22,22 @@ from omni_rollout.types import Kind, Prompt
 STD_EPS = 1e-4  # added to a group's standard deviation, as flow_grpo adds it to that of the sum
 
 
-def get_reward(name: str, threads: int = 1, source: str | None = None, timeout: float = RewardConfig.timeout) -> Reward:
+def get_reward(
+    name: str,
+    threads: int = 1,
+    source: str | None = None,
+    timeout: float = RewardConfig.timeout,
+    model: str | None = None,
+) -> Reward:
     """The reward of this name, which may use `threads` CPU threads.
 
     Args:
         source: where it is: a function's name (see `launch.plugins`), or the http(s) address of a server. None: a file in
             `omni_rollout/rewards/`, or what another package registered in the entry point group `omni_rollout.rewards`.
+        model: folder, hub id or address, for a reward of this package that is read off a model.
 
     Raises:
-        UserError: no such reward, or fewer than one thread.
+        UserError: no such reward, a model for one that has none, or fewer than one thread.
     """
     if threads < 1:
         raise UserError(f"reward.threads={threads}: expected at least 1")
@@ -41,7 +49,12 @@ def get_reward(name: str, threads: int = 1, source: str | None = None, timeout: 
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         raise UserError(f"reward {name!r} is unknown; did you mean {near[0]!r}? Known: {', '.join(known)}")
     point = plugins.entry("omni_rollout.rewards", name)
-    return point.load() if point is not None else import_module(f"omni_rollout.rewards.{name}").make(threads)
+    if point is not None:
+        return point.load()
+    make = import_module(f"omni_rollout.rewards.{name}").make
+    if model is not None and "model" not in signature(make).parameters:
+        raise UserError(f"reward.model.{name}={model}: this reward is read off no model; leave it out")
+    return make(threads) if model is None else make(threads, model)
 
 
 def make_rewards(config: TrainConfig) -> WeightedSum:
@@ -75,7 +88,8 @@ class WeightedSum:
         self.rewards = {name: self._get(name) for name in [*self.weights, *(set(self.untrained) - set(self.weights))]}
 
     def _get(self, name: str) -> Reward:
-        return get_reward(name, self.settings.threads, self.settings.source.get(name), self.settings.timeout)
+        own = self.settings
+        return get_reward(name, own.threads, own.source.get(name), own.timeout, own.model.get(name))
 
     def check(self, prompts: Sequence[Prompt], kind: Kind) -> None:
         """Raises UserError where a reward cannot score what the model makes, or a prompt; before anything is sampled."""
