@@ -23,7 +23,6 @@ from transformers import AutoTokenizer
 from verl.plugin.platform import get_platform
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.trainer.ppo.v1 import PPOTrainer, register_trainer
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.debug import marked_timer
 
 from omni_rollout import algorithms
@@ -37,6 +36,7 @@ from omni_rollout.integrations.verl.deaths import find_dead, restarts
 from omni_rollout.integrations.verl.metrics import Samples, captioned, merged, our_timings
 from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank
 from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, Weights, adopt, column
+from omni_rollout.integrations.verl.replay_buffer import WatchedReplayBuffer
 from omni_rollout.integrations.verl.reward import RewardWorkers
 from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Guards, Monitor, last_words, step_metrics, step_notes
@@ -49,18 +49,6 @@ from omni_rollout.run.start import find_start
 from omni_rollout.run.stop import StopFlag
 from omni_rollout.trajectories.journal import Journal
 from omni_rollout.types import Prompt, RolloutRequest
-
-POLL_SECONDS = 0.2
-
-
-class WatchedReplayBuffer(ReplayBuffer):
-    """Waits with an eye on the agent loop: verl's own would wait for ever for groups whose maker has died."""
-
-    agent_loop: AgentLoopManager
-
-    def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
-        self.agent_loop.wait(POLL_SECONDS)
-        return last_debug_time
 
 
 @register_trainer(NAME)
