@@ -72,6 +72,11 @@ class Schedule(Enum):
     linear = "linear"  # to a tenth of the learning rate at the last step
 
 
+class RewardNormalise(Enum):
+    none = "none"
+    group = "group"  # each reward by its own mean and standard deviation in the group, before the sum
+
+
 @dataclass
 class ModelConfig:
     path: str = MISSING  # a checkpoint in diffusers layout
@@ -140,7 +145,12 @@ class AlgorithmConfig:
 @dataclass
 class RewardConfig:
     weights: dict[str, float] = field(default_factory=lambda: {"ocr": 1.0})  # name -> weight; the reward is their weighted sum
+    source: dict[str, str] = field(default_factory=dict)  # name -> package.module:function, file.py:function or http(s) address
+    model: dict[str, str] = field(default_factory=dict)  # name -> folder or hub id of its model; vlm_judge: ADDRESS#NAME
+    normalise: RewardNormalise = RewardNormalise.none
     threads: int = 1
+    timeout: float = 300.0  # seconds for all images of a step, per reward
+    max_failed: float = 0.1  # share of a step's images that may be lost to a reward that fails; more ends the run
 
 
 @dataclass
@@ -170,11 +180,17 @@ class TrainerConfig:
 
 
 @dataclass
+class EvaluationRewardConfig:
+    weights: dict[str, float] = field(default_factory=dict)  # of rewards that nothing is trained on; see reward.source
+
+
+@dataclass
 class EvaluationConfig:
     every: int = 0  # steps; 0: before and after training only
     images: int = 0  # per evaluation; 0: none. ODE, fixed seeds, without guidance unless sampling turns it on
-    prompts: str | None = None  # file; None: the training prompts
+    prompts: str | None = None  # as `prompts`, one source; None: its `test` if there is one, else the training prompts
     seed: int = 10_000
+    reward: EvaluationRewardConfig = field(default_factory=EvaluationRewardConfig)
 
 
 @dataclass
@@ -227,7 +243,8 @@ class TrainConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     backend: Backend = Backend.embedded
     parity: Parity = Parity.exact
-    prompts: str = MISSING  # .txt (one a line), .jsonl or .parquet with `prompt` and metadata
+    # .txt (one a line), .jsonl or .parquet with `prompt` and metadata, a folder, a dataset, a function; or {SOURCE: WEIGHT}
+    prompts: Any = MISSING
     threads: int | None = None  # of torch; None: torch's own choice
     run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
     experiment: Any = None  # set by `experiment=NAME`; the name is kept in the run's config.yaml

@@ -1,7 +1,7 @@
 """The loop, readable top to bottom.
 
 for step in steps:
-    PromptStream.batch ─► Collator.groups ─► RolloutEngine.generate ─► WeightedSum ─► advantages
+    PromptStream.batch ─► Collator.groups ─► RolloutEngine.generate ─► rewards ─► advantages
                                                     ▲                                     │
                           update_weights (digests) ─┘◄── PolicyUpdate ◄── old log-probs ◄─┘
     Monitor.log
@@ -9,6 +9,7 @@ for step in steps:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,14 +22,14 @@ from transformers import AutoTokenizer
 from omni_rollout import algorithms, monitor
 from omni_rollout.config import TrainConfig
 from omni_rollout.data.collate import Collator
-from omni_rollout.data.prompts import PromptStream, load_prompts
 from omni_rollout.data.seeds import SeedLedger
+from omni_rollout.data.stream import prompt_data
 from omni_rollout.launch.progress import Progress
 from omni_rollout.models import family_module
-from omni_rollout.monitor import CaptionedImage, Monitor
+from omni_rollout.monitor import CaptionedImage, Guards, Monitor
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
-from omni_rollout.rewards import WeightedSum
+from omni_rollout.rewards import make_rewards
 from omni_rollout.rollout.choice import open_engine
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.evaluate import sampled
@@ -75,7 +76,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> None:
 def _loop(config: TrainConfig, start: Start, trainer: Trainer, sight: Monitor, stop: StopFlag) -> Checkpoints:
     checkpoints = Checkpoints(config, trainer.journal)
     if config.evaluation.images and not start.step:
-        metrics, images = trainer.evaluate("before")
+        metrics, images, _ = trainer.evaluate(0)
         sight.log(0, metrics, evaluation=images)
     for step in range(start.step + 1, config.trainer.steps + 1):
         stop.stepping()
@@ -83,8 +84,9 @@ def _loop(config: TrainConfig, start: Start, trainer: Trainer, sight: Monitor, s
         with monitor.last_words(sight, step):
             report = trainer.step(step)
             if trainer.evaluation_due(step):
-                evaluated, evaluation = trainer.evaluate(f"step_{step:05d}")
+                evaluated, evaluation, lost = trainer.evaluate(step)
                 report.metrics |= evaluated
+                report.notes |= lost
         sight.log(step, report.metrics, report.images, {**report.notes, **checkpoints.notes()}, evaluation)
         stopping = stop.is_set
         if checkpoints.due(step, stopping=stopping):
@@ -112,18 +114,18 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, start: Start, progress: Progress) -> None:
         self.config, self.progress = config, progress
-        self.prompts = load_prompts(config.prompts)
-        self.evaluation_prompts = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else self.prompts
-        self.rewards = WeightedSum(config.reward.weights, config.reward.threads)
-        self.rewards.check([*self.prompts, *self.evaluation_prompts], family_module(config.model.family, "spec").KIND)
+        self.stream, self.evaluation_prompts = prompt_data(config)
+        all_prompts = [*self.stream.prompts, *self.evaluation_prompts]
+        self.rewards = make_rewards(config)
+        self.rewards.check(all_prompts, family_module(config.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
         self.collator = Collator(config.model.family, tokenizer, config.sampling, config.collate)
-        for prompt in [*self.prompts, *self.evaluation_prompts]:  # all of them now, not one of them in an hour
+        for prompt in all_prompts:  # all of them now, not one of them in an hour
             self.collator.check(self.collator.spec(images=prompt.images), prompt)
-        self.stream = PromptStream(self.prompts, config.rollout.prompts_per_step, config.sampling.seed)
         self.algorithm = algorithms.get_algorithm(config.algorithm.name)
         self.seeds = SeedLedger(Path(config.run_dir) / "seeds.jsonl")
         self.journal = Journal(config.run_dir, keep=config.rollout.keep_finished)
+        self.guards = Guards(config.run_dir)
         self.version = start.step
         self.engine = open_engine(config, progress)
         try:
@@ -155,10 +157,13 @@ class Trainer:
             monitor.check_finite(step, trajectories)
             with self._timed(timings, "reward", step):
                 images = [trajectory.media for trajectory in trajectories]
-                rewards = self.rewards(images, [trajectory.prompt for trajectory in trajectories])
+                scored = self.rewards(images, [trajectory.prompt for trajectory in trajectories])
+            self.rewards.require(scored)
+            trajectories = [trajectories[row] for row in scored.scored]  # the others leave their groups
+            rewards, group_ids = scored.of(scored.scored), [trajectory.group_id for trajectory in trajectories]
             advantages = self.algorithm.advantages(
-                torch.tensor(rewards.total, dtype=torch.float32),
-                [trajectory.group_id for trajectory in trajectories],
+                torch.tensor(self.rewards.compared(scored, group_ids), dtype=torch.float32),
+                group_ids,
                 std=config.algorithm.advantage_std,
                 clip=config.algorithm.advantage_clip,
             )
@@ -175,7 +180,8 @@ class Trainer:
             update,
             rewards=rewards.total,
             breakdown=rewards.breakdown,
-            group_ids=[trajectory.group_id for trajectory in trajectories],
+            failed=len(images) - len(trajectories),
+            group_ids=group_ids,
             elements=trajectories[0].latents[0].numel(),
             clip_range=config.trainer.clip_range,
             timings=timings,
@@ -185,9 +191,15 @@ class Trainer:
             recomputed=recomputed,
             drift=self.learner.drift.value,
         )
-        shown = captioned(rewards.total, [trajectory.prompt.text for trajectory in trajectories], images)
-        failure = self.journal.failure
-        notes = monitor.step_notes(sampled_by=sampled_by, recomputed=recomputed, reused=reused, not_kept=failure)
+        texts, media = [one.prompt.text for one in trajectories], [one.media for one in trajectories]
+        shown = captioned(rewards.total, texts, media)
+        notes = monitor.step_notes(
+            sampled_by=sampled_by,
+            recomputed=recomputed,
+            reused=reused,
+            not_kept=self.journal.failure,
+            not_scored=scored.failures,
+        )
         return StepReport(metrics=metrics, images=shown, notes=notes)
 
     @contextmanager
@@ -220,26 +232,29 @@ class Trainer:
         self.expected = self.learner.expected(digest)
         check_machine(self.engine.machine, self.expected)  # before anything is sampled
 
-    def evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
-        """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""
-        metrics, images = self._evaluate(name)
+    def evaluate(self, step: int) -> tuple[dict[str, float], list[CaptionedImage], dict[str, str]]:
+        """Deterministic (ode) images from fixed seeds; with an average kept, metrics of the averaged policy as well; and, as
+        notes, what the guards found."""
+        name = f"step_{step:05d}" if step else "before"
+        metrics, images, trajectories = self._evaluate(name)
+        texts, media = [one.prompt.text for one in trajectories], [one.media for one in trajectories]
+        guarded, lost = self.guards(step, media, texts, metrics.get("evaluation/reward", math.nan))
         if self.learner.ema is not None and self.version:
             with self.learner.ema.swapped():
                 self._sync()
-                averaged, _ = self._evaluate(f"{name}-ema", "evaluating the average by")
+                averaged, _, _ = self._evaluate(f"{name}-ema", "evaluating the average by")
             self._sync()
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
-        return metrics, images
+        return metrics | guarded, images, lost
 
-    def _evaluate(self, name: str, what: str = "evaluating") -> tuple[dict[str, float], list[CaptionedImage]]:
+    def _evaluate(self, name: str, what: str = "evaluating") -> tuple[dict[str, float], list[CaptionedImage], list[Trajectory]]:
         requests = self.collator.evaluation(self.evaluation_prompts, self.config.evaluation, name)
         trajectories = sampled(self.engine, requests, self.progress, self.config.rollout.timeout, what)
         self.progress.stage(f"scoring {len(trajectories)} images", quiet=True)
-        images = [trajectory.media for trajectory in trajectories]
-        prompts = [trajectory.prompt for trajectory in trajectories]
-        rewards = self.rewards(images, prompts).total
-        metrics = evaluation_metrics(rewards, self.rewards.evaluate(images, prompts))
-        return metrics, captioned(rewards, [prompt.text for prompt in prompts], images)
+        media, prompts = [one.media for one in trajectories], [one.prompt for one in trajectories]
+        rewards = self.rewards(media, prompts).total
+        metrics = evaluation_metrics(rewards, self.rewards.evaluate(media, prompts))
+        return metrics, captioned(rewards, [prompt.text for prompt in prompts], media), trajectories
 
 
 @contextmanager

@@ -12,18 +12,7 @@ from types import ModuleType
 
 from omni_rollout.errors import UserError
 
-ORDER = (
-    "train",
-    "rollout",
-    "serve",
-    "evaluate",
-    "export",
-    "parity",
-    "replay",
-    "plan",
-    "nano",
-    "doctor",
-)  # as `--help` lists them
+ORDER = ("train", "rollout", "serve", "evaluate", "export", "parity", "replay", "plan", "nano", "reward", "doctor")  # of --help
 Commands = argparse._SubParsersAction  # argparse has no public name for what `add_subparsers` returns
 
 

@@ -20,7 +20,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from omni_rollout.config import RewardConfig, TrainConfig
 from omni_rollout.errors import UserError
-from omni_rollout.launch import aliases
+from omni_rollout.launch import aliases, plugins
 from omni_rollout.launch.paths import config_dir, recipe_dir
 
 
@@ -46,7 +46,7 @@ def compose(
             command does not read; or a mandatory key without a value.
     """
     _register()
-    parsed = [_parse(override) for override in overrides]
+    parsed = [_parse(_reward_by_name(override)) for override in overrides]
     for override in parsed:
         _check_override(override)
         if reads is not None:
@@ -113,6 +113,15 @@ def _register() -> None:
     # The schema has no rewards of its own: a reward group would otherwise add to them instead of choosing.
     ConfigStore.instance().store(name="schema", node=TrainConfig(reward=RewardConfig(weights={})))
     OmegaConf.register_new_resolver("recipe", lambda recipe: str(recipe_dir(recipe)), replace=True)
+
+
+def _reward_by_name(override: str) -> str:
+    """`reward=NAME` needs no file in `configs/reward`: a reward of that name will do."""
+    key, _, name = override.partition("=")
+    plain = (
+        key == "reward" and name in plugins.registered("rewards") and not (config_dir() / "reward" / f"{name}.yaml").is_file()
+    )
+    return f"reward.weights={{{name}: 1.0}}" if plain else override
 
 
 def _parse(override: str) -> Override:
@@ -205,7 +214,8 @@ def _nearest(given: str, choices: Sequence[str], *, prefix: str = "") -> str:
 
 def _choices(group: str) -> list[str]:
     folder = config_dir() / group
-    return sorted(path.stem for path in folder.glob("*.yaml")) if group and folder.is_dir() else []
+    files = [path.stem for path in folder.glob("*.yaml")] if group and folder.is_dir() else []
+    return sorted({*files, *(plugins.registered("rewards") if group == "reward" else ())})
 
 
 def _kind(key: str) -> Any:

@@ -21,7 +21,9 @@ CHECKPOINT_KEYS = """\
 TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   rollout.prompts_per_step
   reward=ocr|recolour|jpeg_compressibility|recomposition
-                                          or reward.weights={{NAME: WEIGHT}}
+                                          any reward's name; or reward.weights={{NAME: WEIGHT}}, and for one of your own
+                                          reward.source.NAME=module:function|file.py:function|http://...: docs/extending.md
+  reward.normalise=none|group, .timeout, .max_failed; evaluation.reward.weights={{NAME: WEIGHT}}
   backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
   trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|fsdp2|deepspeed
   prompts=FILE                            .txt (one a line), .jsonl or .parquet with `prompt`; other columns go to the rewards

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import pkgutil
@@ -28,10 +27,10 @@ from omni_rollout.config import (
 from omni_rollout.errors import UserError
 from omni_rollout.launch import model_files
 from omni_rollout.launch.outputs import file_problem, folder_problem
+from omni_rollout.launch.sources import prompt_problems, reward_problems, unknown
 from omni_rollout.models import families
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _LARGEST, _LARGEST_SIDE = 2**31 - 1, 2**16  # more is a slip of the hand, and would end in some library's overflow
 _WANDB_MODES = ("online", "offline", "disabled")
 
@@ -42,20 +41,26 @@ def validate(config: TrainConfig) -> None:
     Raises:
         UserError: one line for each problem: what was given, what is expected, what to do.
     """
-    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *_prompts(config)]
-    own = [*_learning(config), *_rewards(config), *_trainer(config), *_guard(config), *_processes(config)]
+    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *prompt_problems(config)]
+    own = [*_learning(config), *reward_problems(config), *_trainer(config), *_guard(config), *_processes(config)]
     _raise([*common, *own, *_folder("run_dir", config.run_dir)])
 
 
 def validate_rollout(config: TrainConfig, out: str) -> None:
     """`validate` for sampling alone, where `ode` and groups of one make sense; `out`: the folder for its images."""
-    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *_prompts(config)]
+    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *prompt_problems(config)]
     _raise([*common, *_folder("out", out, new=True)])
 
 
 def validate_evaluate(config: TrainConfig, out: str) -> None:
     """`validate` for held-out images, of `config.prompts`, alone."""
-    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *_prompts(config), *_rewards(config)]
+    common = [
+        *_numbers(config),
+        *_sampling(config.sampling),
+        *_model(config),
+        *prompt_problems(config),
+        *reward_problems(config),
+    ]
     _raise([*common, *_folder("out", out, new=True)])
 
 
@@ -75,7 +80,7 @@ def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None], *, p
         if path is not None and (problem := file_problem(path)) is not None
     ]
     sampling = replace(config.sampling, sde_window_range=None, sde_window_size=None)  # they score every step: no window is read
-    model = _model(config) if path_needed or config.model.path else _known("model.family", config.model.family, families())
+    model = _model(config) if path_needed or config.model.path else unknown("model.family", config.model.family, families())
     _raise([*_numbers(config), *_sampling(sampling), *model, *written])
 
 
@@ -135,6 +140,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
             yield f"{key}={value}: expected at most {_LARGEST}"
     above_zero = {
         "rollout.timeout": config.rollout.timeout,
+        "reward.timeout": config.reward.timeout,
         "serve.timeout": config.serve.timeout,
         "algorithm.advantage_clip": config.algorithm.advantage_clip,
         "trainer.learning_rate": config.trainer.learning_rate,
@@ -186,23 +192,13 @@ def _window(sampling: SamplingConfig) -> Iterator[str]:
 def _learning(config: TrainConfig) -> Iterator[str]:
     if config.sampling.sde_type is SDETypeName.ode:
         yield "sampling.sde_type=ode: draws no noise, so there is nothing to learn from; give sde, cps or dance_sde"
-    yield from _known("algorithm.name", config.algorithm.name, _modules("algorithms"))
+    yield from unknown("algorithm.name", config.algorithm.name, _modules("algorithms"))
     if config.algorithm.name == "flow_grpo" and config.rollout.group_size == 1:
         yield "rollout.group_size=1: flow_grpo compares the images of one prompt; give 2 or more"
     if config.algorithm.advantage_std not in ("global", "group"):
         yield f"algorithm.advantage_std={config.algorithm.advantage_std}: expected global or group"
     if config.wandb.mode is not None and config.wandb.mode not in _WANDB_MODES:
         yield f"wandb.mode={config.wandb.mode}: expected one of {', '.join(_WANDB_MODES)}, or null"
-
-
-def _rewards(config: TrainConfig) -> Iterator[str]:
-    weights = config.reward.weights
-    for name, weight in weights.items():
-        yield from _known("reward.weights", name, [known for known in _modules("rewards") if known != "base"])
-        if not math.isfinite(weight):
-            yield f"reward.weights.{name}={weight}: expected a finite number"
-    if not any(weights.values()):
-        yield f"reward.weights={weights}: {'every weight is 0' if weights else 'empty'}; give one, such as reward=ocr"
 
 
 def _trainer(config: TrainConfig) -> Iterator[str]:
@@ -261,7 +257,7 @@ def _processes(config: TrainConfig) -> Iterator[str]:
 
 
 def _model(config: TrainConfig) -> Iterator[str]:
-    yield from _known("model.family", config.model.family, families())
+    yield from unknown("model.family", config.model.family, families())
     model = Path(config.model.path)
     if os.path.isdir(model):
         family = config.model.family if config.model.family in families() else "qwen_image"
@@ -272,27 +268,11 @@ def _model(config: TrainConfig) -> Iterator[str]:
         yield f"model.path={config.model.path}: not in the hub's cache, and HF_HUB_OFFLINE is set; unset it, or give a folder"
 
 
-def _prompts(config: TrainConfig) -> Iterator[str]:
-    for key, file in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
-        if file is None:
-            continue
-        if not os.path.isfile(file):  # os.path's answers are no errors, however odd the name
-            yield f"{key}={file}: {'it is a folder' if os.path.isdir(file) else 'no such file'}"
-        elif Path(file).suffix not in _PROMPT_SUFFIXES:
-            yield f"{key}={file}: expected a file that ends in {', '.join(_PROMPT_SUFFIXES)}"
-
-
 def _folder(key: str, path: str, *, new: bool = False) -> Iterator[str]:
     if not path.strip():
         yield f"{key} is empty: give {key}=FOLDER"
     elif (problem := folder_problem(Path(path), new=new)) is not None:
         yield f"{key}={path}: {problem}"
-
-
-def _known(key: str, name: str, known: list[str]) -> Iterator[str]:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        yield f"{key}={name}: {f'did you mean {near[0]}? ' if near else ''}expected one of {', '.join(known)}"
 
 
 def _modules(folder: str) -> list[str]:

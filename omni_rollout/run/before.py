@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from omni_rollout.config import Schedule, TrainConfig
-from omni_rollout.data.prompts import load_prompts
+from omni_rollout.data.stream import prompt_data
 from omni_rollout.models import family_module
-from omni_rollout.rewards import WeightedSum
+from omni_rollout.rewards import make_rewards
 from omni_rollout.rollout.start import many, sampling_words
 from omni_rollout.run.start import find_start
 
@@ -29,11 +29,10 @@ def check_before(config: TrainConfig) -> Prompts:
     """
     if config.trainer.resume != "auto":  # that one reads whole checkpoints, and is for the run itself to say
         find_start(config)
-    training = load_prompts(config.prompts)
-    held_out = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
+    stream, held_out = prompt_data(config)
     kind = family_module(config.model.family, "spec").KIND
-    WeightedSum(config.reward.weights, config.reward.threads).check([*training, *held_out], kind)
-    return Prompts(training=len(training), evaluation=len(held_out) or len(training))
+    make_rewards(config).check([*stream.prompts, *held_out], kind)
+    return Prompts(training=len(stream.prompts), evaluation=len(held_out))
 
 
 def header(config: TrainConfig, prompts: Prompts) -> Iterator[str]:

@@ -22,8 +22,7 @@ from omni_rollout.data.collate import Collator
 from omni_rollout.data.prompts import load_prompts
 from omni_rollout.launch.progress import Progress
 from omni_rollout.models import family_module
-from omni_rollout.rewards import WeightedSum
-from omni_rollout.rewards.base import RewardBatch
+from omni_rollout.rewards import RewardBatch, make_rewards
 from omni_rollout.rollout.choice import Engine
 from omni_rollout.rollout.to_folder import ON_SHEET, engine_of
 from omni_rollout.run.evaluation import captioned, evaluation_metrics
@@ -43,8 +42,8 @@ def evaluate(config: TrainConfig, out: Path, progress: Progress, source: Source 
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    prompts = load_prompts(config.prompts)
-    rewards = WeightedSum(config.reward.weights, config.reward.threads)
+    prompts = load_prompts(config.prompts, "test")
+    rewards = make_rewards(config)
     rewards.check(prompts, family_module(config.model.family, "spec").KIND)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
     collator = Collator(config.model.family, tokenizer, config.sampling, config.collate)

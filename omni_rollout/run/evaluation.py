@@ -13,20 +13,22 @@ from omni_rollout.trajectories.sheet import CaptionedImage
 PREFIX = "evaluation/"
 
 
-def evaluation_metrics(rewards: Sequence[float], own: Mapping[str, float]) -> dict[str, float]:
+def evaluation_metrics(rewards: Sequence[float | None], own: Mapping[str, float]) -> dict[str, float]:
     """Metrics of one evaluation.
 
     Args:
-        rewards: one an image, as training sums them.
+        rewards: one an image, as training sums them; None could not be scored, and without any there is no mean.
         own: what the rewards' own `evaluate` gave.
     """
-    return {
-        **{f"{PREFIX}{key}": value for key, value in own.items()},
-        f"{PREFIX}reward": fmean(rewards),
-        f"{PREFIX}reward_se": stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else 0.0,
-    }
+    metrics = {f"{PREFIX}{key}": value for key, value in own.items()}
+    scored = [reward for reward in rewards if reward is not None]
+    if scored:
+        metrics[f"{PREFIX}reward"] = fmean(scored)
+        metrics[f"{PREFIX}reward_se"] = stdev(scored) / math.sqrt(len(scored)) if len(scored) > 1 else 0.0
+    return metrics
 
 
-def captioned(rewards: Sequence[float], texts: Sequence[str], media: Sequence[np.ndarray]) -> list[CaptionedImage]:
+def captioned(rewards: Sequence[float | None], texts: Sequence[str], media: Sequence[np.ndarray]) -> list[CaptionedImage]:
     """Images below which their reward and prompt are written."""
-    return [(f"{reward:.2f} {text}", image) for reward, text, image in zip(rewards, texts, media, strict=True)]
+    told = ["not scored" if reward is None else f"{reward:.2f}" for reward in rewards]
+    return [(f"{reward} {text}", image) for reward, text, image in zip(told, texts, media, strict=True)]

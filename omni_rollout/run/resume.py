@@ -5,7 +5,6 @@ find_start ─► a checkpoint, or none ─► enter: the folder is what it was 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_rollout.config import TrainConfig
+from omni_rollout.data.prompts import prompts_digest
 from omni_rollout.errors import UserError
 from omni_rollout.policy.state import RunState
 from omni_rollout.run.folder import ORIGIN
@@ -45,8 +45,8 @@ def enter(config: TrainConfig, start: Start) -> None:
 
 def run_state(config: TrainConfig, *, step: int, weights: str, wandb_id: str | None, lines: Mapping[str, int]) -> RunState:
     """What a checkpoint of this run says of it."""
-    prompts = hashlib.sha256(Path(config.prompts).read_bytes()).hexdigest()
     kept = {key: value for key, value in flat(config).items() if not key.startswith(NOT_KEPT)}
+    prompts = prompts_digest(config.prompts)
     return RunState(step=step, weights=weights, prompts=prompts, wandb_id=wandb_id, lines=dict(lines), config=kept)
 
 

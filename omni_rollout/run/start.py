@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from omni_rollout.config import TrainConfig
+from omni_rollout.data.prompts import prompts_digest
 from omni_rollout.errors import UserError
 from omni_rollout.policy.state import RunState, read_state
 from omni_rollout.run.folder import candidates, checkpoint_folders, newest_whole
@@ -63,7 +63,7 @@ def check_fits(config: TrainConfig, run: RunState) -> None:
         for key in MUST_BE_EQUAL
         if key in changed
     ]
-    if hashlib.sha256(Path(config.prompts).read_bytes()).hexdigest() != run.prompts:
+    if prompts_digest(config.prompts) != run.prompts:
         problems.append(
             f"prompts={config.prompts}: not the file that the checkpoint of step {run.step} was trained on (sha256 "
             f"{run.prompts[:16]}...), so a step would have other prompts; give that file, or start a new run"
