@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from omni_rollout import algorithms, monitor
+from omni_rollout import monitor
+from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import TrainConfig
 from omni_rollout.data.collate import Collator
 from omni_rollout.data.prompts import PromptStream, load_prompts
 from omni_rollout.data.seeds import SeedLedger
 from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Monitor
-from omni_rollout.policy.learner import Learner
+from omni_rollout.policy.learner import Learner, Which
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.rollout.engine import RolloutEngine
@@ -104,11 +105,12 @@ class Trainer:
         self.rewards = WeightedSum(config.reward.weights, config.reward.threads)
         self.rewards.check([*self.prompts, *self.evaluation_prompts], family_module(config.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
-        self.collator = Collator(config.model.family, tokenizer, config.sampling, config.collate)
+        self.algorithm = get_algorithm(config.algorithm)
+        window = self.algorithm.window_start
+        self.collator = Collator(config.model.family, tokenizer, config.sampling, config.collate, window)
         for prompt in [*self.prompts, *self.evaluation_prompts]:  # all of them now, not one of them in an hour
             self.collator.check(self.collator.spec(images=prompt.images), prompt)
         self.stream = PromptStream(self.prompts, config.rollout.prompts_per_step, config.sampling.seed)
-        self.algorithm = algorithms.get_algorithm(config.algorithm.name)
         self.seeds = SeedLedger(Path(config.run_dir) / "seeds.jsonl")
         self.journal = Journal(config.run_dir, keep=config.rollout.keep_finished)
         self.version = start.step
@@ -120,7 +122,7 @@ class Trainer:
             parity=config.parity.value,
         )
         try:
-            self.learner = Learner(config, self.algorithm, checkpoint=start.checkpoint)
+            self.learner = Learner(config, checkpoint=start.checkpoint)
             self._sync()  # also proves, before the first rollout, that both sides read the same checkpoint
             check_weights(start, self.expected["weights"])
         except BaseException:
@@ -148,12 +150,8 @@ class Trainer:
             with timed(timings, "reward"):
                 images = [trajectory.media for trajectory in trajectories]
                 rewards = self.rewards(images, [trajectory.prompt for trajectory in trajectories])
-            advantages = self.algorithm.advantages(
-                torch.tensor(rewards.total, dtype=torch.float32),
-                [trajectory.group_id for trajectory in trajectories],
-                std=config.algorithm.advantage_std,
-                clip=config.algorithm.advantage_clip,
-            )
+            group_ids = [trajectory.group_id for trajectory in trajectories]
+            advantages = self.algorithm.advantages(torch.tensor(rewards.total, dtype=torch.float32), group_ids)
             with timed(timings, "old_log_probs"):
                 recomputed = monitor.must_recompute(self.learner.engine.module, trajectories, config, step)
                 old = self.learner.old_log_probs(trajectories, recomputed=recomputed)
@@ -167,7 +165,7 @@ class Trainer:
             update,
             rewards=rewards.total,
             breakdown=rewards.breakdown,
-            group_ids=[trajectory.group_id for trajectory in trajectories],
+            group_ids=group_ids,
             elements=trajectories[0].latents[0].numel(),
             clip_range=config.trainer.clip_range,
             timings=timings,
@@ -178,7 +176,7 @@ class Trainer:
         )
         captions = [f"{reward:.2f} {t.prompt.text}" for t, reward in zip(trajectories, rewards.total, strict=True)]
         failure = self.journal.failure
-        notes = monitor.step_notes(sampled_by=sampled_by, recomputed=recomputed, reused=reused, not_kept=failure)
+        notes = monitor.step_notes(update, sampled_by=sampled_by, recomputed=recomputed, reused=reused, not_kept=failure)
         return StepReport(metrics=metrics, images=list(zip(captions, images, strict=True)), notes=notes)
 
     def _rollout(self, requests: Sequence[RolloutRequest], step: int) -> tuple[int, list[Trajectory]]:
@@ -200,20 +198,23 @@ class Trainer:
         settings, steps = self.config.evaluation, self.config.trainer.steps
         return settings.images > 0 and (step == steps or (settings.every > 0 and step % settings.every == 0))
 
-    def _sync(self) -> None:
-        digest = self.engine.update_weights(self.learner.weights(), self.version)
+    def _sync(self, which: Which = "sampler") -> None:
+        digest = self.engine.update_weights(self.learner.weights(which), self.version)
         self.expected = self.learner.expected(digest)
         check_machine(self.engine.machine, self.expected)  # before anything is sampled
 
     def evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
         """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""
+        averages = self.learner.ema is not None and self.version > 0
+        if self.learner.lags:
+            self._sync("policy")
         metrics, images = self._evaluate(name)
-        if self.learner.ema is not None and self.version:
-            with self.learner.ema.swapped():
-                self._sync()
-                averaged, _ = self._evaluate(f"{name}-ema")
-            self._sync()
+        if averages:
+            self._sync("average")
+            averaged, _ = self._evaluate(f"{name}-ema")
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
+        if averages or self.learner.lags:
+            self._sync()
         return metrics, images
 
     def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:

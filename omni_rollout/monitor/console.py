@@ -27,6 +27,8 @@ def step_line(metrics: Mapping[str, float]) -> str:
     if "parity/ppo_kl_mb0" in metrics:
         kl, largest = metrics["parity/ppo_kl_mb0"], metrics.get("rollout_corr/logprob_abs_diff_max", 0.0)
         parts.append(f"kl {_exact(kl)}" + ("" if largest == 0 else f" (max {_exact(largest)})"))
+    elif "actor/pg_loss" in metrics:
+        parts.append("kl not applicable")  # a forward algorithm: nothing was scored
     if "actor/pg_clipfrac" in metrics:
         parts.append(f"clip {metrics['actor/pg_clipfrac']:.2f}")
     parts += [f"{key} {value:.3f}" for key, value in metrics.items() if key.startswith(_EVALUATION)]

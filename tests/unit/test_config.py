@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from omni_rollout.algorithms.flow_grpo import FlowGRPO
 from omni_rollout.config import Backend, DType, OldLogProbs, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose, to_yaml
@@ -35,7 +36,7 @@ def sound(tmp_path: Path) -> TrainConfig:
 def test_defaults_are_those_of_the_dataclasses() -> None:
     config = compose(["model.path=model", "prompts=prompts.txt"])
     plain = TrainConfig(prompts="prompts.txt", run_dir=config.run_dir)
-    plain.model.path = "model"
+    plain.model.path, plain.algorithm = "model", FlowGRPO()
     assert config == plain
     assert isinstance(config.model.dtype, DType)
 

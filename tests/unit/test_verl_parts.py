@@ -138,11 +138,21 @@ def test_merged_shares_are_all_rows():
             old_log_probs=[torch.tensor(rows)],
             log_probs=[torch.tensor(rows)],
         )
-        return Update(first=scores, all=scores, losses=list(rows), ref_kls=[], grad_norms=[2.0], moved={"transformer": 1})
+        metrics = {"actor/dropped": list(rows)}
+        return Update(
+            coupled=True,
+            first=scores,
+            all=scores,
+            losses=list(rows),
+            grad_norms=[2.0],
+            metrics=metrics,
+            moved={"transformer": 1},
+        )
 
     both = merged([update(1.0, 2.0), update(3.0)])
     assert torch.cat(both.all.log_probs).tolist() == [1.0, 2.0, 3.0]
     assert both.losses == [1.0, 2.0, 3.0] and both.grad_norms == [2.0]
+    assert both.metrics == {"actor/dropped": [1.0, 2.0, 3.0]}
 
 
 @pytest.mark.parametrize("field", ["threads", "calls", "kernels"])

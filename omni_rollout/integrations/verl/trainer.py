@@ -25,7 +25,7 @@ from verl.trainer.ppo.v1 import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.debug import marked_timer
 
-from omni_rollout import algorithms
+from omni_rollout.algorithms import get_algorithm
 from omni_rollout.data.collate import Collator
 from omni_rollout.data.prompts import PromptStream, load_prompts
 from omni_rollout.data.seeds import SeedLedger
@@ -39,6 +39,7 @@ from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, Weights, 
 from omni_rollout.integrations.verl.reward import RewardWorkers
 from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Monitor, last_words, step_metrics, step_notes
+from omni_rollout.policy.learner import Which
 from omni_rollout.policy.recompute import check_machine
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
@@ -105,11 +106,11 @@ class OmniTrainer(PPOTrainer):
         self.rewards = WeightedSum(run.reward.weights, run.reward.threads)
         self.rewards.check([*prompts, *self.evaluation_prompts], family_module(run.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(run.model.path, subfolder="tokenizer")
-        self.collator = Collator(run.model.family, tokenizer, run.sampling, run.collate)
+        self.algorithm = get_algorithm(run.algorithm)
+        self.collator = Collator(run.model.family, tokenizer, run.sampling, run.collate, self.algorithm.window_start)
         for prompt in [*prompts, *self.evaluation_prompts]:
             self.collator.check(self.collator.spec(images=prompt.images), prompt)
         self.stream = PromptStream(prompts, run.rollout.prompts_per_step, run.sampling.seed)
-        self.algorithm = algorithms.get_algorithm(run.algorithm.name)
         self.seeds = SeedLedger(Path(run.run_dir) / "seeds.jsonl")
         self.total_training_steps = self.steps_per_epoch = max(run.trainer.steps, 1)
 
@@ -176,12 +177,8 @@ class OmniTrainer(PPOTrainer):
         self.told = self.agent_loop_manager.settle()
         self.samples = self._samples(batch)
         self.reused += self.seeds.record_noise(cast(Any, self.samples.sources))
-        self.advantages = self.algorithm.advantages(
-            torch.tensor(self.samples.rewards, dtype=torch.float32),
-            self.samples.group_ids,
-            std=self.run.algorithm.advantage_std,
-            clip=self.run.algorithm.advantage_clip,
-        )
+        rewards = torch.tensor(self.samples.rewards, dtype=torch.float32)
+        self.advantages = self.algorithm.advantages(rewards, self.samples.group_ids)
         return batch
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
@@ -197,9 +194,9 @@ class OmniTrainer(PPOTrainer):
         with marked_timer("update_weights", self.timing_raw), last_words(self.sight, self.global_steps):
             self._publish()
 
-    def _publish(self, averaged: bool = False) -> None:
+    def _publish(self, which: Which = "sampler") -> None:
         """Every server holds the ranks' weights afterwards, or will before it samples again."""
-        published: list[Weights] = self.actor_rollout_wg.publish(self.global_steps, averaged)
+        published: list[Weights] = self.actor_rollout_wg.publish(self.global_steps, which)
         digests = {weights.digest for weights in published}
         if len(digests) > 1:
             raise WeightSyncError(f"step {self.global_steps}: the trainer ranks hold different weights, {sorted(digests)}")
@@ -216,12 +213,16 @@ class OmniTrainer(PPOTrainer):
     def _validate(self) -> dict[str, float]:
         """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""
         name = f"step-{self.global_steps:05d}" if self.global_steps else "before"
+        averages = self.run.trainer.ema_decay > 0 and self.global_steps > 0
+        if self.algorithm.samples_with_old:
+            self._publish("policy")
         metrics, self.images = self._evaluate(name)
-        if self.run.trainer.ema_decay and self.global_steps:
-            self._publish(averaged=True)
+        if averages:
+            self._publish("average")
             averaged, _ = self._evaluate(f"{name}-ema")
-            self._publish()
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
+        if averages or self.algorithm.samples_with_old:
+            self._publish()
         if not self.global_steps:
             self.sight.log(0, metrics, self.images)
         return metrics
@@ -262,7 +263,8 @@ class OmniTrainer(PPOTrainer):
             **evaluated,
         }
         not_kept = self.told["not_kept"]
-        notes = step_notes(sampled_by=self.sampled_by, recomputed=first.recomputed, reused=self.reused, not_kept=not_kept)
+        digest, recomputed = self.sampled_by, first.recomputed
+        notes = step_notes(first.update, sampled_by=digest, recomputed=recomputed, reused=self.reused, not_kept=not_kept)
         metrics.update(ours)
         images = self.images if evaluated else captioned(samples)
         self.sight.log(global_steps, ours, images, {**notes, **self.checkpoints.notes()})
