@@ -167,7 +167,6 @@ class Coupled(Algorithm):
         return Loss(loss=policy + self.kl_coef * mean(kl), metrics=metrics)
 
     def problems(self, config: TrainConfig) -> Iterator[str]:
-        yield from super().problems(config)
         if config.sampling.sde_type is SDETypeName.ode:
             yield (
                 f"sampling.sde_type=ode: draws no noise, so there is nothing that {self.name} could learn from; "
@@ -181,6 +180,7 @@ class Coupled(Algorithm):
                 "trainer.old_log_probs=rollout with rollout correction: they are the rollout's own, so every ratio is 1; "
                 "give trainer.old_log_probs=recompute"
             )
+        yield from super().problems(config)
 
 
 @dataclass
@@ -204,12 +204,12 @@ class Forward(Algorithm):
         return Loss(loss=total, metrics=metrics)
 
     def problems(self, config: TrainConfig) -> Iterator[str]:
-        yield from super().problems(config)
         if config.sampling.sde_type is not SDETypeName.ode:
             yield (
                 f"sampling.sde_type={config.sampling.sde_type.value}: {self.name} learns from final latents, which a "
                 "trajectory of the ode holds; give sampling.sde_type=ode"
             )
+        yield from super().problems(config)
 
 
 def clipped_surrogate(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:

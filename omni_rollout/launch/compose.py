@@ -179,12 +179,10 @@ def _explain(error: Exception, overrides: Iterable[Override]) -> UserError:
         return UserError(f"{given or key}: {reason}")
     if given is None:  # set in a file, or within a dictionary
         return UserError(f"{key}: {_expectation(kind, '')}; {first_line}")
-    return UserError(f"{given}: {_expectation(kind, given)}")
+    return UserError(f"{given}: {first_line if kind is Any else _expectation(kind, given)}")
 
 
 def _expectation(kind: Any, given: str) -> str:
-    if kind is Any:
-        return "expected another type"
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _nearest(given.partition("=")[2], [member.name for member in kind])
     return f"expected {kind.__name__ if isinstance(kind, type) else str(kind).replace('typing.', '').lower()}"

@@ -17,6 +17,9 @@ TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   rollout.prompts_per_step
   reward=ocr|recolour|jpeg_compressibility|recomposition
                                           or reward.weights={{NAME: WEIGHT}}
+  algorithm=flow_grpo|flow_grpo_fast|flow_cps|mix_grpo|dance_grpo|grpo_guard|flow_dppo
+           |diffusion_nft|awm|diffusion_dpo|sft
+                                          these four learn from sampling.sde_type=ode; or algorithm.source=FILE.py
   backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
   trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|deepspeed
   evaluation.images, .every, .prompts     fixed seeds, before and after training

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 
-from omni_rollout.algorithms import get_algorithm
+from omni_rollout.algorithms import algorithm_class, get_algorithm
 from omni_rollout.config import (
     Backend,
     Offload,
@@ -169,6 +169,7 @@ def _window(sampling: SamplingConfig) -> Iterator[str]:
 
 def _learning(config: TrainConfig) -> Iterator[str]:
     try:
+        algorithm_class(config.algorithm.name, config.algorithm.source)  # is there one?
         yield from get_algorithm(config.algorithm).problems(config)
     except UserError as error:
         yield str(error)

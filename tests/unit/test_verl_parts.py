@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 pytest.importorskip("verl")
 
+from omni_rollout.algorithms.awm import AWM
 from omni_rollout.config import RewardConfig, TrainConfig
 from omni_rollout.errors import PinnedKnobError, UserError
 from omni_rollout.integrations.verl import agent_loop
@@ -90,7 +91,7 @@ def test_a_trajectory_comes_back_from_its_fields_as_it_was():
 
 
 def test_a_configuration_comes_back_from_verls_as_it_was():
-    config = TrainConfig(reward=RewardConfig(weights={"jpeg_compressibility": 2.0}))
+    config = TrainConfig(reward=RewardConfig(weights={"jpeg_compressibility": 2.0}), algorithm=AWM(name="awm", times=3))
     config.model.path = "m"
     config.prompts = "p.txt"
     config.run_dir = "r"
