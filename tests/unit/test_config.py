@@ -268,7 +268,7 @@ def test_a_sound_configuration_passes(sound: TrainConfig) -> None:
         ("reward.weights", {"orc": 1.0}, "did you mean ocr? expected one of jpeg_compressibility, motion, ocr"),
         ("reward.weights", {"base": 1.0}, "expected one of jpeg_compressibility, motion, ocr"),
         ("model.family", "qwenimage", "did you mean qwen_image?"),
-        ("algorithm.name", "grpo", "did you mean flow_grpo?"),
+        ("algorithm.name", "flow_gpro", "did you mean flow_grpo?"),
         ("launch.cpus", 0, "expected at least 1"),
         ("launch.object_store_mb", 1, "expected at least 128"),
         ("trainer.weight_decay", float("inf"), "expected a finite number"),
