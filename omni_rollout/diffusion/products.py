@@ -8,7 +8,7 @@ that the layer alone decides, the last one padded; within a block, neither a row
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -93,18 +93,13 @@ def exact_linear(
 def _multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sample: int, call: int) -> torch.Tensor:
     """`sample` rows after `sample` rows, each portion in a call of `call` rows."""
     out = rows.new_empty(rows.shape[0], weight.shape[0])
-    for start, end in _portions(rows.shape[0], sample):
-        if end - start == call:
-            _call(rows[start:end], weight, bias, out[start:end])
+    for portion, place in zip(rows.split(sample), out.split(sample), strict=True):
+        if len(portion) == call:
+            _call(portion, weight, bias, place)
         else:
-            padded = F.pad(rows[start:end], (0, 0, 0, call - (end - start)))
-            out[start:end] = _call(padded, weight, bias, rows.new_empty(call, weight.shape[0]))[: end - start]
+            padded = F.pad(portion, (0, 0, 0, call - len(portion)))
+            place.copy_(_call(padded, weight, bias, rows.new_empty(call, weight.shape[0]))[: len(portion)])
     return out
-
-
-def _portions(rows: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, rows, size):
-        yield start, min(start + size, rows)
 
 
 def _call(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
