@@ -69,7 +69,7 @@ _HOW_TO_GIVE = {
 }
 
 
-def typed(section: DictConfig) -> TrainConfig:
+def typed(section: Any) -> TrainConfig:
     """A whole configuration, checked against the schema that goes with its algorithm."""
     return cast(TrainConfig, OmegaConf.to_object(_with_algorithm(section)))
 
@@ -94,13 +94,13 @@ def _register() -> None:
     OmegaConf.register_new_resolver("recipe", lambda recipe: str(recipe_dir(recipe)), replace=True)
 
 
-def _with_algorithm(composed: DictConfig) -> DictConfig:
+def _with_algorithm(composed: Any) -> DictConfig:
     """The same, with the keys, defaults and types that the chosen algorithm declares.
 
     Raises:
         UserError: no such algorithm, or a key that it does not have, with the nearest.
     """
-    values: Any = OmegaConf.to_container(composed, resolve=False, enum_to_str=True)
+    values: Any = OmegaConf.to_container(OmegaConf.create(composed), resolve=False, enum_to_str=True)
     section = values["algorithm"]
     source = section.get("source")
     if source is not None:

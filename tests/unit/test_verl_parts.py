@@ -96,6 +96,7 @@ def test_a_configuration_comes_back_from_verls_as_it_was():
     config.prompts = "p.txt"
     config.run_dir = "r"
     assert run_config(to_section(config)) == config
+    assert run_config(OmegaConf.to_container(to_section(config))) == config  # as it goes to a process of Ray
 
 
 def test_verls_configuration_takes_ours_and_registers_our_trainer(random_checkpoint, tmp_path):
