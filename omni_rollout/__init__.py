@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omni_rollout.diffusion.sde import SDEStep, sde_step
     from omni_rollout.rollout.engine import RolloutEngine
+    from omni_rollout.rollout.remote import RemoteEngine
     from omni_rollout.trajectories.capsule import load_capsule, save_capsule
     from omni_rollout.types import Prompt, RolloutRequest, SamplingSpec, Trajectory
 
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 _HOMES = {  # public name -> module; imported on first use, so that `import omni_rollout` costs no torch
     "RolloutEngine": "omni_rollout.rollout.engine",
+    "RemoteEngine": "omni_rollout.rollout.remote",
     "save_capsule": "omni_rollout.trajectories.capsule",
     "load_capsule": "omni_rollout.trajectories.capsule",
     "SDEStep": "omni_rollout.diffusion.sde",
@@ -26,6 +28,7 @@ _HOMES = {  # public name -> module; imported on first use, so that `import omni
 }
 __all__ = [
     "Prompt",
+    "RemoteEngine",
     "RolloutEngine",
     "RolloutRequest",
     "SDEStep",

@@ -40,7 +40,7 @@ class LogProbFormName(Enum):
     unnormalised = "unnormalised"
 
 
-class TrainerEngine(Enum):
+class TrainerEngineName(Enum):
     torch = "torch"  # whole on every rank
     fsdp2 = "fsdp2"  # everything cut over the ranks
     deepspeed = "deepspeed"  # cut as far as zero_stage says
@@ -70,6 +70,11 @@ class OnMismatch(Enum):
 class Schedule(Enum):
     constant = "constant"
     linear = "linear"  # to a tenth of the learning rate at the last step
+
+
+class RewardNormalise(Enum):
+    none = "none"
+    group = "group"  # each reward by its own mean and standard deviation in the group, before the sum
 
 
 @dataclass
@@ -109,6 +114,24 @@ class RolloutConfig:
     workers: int = 1  # engines; more than one with backend=verl
     timeout: float = 600.0  # seconds without a finished image after which an engine is taken for dead
     keep_finished: bool = True  # trajectories on disk until a checkpoint holds what was learned from them
+    url: str | None = None  # of an `omni-rollout serve` that samples instead of an engine here; of several: "A,B"
+
+
+@dataclass
+class ServeConfig:
+    """Of `omni-rollout serve`. What is past a limit is refused by its name; the token is in OMNI_ROLLOUT_TOKEN."""
+
+    host: str = "127.0.0.1"  # any other address needs a token
+    port: int = 8091  # 0: one that is free
+    max_body_mb: int = 64  # of a request; weights may be as large as the model is
+    max_requests: int = 256  # images in one body
+    max_waiting: int = 1024  # images asked for and not finished, of all clients
+    max_prompt_chars: int = 10_000
+    max_prompt_width: int = 1024  # text tokens
+    max_steps: int = 200
+    max_pixels: int = 2048 * 2048  # of a frame, and of an input image
+    max_frames: int = 161  # of a video; layers of an image
+    timeout: float = 600.0  # seconds without a finished image after which the engine is taken for dead, and the server ends
 
 
 @dataclass
@@ -128,12 +151,17 @@ class AlgorithmConfig:
 @dataclass
 class RewardConfig:
     weights: dict[str, float] = field(default_factory=lambda: {"ocr": 1.0})  # name -> weight; the reward is their weighted sum
+    source: dict[str, str] = field(default_factory=dict)  # name -> package.module:function, file.py:function or http(s) address
+    model: dict[str, str] = field(default_factory=dict)  # name -> folder or hub id of its model; vlm_judge: ADDRESS#NAME
+    normalise: RewardNormalise = RewardNormalise.none
     threads: int = 1
+    timeout: float = 300.0  # seconds for all images of a step, per reward
+    max_failed: float = 0.1  # share of a step's images that may be lost to a reward that fails; more ends the run
 
 
 @dataclass
 class TrainerConfig:
-    engine: TrainerEngine = TrainerEngine.torch
+    engine: TrainerEngineName = TrainerEngineName.torch
     ranks: int = 1  # processes that share an update's rows; more than one with backend=verl
     zero_stage: int = 1  # with engine=deepspeed: 0 cuts nothing, 1 the optimizer, 2 gradients too, 3 parameters too
     offload: Offload = Offload.none
@@ -158,11 +186,17 @@ class TrainerConfig:
 
 
 @dataclass
+class EvaluationRewardConfig:
+    weights: dict[str, float] = field(default_factory=dict)  # of rewards that nothing is trained on; see reward.source
+
+
+@dataclass
 class EvaluationConfig:
     every: int = 0  # steps; 0: before and after training only
     images: int = 0  # per evaluation; 0: none. ODE, fixed seeds, without guidance unless sampling turns it on
-    prompts: str | None = None  # file; None: the training prompts
+    prompts: str | None = None  # as `prompts`, one source; None: its `test` if there is one, else the training prompts
     seed: int = 10_000
+    reward: EvaluationRewardConfig = field(default_factory=EvaluationRewardConfig)
 
 
 @dataclass
@@ -205,6 +239,7 @@ class TrainConfig:
     collate: CollateConfig = field(default_factory=CollateConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -214,7 +249,8 @@ class TrainConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     backend: Backend = Backend.embedded
     parity: Parity = Parity.exact
-    prompts: str = MISSING  # .txt (one a line), .jsonl or .parquet with `prompt` and metadata
+    # .txt (one a line), .jsonl or .parquet with `prompt` and metadata, a folder, a dataset, a function; or {SOURCE: WEIGHT}
+    prompts: Any = MISSING
     threads: int | None = None  # of torch; None: torch's own choice
     run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
     experiment: Any = None  # set by `experiment=NAME`; the name is kept in the run's config.yaml

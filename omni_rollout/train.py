@@ -1,7 +1,7 @@
 """The loop, readable top to bottom.
 
 for step in steps:
-    PromptStream.batch ─► Collator.groups ─► RolloutEngine.generate ─► WeightedSum ─► advantages
+    PromptStream.batch ─► Collator.groups ─► RolloutEngine.generate ─► rewards ─► advantages
                                                     ▲                                     │
                           update_weights (digests) ─┘◄── PolicyUpdate ◄── old log-probs ◄─┘
     Monitor.log
@@ -9,6 +9,7 @@ for step in steps:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,23 +23,29 @@ from omni_rollout import monitor
 from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import TrainConfig
 from omni_rollout.data.collate import Collator
-from omni_rollout.data.prompts import PromptStream, load_prompts
 from omni_rollout.data.seeds import SeedLedger
+from omni_rollout.data.stream import prompt_data
+from omni_rollout.launch.progress import Progress
 from omni_rollout.models import family_module
-from omni_rollout.monitor import CaptionedImage, Monitor
+from omni_rollout.monitor import CaptionedImage, Guards, Monitor
 from omni_rollout.policy.learner import Learner, Which
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
-from omni_rollout.rewards import WeightedSum
-from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.rewards import make_rewards
+from omni_rollout.rollout.choice import open_engine
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
-from omni_rollout.run.resume import Start, check_weights, enter, find_start, run_state
+from omni_rollout.run.evaluate import sampled
+from omni_rollout.run.evaluation import captioned, evaluation_metrics
+from omni_rollout.run.resume import check_weights, enter, run_state
+from omni_rollout.run.start import Start, find_start
 from omni_rollout.run.stop import StopFlag
 from omni_rollout.trajectories.journal import Journal
 from omni_rollout.types import RolloutRequest, Trajectory
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, progress: Progress | None = None) -> None:
     """Runs steps up to `config.trainer.steps` in this process; everything it makes lies in `config.run_dir`.
+
+    `progress` is told of everything that takes a while.
 
     SIGTERM, SIGINT and the file `stop` in the run folder end it after a step and a checkpoint, without an error.
 
@@ -48,16 +55,20 @@ def train(config: TrainConfig) -> None:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    progress = progress or Progress(shown=False)
     start, run_dir, stop = find_start(config), Path(config.run_dir), StopFlag(config.run_dir)
     if start.run is not None and start.step >= config.trainer.steps:
-        print(f"all {config.trainer.steps} steps are done: {start.checkpoint}; more: trainer.steps={config.trainer.steps + 10}")
+        print(
+            f"all {config.trainer.steps} steps are done: {start.checkpoint}; more: trainer.steps={config.trainer.steps + 10}; "
+            f"to evaluate: omni-rollout evaluate checkpoint={start.checkpoint} out=FOLDER"
+        )
         return
     stop.clear()
     with stop.signals():
         enter(config, start)
         wandb_id = start.run.wandb_id if start.run is not None else None
-        with Monitor(run_dir, config, config.trainer.steps, wandb_id) as sight:
-            with Trainer(config, start) as trainer:
+        with Monitor(run_dir, config, config.trainer.steps, wandb_id, progress) as sight:
+            with Trainer(config, start, progress) as trainer:
                 checkpoints = _loop(config, start, trainer, sight, stop)
             sight.summary(checkpoints.last)
     checkpoints.check()
@@ -66,17 +77,21 @@ def train(config: TrainConfig) -> None:
 def _loop(config: TrainConfig, start: Start, trainer: Trainer, sight: Monitor, stop: StopFlag) -> Checkpoints:
     checkpoints = Checkpoints(config, trainer.journal)
     if config.evaluation.images and not start.step:
-        sight.log(0, *trainer.evaluate("before"))
+        metrics, images, _ = trainer.evaluate(0)
+        sight.log(0, metrics, evaluation=images)
     for step in range(start.step + 1, config.trainer.steps + 1):
         stop.stepping()
+        evaluation: list[CaptionedImage] = []
         with monitor.last_words(sight, step):
             report = trainer.step(step)
             if trainer.evaluation_due(step):
-                evaluated, report.images = trainer.evaluate(f"step_{step:05d}")
+                evaluated, evaluation, lost = trainer.evaluate(step)
                 report.metrics |= evaluated
-        sight.log(step, report.metrics, report.images, {**report.notes, **checkpoints.notes()})
+                report.notes |= lost
+        sight.log(step, report.metrics, report.images, {**report.notes, **checkpoints.notes()}, evaluation)
         stopping = stop.is_set
         if checkpoints.due(step, stopping=stopping):
+            trainer.progress.stage("saving the checkpoint", quiet=True)
             checkpoints.save(step, trainer.saver(step, sight))
         else:
             checkpoints.after(step)
@@ -98,30 +113,25 @@ class StepReport:
 class Trainer:
     """Engine, policy and optimizer of one run, and what a step does with them."""
 
-    def __init__(self, config: TrainConfig, start: Start) -> None:
-        self.config = config
-        self.prompts = load_prompts(config.prompts)
-        self.evaluation_prompts = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else self.prompts
-        self.rewards = WeightedSum(config.reward.weights, config.reward.threads)
-        self.rewards.check([*self.prompts, *self.evaluation_prompts], family_module(config.model.family, "spec").KIND)
+    def __init__(self, config: TrainConfig, start: Start, progress: Progress) -> None:
+        self.config, self.progress = config, progress
+        self.stream, self.evaluation_prompts = prompt_data(config)
+        all_prompts = [*self.stream.prompts, *self.evaluation_prompts]
+        self.rewards = make_rewards(config)
+        self.rewards.check(all_prompts, family_module(config.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
         self.algorithm = get_algorithm(config.algorithm)
         window = self.algorithm.window_start
         self.collator = Collator(config.model.family, tokenizer, config.sampling, config.collate, window)
-        for prompt in [*self.prompts, *self.evaluation_prompts]:  # all of them now, not one of them in an hour
+        for prompt in all_prompts:  # all of them now, not one of them in an hour
             self.collator.check(self.collator.spec(images=prompt.images), prompt)
-        self.stream = PromptStream(self.prompts, config.rollout.prompts_per_step, config.sampling.seed)
         self.seeds = SeedLedger(Path(config.run_dir) / "seeds.jsonl")
         self.journal = Journal(config.run_dir, keep=config.rollout.keep_finished)
+        self.guards = Guards(config.run_dir)
         self.version = start.step
-        self.engine = RolloutEngine(
-            config.model.path,
-            family=config.model.family,
-            dtype=config.model.dtype.value,
-            max_num_seqs=config.rollout.max_num_seqs,
-            parity=config.parity.value,
-        )
+        self.engine = open_engine(config, progress)
         try:
+            progress.stage("loading the model into the trainer", quiet=True)
             self.learner = Learner(config, checkpoint=start.checkpoint)
             self._sync()  # also proves, before the first rollout, that both sides read the same checkpoint
             check_weights(start, self.expected["weights"])
@@ -139,7 +149,7 @@ class Trainer:
         """Step 1, 2, ...: one rollout, one update, one weight sync."""
         config, timings = self.config, dict[str, float]()
         with timed(timings, "step"):
-            with timed(timings, "rollout"):
+            with self._timed(timings, "rollout", step):
                 requests = self.collator.groups(self.stream.batch(step), step, config.rollout.group_size)
                 reused = self.seeds.record(requests)
                 kept, trajectories = self._rollout(requests, step)
@@ -147,24 +157,28 @@ class Trainer:
             for trajectory in trajectories:
                 check_fingerprint(trajectory, self.expected)
             monitor.check_finite(step, trajectories)
-            with timed(timings, "reward"):
+            with self._timed(timings, "reward", step):
                 images = [trajectory.media for trajectory in trajectories]
-                rewards = self.rewards(images, [trajectory.prompt for trajectory in trajectories])
-            group_ids = [trajectory.group_id for trajectory in trajectories]
-            advantages = self.algorithm.advantages(torch.tensor(rewards.total, dtype=torch.float32), group_ids)
-            with timed(timings, "old_log_probs"):
+                scored = self.rewards(images, [trajectory.prompt for trajectory in trajectories])
+            self.rewards.require(scored)
+            trajectories = [trajectories[row] for row in scored.scored]  # the others leave their groups
+            rewards, group_ids = scored.of(scored.scored), [trajectory.group_id for trajectory in trajectories]
+            compared = torch.tensor(self.rewards.compared(scored, group_ids), dtype=torch.float32)
+            advantages = self.algorithm.advantages(compared, group_ids)
+            with self._timed(timings, "old_log_probs", step):
                 recomputed = monitor.must_recompute(self.learner.engine.module, trajectories, config, step)
                 old = self.learner.old_log_probs(trajectories, recomputed=recomputed)
-            with timed(timings, "update"):
+            with self._timed(timings, "update", step):
                 update, rate = self.learner.step(trajectories, advantages, old, step)
             sampled_by = self.expected["weights"]
-            with timed(timings, "weight_sync"):
+            with self._timed(timings, "weight_sync", step):
                 self.version = step
                 self._sync()
         metrics = monitor.step_metrics(
             update,
             rewards=rewards.total,
             breakdown=rewards.breakdown,
+            failed=len(images) - len(trajectories),
             group_ids=group_ids,
             elements=trajectories[0].latents[0].numel(),
             clip_range=config.trainer.clip_range,
@@ -173,11 +187,25 @@ class Trainer:
             learning_rate=rate,
             collisions=self.seeds.collisions,
             recomputed=recomputed,
+            drift=self.learner.drift.value,
         )
-        captions = [f"{reward:.2f} {t.prompt.text}" for t, reward in zip(trajectories, rewards.total, strict=True)]
-        failure = self.journal.failure
-        notes = monitor.step_notes(update, sampled_by=sampled_by, recomputed=recomputed, reused=reused, not_kept=failure)
-        return StepReport(metrics=metrics, images=list(zip(captions, images, strict=True)), notes=notes)
+        texts, media = [one.prompt.text for one in trajectories], [one.media for one in trajectories]
+        shown = captioned(rewards.total, texts, media)
+        notes = monitor.step_notes(
+            update,
+            sampled_by=sampled_by,
+            recomputed=recomputed,
+            reused=reused,
+            not_kept=self.journal.failure,
+            not_scored=scored.failures,
+        )
+        return StepReport(metrics=metrics, images=shown, notes=notes)
+
+    @contextmanager
+    def _timed(self, timings: dict[str, float], stage: str, step: int) -> Iterator[None]:
+        self.progress.stage(f"step {step}/{self.config.trainer.steps}: {stage.replace('_', ' ')}", quiet=True)
+        with timed(timings, stage):
+            yield
 
     def _rollout(self, requests: Sequence[RolloutRequest], step: int) -> tuple[int, list[Trajectory]]:
         """How many had been finished before the run was stopped, and all of them in the order of their ids."""
@@ -203,28 +231,32 @@ class Trainer:
         self.expected = self.learner.expected(digest)
         check_machine(self.engine.machine, self.expected)  # before anything is sampled
 
-    def evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
-        """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""
+    def evaluate(self, step: int) -> tuple[dict[str, float], list[CaptionedImage], dict[str, str]]:
+        """Deterministic (ode) images from fixed seeds; with an average kept, metrics of the averaged policy as well; and, as
+        notes, what the guards found."""
+        name = f"step_{step:05d}" if step else "before"
         averages = self.learner.ema is not None and self.version > 0
         if self.learner.lags:
             self._sync("policy")
-        metrics, images = self._evaluate(name)
+        metrics, images, trajectories = self._evaluate(name)
+        texts, media = [one.prompt.text for one in trajectories], [one.media for one in trajectories]
+        guarded, lost = self.guards(step, media, texts, metrics.get("evaluation/reward", math.nan))
         if averages:
             self._sync("average")
-            averaged, _ = self._evaluate(f"{name}-ema")
+            averaged, _, _ = self._evaluate(f"{name}-ema", "evaluating the average by")
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
         if averages or self.learner.lags:
             self._sync()
-        return metrics, images
+        return metrics | guarded, images, lost
 
-    def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
+    def _evaluate(self, name: str, what: str = "evaluating") -> tuple[dict[str, float], list[CaptionedImage], list[Trajectory]]:
         requests = self.collator.evaluation(self.evaluation_prompts, self.config.evaluation, name)
-        sampled = self.engine.generate(requests, timeout=self.config.rollout.timeout)
-        trajectories = sorted(sampled, key=lambda trajectory: trajectory.request_id)
-        images = [trajectory.media for trajectory in trajectories]
-        prompts = [trajectory.prompt for trajectory in trajectories]
-        metrics = {f"evaluation/{key}": value for key, value in self.rewards.evaluate(images, prompts).items()}
-        return metrics, [(prompt.text, image) for prompt, image in zip(prompts, images, strict=True)]
+        trajectories = sampled(self.engine, requests, self.progress, self.config.rollout.timeout, what)
+        self.progress.stage(f"scoring {len(trajectories)} images", quiet=True)
+        media, prompts = [one.media for one in trajectories], [one.prompt for one in trajectories]
+        rewards = self.rewards(media, prompts).total
+        metrics = evaluation_metrics(rewards, self.rewards.evaluate(media, prompts))
+        return metrics, captioned(rewards, [prompt.text for prompt in prompts], media), trajectories
 
 
 @contextmanager

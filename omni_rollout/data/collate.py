@@ -66,7 +66,36 @@ class Collator:
         """The run's sampling spec for a prompt with these images, with some parameters overridden."""
         values = {key: _plain(value) for key, value in asdict(self._sampling).items() if key in SPEC_KEYS}
         widths = {"prompt_width": self._collate.prompt_width, "negative_prompt_width": self._collate.negative_prompt_width}
-        return self._family.resolve({**values, **widths, "step_indices": window, **(overrides or {})}, images)
+        given = {key: value for key, value in (overrides or {}).items() if value is not None}
+        extra = {**values["extra"], **{key: value for key, value in given.get("extra", {}).items() if value is not None}}
+        return self._family.resolve({**values, **widths, "step_indices": window, **given, "extra": extra}, images)
+
+    def asked(
+        self,
+        prompt: Prompt,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        seed: int | None = None,
+        group: str | None = None,
+        member: int = 0,
+    ) -> RolloutRequest:
+        """A request by what was asked, and no more: in process and over HTTP the same, with the run's settings for the rest.
+
+        Args:
+            parameters: keys of `SamplingSpec`, or the alias `cfg_scale`; absent or None: the run's, then the family's.
+            seed: None: derived from the run's, the group and the member.
+            group: None: named by the prompt.
+
+        Raises:
+            RequestError: what cannot be served, with what was given and what to do.
+        """
+        given, group = dict(parameters or {}), group_id(prompt) if group is None else group
+        steps = given.get("num_inference_steps")
+        placed = self._sampling.sde_window_size is not None or self._sampling.sde_window_range is not None
+        window = self.window(group, 1, steps) if placed and (steps is None or steps > 1) else None  # of 1, the resolver says it
+        spec = self.spec(given, window, prompt.images)
+        self.check(spec, prompt)
+        return self.request(prompt, spec, group, member, seed)
 
     def check(self, spec: SamplingSpec, prompt: Prompt | None = None) -> None:
         """Raises RequestError when a text does not fit its width, or is none where the family needs one."""
@@ -119,16 +148,16 @@ class Collator:
             member=member,
         )
 
-    def window(self, group: str, step: int) -> tuple[int, ...] | None:
-        """The stochastic steps of one group: `sde_window_size` in a row, within the range."""
-        given = self._sampling.num_inference_steps
-        steps = self._family.DEFAULTS["num_inference_steps"] if given is None else given
+    def window(self, group: str, step: int, steps: int | None = None) -> tuple[int, ...] | None:
+        """The stochastic steps of one group in step 1, 2, ... of the run: `sde_window_size` in a row, within the range."""
+        given = self._sampling.num_inference_steps if steps is None else steps
+        number: int = self._family.DEFAULTS["num_inference_steps"] if given is None else given
         placed = self._sampling.sde_window_range
-        first, end = (0, steps - 1) if placed is None else placed
-        if not 0 <= first < end <= steps - 1:
+        first, end = (0, number - 1) if placed is None else placed
+        if not 0 <= first < end <= number - 1:
             raise RequestError(
-                f"sde_window_range=[{first}, {end}]: expected 0 <= first < end <= {steps - 1} "
-                f"for {steps} steps (the last step is deterministic)"
+                f"sde_window_range=[{first}, {end}]: expected 0 <= first < end <= {number - 1} "
+                f"for {number} steps (the last step is deterministic)"
             )
         size = end - first if self._sampling.sde_window_size is None else self._sampling.sde_window_size
         if not 1 <= size <= end - first:

@@ -1,48 +1,122 @@
-"""Prompt files in, `Prompt` records and reproducible batches of them out."""
+"""Prompt files, folders, datasets and functions in, `Prompt` records out."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omni_rollout.errors import UserError
+from omni_rollout.launch import plugins
 from omni_rollout.models.base.images import describe
 from omni_rollout.trajectories import strict_json
 from omni_rollout.types import InputImage, Prompt
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+_HF_STATE = "state.json"  # in every folder that `datasets` saved a dataset to
 MAX_DEPTH = 32  # of nested metadata: what the next program that reads or pickles it can still follow
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # controls but tab and line ends; lone surrogates
 
 
-def load_prompts(path: str | Path) -> list[Prompt]:
+def load_prompts(source: str | Path | Mapping[str, float], split: str = "train") -> list[Prompt]:
     """Reads a prompt file: .txt (one a line), .jsonl or .parquet (a `prompt` column; every other column is metadata).
 
     A nested `metadata` object is merged into the metadata; blank lines and null parquet cells are left out. `images`, a path or
-    a list of paths from the file's folder, are the prompt's input images.
+    a list of paths from the file's folder (or from `images/` in it), are the prompt's input images.
+
+    A folder has such a file named `SPLIT` or `SPLIT_metadata` (flow_grpo's and Flow-Factory's layout), or is a dataset that
+    Hugging Face's `datasets` saved to disk, with or without splits. A function (`launch.plugins`) gives the rows: texts, or
+    what a line of jsonl holds; the same ones each time, for a resumed run asks again. A mapping: all of its sources.
 
     Raises:
-        UserError: what is wrong, with the file and the line (or parquet row), counted from 1.
+        UserError: what is wrong, with the file and the line (or row), counted from 1.
     """
-    path = Path(path)
+    if isinstance(source, Mapping):
+        return [prompt for part in source for prompt in load_prompts(part, split)]
+    if plugins.is_function(str(source)):
+        prompts = [_prompt(row, where, Path.cwd()) for where, row in _function_rows(str(source))]
+    elif Path(source).is_dir():
+        prompts = _from_folder(Path(source), split)
+    else:
+        prompts = _from_file(Path(source))
+    if not prompts:
+        raise UserError(f"{source}: holds no prompts; expected at least one")
+    return prompts
+
+
+def prompts_digest(source: str | Mapping[str, float]) -> str:
+    """sha256 of a file of prompts; of anything else, of the prompts that it gives, and of a mixture's weights."""
+    if isinstance(source, str) and os.path.isfile(source):
+        return hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    weights = list(source.values()) if isinstance(source, Mapping) else []
+    return hashlib.sha256(json.dumps([weights, *map(group_id, load_prompts(source))]).encode()).hexdigest()
+
+
+def has_split(source: str, split: str) -> bool:
+    folder = Path(source)
+    return folder.is_dir() and ((folder / split / _HF_STATE).is_file() or _split_file(folder, split) is not None)
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    named = (folder / f"{stem}{suffix}" for suffix in (".jsonl", ".parquet", ".txt") for stem in (split, f"{split}_metadata"))
+    return next((path for path in named if path.is_file()), None)
+
+
+def _from_folder(folder: Path, split: str) -> list[Prompt]:
+    for saved in (folder, folder / split):
+        if (saved / _HF_STATE).is_file():
+            return [_prompt(row, where, saved) for where, row in _dataset_rows(saved)]
+    path = _split_file(folder, split) or (_split_file(folder, "train") if split == "test" else None)
+    if path is None:
+        raise UserError(
+            f"{folder}: no prompts in this folder; expected {split}.jsonl, .parquet or .txt, {split}_metadata.jsonl, or a "
+            "dataset that `datasets` saved to disk"
+        )
+    return _from_file(path)
+
+
+def _function_rows(source: str) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = list(plugins.load_function("prompts", source)())
+    except UserError:
+        raise
+    except Exception as error:  # whatever the function of somebody else raises
+        raise UserError(f"prompts={source}: raised {type(error).__name__}: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        where = f"{source}, row {number}"
+        yield where, {"prompt": row} if isinstance(row, str) else _as_json(row, where)
+
+
+def _dataset_rows(saved: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of a dataset as `datasets` saves it: Arrow streams, named in `state.json`. Nothing in it is executed."""
+    import pyarrow
+
+    try:
+        state = strict_json.loads((saved / _HF_STATE).read_text(encoding="utf-8"))
+        tables = []
+        for file in state["_data_files"]:
+            with pyarrow.memory_map(str(saved / Path(file["filename"]).name)) as data:
+                tables.append(pyarrow.ipc.open_stream(data).read_all())
+        rows = pyarrow.concat_tables(tables).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{saved}: not a dataset that pyarrow can read ({type(error).__name__}: {error})") from error
+    yield from _present(rows, saved)
+
+
+def _from_file(path: Path) -> list[Prompt]:
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: suffix {path.suffix!r} is unknown; expected one of {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix == ".txt":
-        prompts = [Prompt(text=_checked(line.strip(), where)) for where, line in _lines(path)]
-    elif path.suffix == ".jsonl":
-        prompts = [_prompt(_parse(line, where), where, path.parent) for where, line in _lines(path)]
-    else:
-        prompts = [_prompt(row, where, path.parent) for where, row in _parquet_rows(path)]
-    if not prompts:
-        raise UserError(f"{path}: holds no prompts; expected at least one")
-    return prompts
+        return [Prompt(text=printable(line.strip(), where)) for where, line in _lines(path)]
+    if path.suffix == ".jsonl":
+        return [_prompt(_parse(line, where), where, path.parent) for where, line in _lines(path)]
+    return [_prompt(row, where, path.parent) for where, row in _parquet_rows(path)]
 
 
 def group_id(prompt: Prompt) -> str:
@@ -50,34 +124,6 @@ def group_id(prompt: Prompt) -> str:
     images = [[image.sha256 for image in prompt.images]] if prompt.images else []  # without any: as it was before there were
     canonical = json.dumps([prompt.text, dict(prompt.metadata), *images], sort_keys=True, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-class PromptStream:
-    """Endless shuffled batches. A batch depends on the step and the seed alone, so a resumed run needs no state.
-
-    An epoch is as many whole batches as the prompts fill, in an order drawn from (seed, epoch); prompts that would fill
-    only part of a batch sit that epoch out. With fewer prompts than a batch, a batch repeats all of them, as evenly as it can.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], prompts_per_step: int, seed: int) -> None:
-        if not prompts:
-            raise UserError("no prompts given: expected at least one")
-        if prompts_per_step < 1:
-            raise UserError(f"prompts_per_step={prompts_per_step}: expected at least 1")
-        self.prompts = tuple(prompts)
-        self.prompts_per_step = prompts_per_step
-        self.seed = seed
-
-    def batch(self, step: int) -> list[Prompt]:
-        """The `prompts_per_step` prompts of one step, counted from 0."""
-        if step < 0:
-            raise UserError(f"step={step}: expected 0 or more")
-        epoch, position = divmod(step, max(1, len(self.prompts) // self.prompts_per_step))
-        order = list(range(len(self.prompts)))
-        # A string seed is hashed with SHA-512: neighbouring seeds and epochs are unrelated, on every machine.
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        first = position * self.prompts_per_step
-        return [self.prompts[order[index % len(order)]] for index in range(first, first + self.prompts_per_step)]
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -113,6 +159,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             rows = pyarrow.parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
         raise UserError(f"{path}: not a parquet file that pyarrow can read ({error})") from error
+    yield from _present(rows, path)
+
+
+def _present(rows: Sequence[dict[str, Any]], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows without their null cells, each with where it stands."""
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
         present = {name: value for name, value in row.items() if value is not None}
@@ -136,7 +187,7 @@ def _check_depth(row: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: metadata nested deeper than {MAX_DEPTH} levels; flatten it")
 
 
-def _checked(text: str, where: str) -> str:
+def printable(text: str, where: str) -> str:
     found = _UNPRINTABLE.search(text)
     if found is not None:
         raise UserError(
@@ -155,7 +206,7 @@ def _prompt(row: Any, where: str, folder: Path) -> Prompt:
         raise UserError(f"{where}: `prompt` is {type(text).__name__} {repr(text)[:60]}, expected a string")
     if not text.strip():
         raise UserError(f"{where}: `prompt` is empty")
-    _checked(text, where)
+    printable(text, where)
     _check_depth(row, where)
     metadata = {key: value for key, value in row.items() if key not in ("prompt", "images", "metadata")}
     nested = row.get("metadata") or {}
@@ -174,7 +225,8 @@ def _images(given: Any, where: str, folder: Path) -> tuple[InputImage, ...]:
         if not isinstance(path, str):
             raise UserError(f"{where}: `images` holds {type(path).__name__}, expected paths of image files")
         try:
-            found.append(describe(folder / path))
+            inside = folder / "images" / path
+            found.append(describe(inside if inside.is_file() and not (folder / path).is_file() else folder / path))
         except (OSError, ValueError) as error:
             raise UserError(f"{where}: image {path} cannot be read ({error})") from error
     return tuple(found)

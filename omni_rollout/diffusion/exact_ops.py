@@ -120,6 +120,13 @@ def install_layer_norms(layers: Iterable[nn.Module]) -> None:
             layer.__class__ = ExactLayerNorm
 
 
+def merged_weight(
+    base: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """W + scale * B A, the sum in fp32 and rounded once: by the trainer's layers, and by a server that is sent the factors."""
+    return (base.float() + scale * (factor_b.float() @ factor_a.float())).to(dtype)
+
+
 def effective_weights(
     module: nn.Module, dtype: torch.dtype, gathered: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext
 ) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 CONDITIONING_ROWS = 16  # of a layer that is given one row a sample: [B, K]
 # Of a layer that is given tokens, [B, S, K]: narrow layers waste more on padding than on calls, wide ones the other way round.
-NARROW_ROWS, WIDE_ROWS = 128, 512
+NARROW_ROWS, WIDE_ROWS = 128, 256
 WIDE = 2**20  # weights of a wide layer, at least
 # On a GPU, of any layer that is given tokens. Not measured. By arithmetic, in tiles of 128 x 256 on 132 multiprocessors: 1024
 # rows of a layer with 3072 features make 8 x 12 = 96 tiles, 73% of a round; with 12288, 384 tiles, 97% of three rounds. 2048

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import pkgutil
@@ -24,15 +23,15 @@ from omni_rollout.config import (
     SDETypeName,
     TrainConfig,
     TrainerConfig,
-    TrainerEngine,
+    TrainerEngineName,
 )
 from omni_rollout.errors import UserError
 from omni_rollout.launch import model_files
 from omni_rollout.launch.outputs import file_problem, folder_problem
+from omni_rollout.launch.sources import prompt_problems, reward_problems, unknown
 from omni_rollout.models import families
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _LARGEST, _LARGEST_SIDE = 2**31 - 1, 2**16  # more is a slip of the hand, and would end in some library's overflow
 _WANDB_MODES = ("online", "offline", "disabled")
 
@@ -43,15 +42,31 @@ def validate(config: TrainConfig) -> None:
     Raises:
         UserError: one line for each problem: what was given, what is expected, what to do.
     """
-    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *_prompts(config)]
-    own = [*_learning(config), *_rewards(config), *_trainer(config), *_guard(config), *_processes(config)]
+    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *prompt_problems(config)]
+    own = [*_learning(config), *reward_problems(config), *_trainer(config), *_guard(config), *_processes(config)]
     _raise([*common, *own, *_folder("run_dir", config.run_dir)])
 
 
 def validate_rollout(config: TrainConfig, out: str) -> None:
     """`validate` for sampling alone, where `ode` and groups of one make sense; `out`: the folder for its images."""
-    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *_prompts(config)]
-    _raise([*common, *_folder("out", out)])
+    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *prompt_problems(config)]
+    _raise([*common, *_folder("out", out, new=True)])
+
+
+def validate_evaluate(config: TrainConfig, out: str) -> None:
+    """`validate` for held-out images, of `config.prompts`, alone."""
+    common = [
+        *_numbers(config),
+        *_sampling(config.sampling),
+        *_model(config),
+        *prompt_problems(config),
+        *reward_problems(config),
+    ]
+    _raise([*common, *_folder("out", out, new=True)])
+
+
+def validate_export(config: TrainConfig, out: str) -> None:
+    _raise([*_model(config), *_folder("--out", out, new=True)])
 
 
 def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None], *, path_needed: bool = True) -> None:
@@ -66,8 +81,12 @@ def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None], *, p
         if path is not None and (problem := file_problem(path)) is not None
     ]
     sampling = replace(config.sampling, sde_window_range=None, sde_window_size=None)  # they score every step: no window is read
-    model = _model(config) if path_needed or config.model.path else _known("model.family", config.model.family, families())
+    model = _model(config) if path_needed or config.model.path else unknown("model.family", config.model.family, families())
     _raise([*_numbers(config), *_sampling(sampling), *model, *written])
+
+
+def validate_serving(config: TrainConfig) -> None:
+    _raise([*_numbers(config), *_sampling(config.sampling), *_model(config)])
 
 
 def validate_plan(config: TrainConfig) -> None:
@@ -112,6 +131,8 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "launch.cpus_per_task": (config.launch.cpus_per_task, 1),
         "launch.object_store_mb": (config.launch.object_store_mb, 128),
         "threads": (config.threads, 1),
+        "serve.port": (config.serve.port, 0),
+        **{f"serve.{name}": (value, 1) for name, value in vars(config.serve).items() if name.startswith("max_")},
     }
     for key, (value, minimum) in at_least.items():
         if value is not None and not value >= minimum:
@@ -120,6 +141,8 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
             yield f"{key}={value}: expected at most {_LARGEST}"
     above_zero = {
         "rollout.timeout": config.rollout.timeout,
+        "reward.timeout": config.reward.timeout,
+        "serve.timeout": config.serve.timeout,
         "algorithm.advantage_clip": config.algorithm.advantage_clip,
         "trainer.learning_rate": config.trainer.learning_rate,
         "trainer.max_grad_norm": config.trainer.max_grad_norm,
@@ -177,16 +200,6 @@ def _learning(config: TrainConfig) -> Iterator[str]:
         yield f"wandb.mode={config.wandb.mode}: expected one of {', '.join(_WANDB_MODES)}, or null"
 
 
-def _rewards(config: TrainConfig) -> Iterator[str]:
-    weights = config.reward.weights
-    for name, weight in weights.items():
-        yield from _known("reward.weights", name, [known for known in _modules("rewards") if known != "base"])
-        if not math.isfinite(weight):
-            yield f"reward.weights.{name}={weight}: expected a finite number"
-    if not any(weights.values()):
-        yield f"reward.weights={weights}: {'every weight is 0' if weights else 'empty'}; give one, such as reward=ocr"
-
-
 def _trainer(config: TrainConfig) -> Iterator[str]:
     trainer = config.trainer
     yield from trainer_engine(trainer)
@@ -206,14 +219,14 @@ def _trainer(config: TrainConfig) -> Iterator[str]:
 def trainer_engine(trainer: TrainerConfig) -> Iterator[str]:
     """What is wrong with the choice of engine, ZeRO stage, offload and ranks."""
     engine, stage, offload = trainer.engine, trainer.zero_stage, trainer.offload
-    deepspeed = engine is TrainerEngine.deepspeed
+    deepspeed = engine is TrainerEngineName.deepspeed
     if deepspeed and stage not in (0, 1, 2, 3):
         yield f"trainer.zero_stage={stage}: expected 0, 1, 2 or 3"
-    if engine is TrainerEngine.fsdp2 and trainer.ranks == 1:
+    if engine is TrainerEngineName.fsdp2 and trainer.ranks == 1:
         yield "trainer.engine=fsdp2: one rank has nothing to cut; give trainer.ranks (backend=verl), or trainer.engine=torch"
     if offload is Offload.optimizer and not (deepspeed and stage > 0):
         yield "trainer.offload=optimizer: needs trainer.engine=deepspeed and trainer.zero_stage of 1, 2 or 3"
-    if offload is Offload.all and not (engine is TrainerEngine.fsdp2 or (deepspeed and stage == 3)):
+    if offload is Offload.all and not (engine is TrainerEngineName.fsdp2 or (deepspeed and stage == 3)):
         yield "trainer.offload=all: needs trainer.engine=fsdp2, or trainer.engine=deepspeed with trainer.zero_stage=3"
 
 
@@ -235,10 +248,15 @@ def _processes(config: TrainConfig) -> Iterator[str]:
     for key, number in (("rollout.workers", config.rollout.workers), ("trainer.ranks", config.trainer.ranks)):
         if number > 1 and config.backend is Backend.embedded:
             yield f"{key}={number}: backend=embedded is one process; give backend=verl"
+    url = config.rollout.url
+    if url is not None and not re.fullmatch(r"https?://[^/\s,]+/?(,https?://[^/\s,]+/?)*", url):
+        yield f"rollout.url={url}: expected http://HOST:PORT, as omni-rollout serve prints it; of several, a comma between them"
+    if url is not None and config.backend is Backend.verl:
+        yield f"rollout.url={url}: backend=verl has engines of its own; give backend=embedded"
 
 
 def _model(config: TrainConfig) -> Iterator[str]:
-    yield from _known("model.family", config.model.family, families())
+    yield from unknown("model.family", config.model.family, families())
     model = Path(config.model.path)
     if os.path.isdir(model):
         family = config.model.family if config.model.family in families() else "qwen_image"
@@ -249,27 +267,11 @@ def _model(config: TrainConfig) -> Iterator[str]:
         yield f"model.path={config.model.path}: not in the hub's cache, and HF_HUB_OFFLINE is set; unset it, or give a folder"
 
 
-def _prompts(config: TrainConfig) -> Iterator[str]:
-    for key, file in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
-        if file is None:
-            continue
-        if not os.path.isfile(file):  # os.path's answers are no errors, however odd the name
-            yield f"{key}={file}: {'it is a folder' if os.path.isdir(file) else 'no such file'}"
-        elif Path(file).suffix not in _PROMPT_SUFFIXES:
-            yield f"{key}={file}: expected a file that ends in {', '.join(_PROMPT_SUFFIXES)}"
-
-
-def _folder(key: str, path: str) -> Iterator[str]:
+def _folder(key: str, path: str, *, new: bool = False) -> Iterator[str]:
     if not path.strip():
         yield f"{key} is empty: give {key}=FOLDER"
-    elif (problem := folder_problem(Path(path))) is not None:
+    elif (problem := folder_problem(Path(path), new=new)) is not None:
         yield f"{key}={path}: {problem}"
-
-
-def _known(key: str, name: str, known: list[str]) -> Iterator[str]:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        yield f"{key}={name}: {f'did you mean {near[0]}? ' if near else ''}expected one of {', '.join(known)}"
 
 
 def _modules(folder: str) -> list[str]:

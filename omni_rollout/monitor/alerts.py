@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from omni_rollout.config import DType, Parity, TrainConfig
-from omni_rollout.monitor.commands import parity_command, train_command
 from omni_rollout.monitor.metrics import timestep_gaps
+from omni_rollout.monitor.suggested import parity_command, train_command
 
 SIGMAS = 3.0
 MATERIAL = 0.1  # share of clip_range below which a shifted mean changes hardly any clipping decision
@@ -43,6 +43,8 @@ def find_alerts(
     - `seed_reused`: a request repeated the seed of another.
     - `checkpoint_failed`, `trajectory_not_kept`: what could not be written; the run goes on.
     - `ratio_leans`: see `leaning`.
+    - `rewards_missing`: images that a reward could not score left their groups; the run goes on.
+    - `reward_hacked`: the trained reward rose at an evaluation, and a guard fell beyond its noise, see `monitor.hacking`.
 
     Args:
         notes: the step's texts, see `Monitor.log`; `weights/difference`, `rewards/failure`, `seeds/reused`, `checkpoint/failed`
@@ -57,6 +59,7 @@ def find_alerts(
         *_seed_reused(step, metrics, config, texts),
         *_not_written(step, config, texts),
         *_ratio_leans(step, metrics, config),
+        *_reward_hacked(step, config, texts),
     ]
 
 
@@ -124,6 +127,24 @@ def _reward_failed(step: int, config: TrainConfig, notes: Mapping[str, str]) -> 
             sentence=f"step {step}: {notes['rewards/failure']}",
             cause="an image or a prompt's metadata that the reward cannot handle; nothing was learned from this step",
             command=train_command(config, f"trainer.steps={step}"),
+        )
+    elif "rewards/not_scored" in notes:
+        yield Alert(
+            name="rewards_missing",
+            sentence=f"step {step}: images without a reward left their groups: {notes['rewards/not_scored']}",
+            cause="a reward that raises, is late, or gives no number; past reward.max_failed it ends the run",
+            command=train_command(config, "reward.max_failed=0"),
+        )
+
+
+def _reward_hacked(step: int, config: TrainConfig, notes: Mapping[str, str]) -> Iterator[Alert]:
+    if "guard/lost" in notes:
+        yield Alert(
+            name="reward_hacked",
+            sentence=f"step {step}: the trained reward rose, and the images lost: {notes['guard/lost']}",
+            cause="the reward does not see what the images lose: look at images/, then add a reward that sees it, or hold the "
+            "policy near its start",
+            command=train_command(config, f"algorithm.kl_coef={config.algorithm.kl_coef * 10 or 0.01:g}"),
         )
 
 

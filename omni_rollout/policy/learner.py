@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from omni_rollout.algorithms import get_algorithm
-from omni_rollout.config import Parity, TrainConfig, TrainerEngine
+from omni_rollout.config import Parity, TrainConfig, TrainerEngineName
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.diffusion.self_check import checker
 from omni_rollout.models import family_module
-from omni_rollout.policy.checkpoint import RunState, load_generators, load_policy, save_policy
+from omni_rollout.policy.checkpoint import load_generators, load_policy, save_policy
+from omni_rollout.policy.drift import Drift
 from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
 from omni_rollout.policy.engines.torch_engine import first_rank, on_first_rank
@@ -27,6 +28,7 @@ from omni_rollout.policy.inputs import Shown
 from omni_rollout.policy.lora import attach_lora, base_alone
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.policy.rng import seed_generators
+from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import PolicyUpdate, Update
 from omni_rollout.types import Trajectory
 
@@ -53,8 +55,9 @@ class Learner:
         load = family_module(config.model.family, "policy").load_policy
         self.policy = load(config.model.path, self.dtype, config.parity.value)
         self._device = compute_device()
-        if trainer.engine is not TrainerEngine.fsdp2:
+        if trainer.engine is not TrainerEngineName.fsdp2:
             self.policy.to(self._device)
+        self.drift = Drift(effective_weights(self.policy, self.dtype))
         copied = self.algorithm.needs_reference and not trainer.lora_rank
         start = copy.deepcopy(self.policy).requires_grad_(False) if copied else None
         if trainer.gradient_checkpointing:
@@ -143,10 +146,10 @@ class Learner:
         return self.old is not None and self.algorithm.samples_with_old
 
     def weights(self, which: Which = "sampler") -> Iterator[tuple[str, torch.Tensor]]:
-        """What a rollout engine must hold to sample from one of the policies. Collective, tensor by tensor, to the last."""
+        """What an engine must hold to sample from one of the policies; sets `drift`. Collective, tensor by tensor, to the end."""
         shown = {"sampler": self.old if self.lags else None, "policy": None, "average": self.ema}[which]
         with nullcontext() if shown is None else shown.swapped():
-            for name, tensor in effective_weights(self.policy, self.dtype, self.engine.gathered):
+            for name, tensor in self.drift.watch(effective_weights(self.policy, self.dtype, self.engine.gathered)):
                 # What was gathered goes, and what was swapped changes, when the next is asked for.
                 yield name, tensor if self.config.trainer.ranks == 1 and shown is None else tensor.clone()
 

@@ -1,7 +1,8 @@
-"""Rewards: one file each, found by its name, summed with weights."""
+"""Rewards: one file each, found by its name or brought along, summed with weights."""
 
 from __future__ import annotations
 
-from omni_rollout.rewards.base import Reward, RewardBatch, RewardError, WeightedSum, get_reward
+from omni_rollout.rewards.base.contract import Reward, RewardBatch, RewardError
+from omni_rollout.rewards.base.sum import WeightedSum, get_reward, make_rewards
 
-__all__ = ["Reward", "RewardBatch", "RewardError", "WeightedSum", "get_reward"]
+__all__ = ["Reward", "RewardBatch", "RewardError", "WeightedSum", "get_reward", "make_rewards"]

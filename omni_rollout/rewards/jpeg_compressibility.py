@@ -10,7 +10,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from omni_rollout.rewards.base import EachAlone, Reward
+from omni_rollout.rewards.base.contract import EachAlone, Reward
 
 QUALITY = 95
 
@@ -23,4 +23,4 @@ def jpeg_bytes(image: np.ndarray) -> int:
 
 def make(threads: int) -> Reward:
     """Minus the size in kB (1000 bytes) at JPEG quality 95; never above 0."""
-    return EachAlone("jpeg_compressibility", "image", lambda image, _: -jpeg_bytes(image) / 1000)
+    return EachAlone("jpeg_compressibility", "image", lambda image, *_: -jpeg_bytes(image) / 1000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from omni_rollout.rewards.base import EachAlone, Reward
+from omni_rollout.rewards.base.contract import EachAlone, Reward
 
 
 def motion(frames: np.ndarray) -> float:
@@ -13,4 +13,4 @@ def motion(frames: np.ndarray) -> float:
 
 
 def make(threads: int) -> Reward:
-    return EachAlone("motion", "video", lambda frames, _: motion(frames))
+    return EachAlone("motion", "video", lambda frames, *_: motion(frames))

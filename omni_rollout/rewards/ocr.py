@@ -1,8 +1,9 @@
 """How well the text in an image can be read: the OCR task of Flow-GRPO (arXiv 2505.05470), with RapidOCR as the reader.
 
 The reward is 1 - min(edit distance, length) / length, between what is read and the wanted text, both in lower case and
-without spaces. One difference to the published code (`flow_grpo/ocr.py`, `OcrScorer`): there, an image that holds the
-wanted text among other text scores 1; here everything else that is read counts against it, or "421" would be a perfect "42".
+without spaces. One difference to the published code (`flow_grpo/ocr.py`, `OcrScorer`), whose form is `ocr_inside`: there, an
+image that holds the wanted text among other text scores 1; here everything else that is read counts against it, or "421" would
+be a perfect "42".
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from omni_rollout.errors import UserError
-from omni_rollout.rewards.base import score_each
-from omni_rollout.types import Kind, Prompt
+from omni_rollout.rewards.base.contract import Columns, score_each
+from omni_rollout.types import Kind
 
 DETECTION_ABOVE = 128
 """Pixels of the short side: up to here the image is taken as one line of text; above, lines are searched for first.
@@ -40,33 +41,36 @@ class OCRReward:
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
+        self.similarity = similarity  # of what is read and what is wanted
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            target_text(prompt)
+    def check(self, prompts: Sequence[str], metadata: Sequence[Columns]) -> None:
+        for prompt, columns in zip(prompts, metadata, strict=True):
+            target_text(prompt, columns)
 
-    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> list[float]:
-        self.check(prompts)
-        return self._similarities(images, prompts, narrow=True)
+    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Columns]) -> list[float]:
+        self.check(prompts, metadata)
+        return self._similarities(images, prompts, metadata, narrow=True)
 
     def read(self, images: Sequence[np.ndarray]) -> list[str]:
         """What RapidOCR reads with its own settings: for evaluation, slower than the reward's reading and independent of it."""
         return [_read(image, self.threads, narrow=False) for image in images]
 
-    def exact_match(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> list[bool]:
+    def exact_match(self, images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Columns]) -> list[bool]:
         """Whether `read` gives the wanted text, case and spaces aside."""
-        return [similarity == 1 for similarity in self._similarities(images, prompts, narrow=False)]
+        return [similarity == 1 for similarity in self._similarities(images, prompts, metadata, narrow=False)]
 
-    def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict[str, float]:
+    def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Columns]) -> dict[str, float]:
         """`exact_match` and the mean reward, both with RapidOCR's own settings."""
-        similarities = self._similarities(images, prompts, narrow=False)
+        similarities = self._similarities(images, prompts, metadata, narrow=False)
         return {"exact_match": fmean(similarity == 1 for similarity in similarities), self.name: fmean(similarities)}
 
-    def _similarities(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt], *, narrow: bool) -> list[float]:
-        def score(image: np.ndarray, prompt: Prompt) -> float:
-            return similarity(_read(image, self.threads, narrow=narrow), target_text(prompt))
+    def _similarities(
+        self, images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Columns], *, narrow: bool
+    ) -> list[float]:
+        def score(image: np.ndarray, prompt: str, columns: Columns) -> float:
+            return self.similarity(_read(image, self.threads, narrow=narrow), target_text(prompt, columns))
 
-        return score_each(self.name, images, prompts, score)
+        return score_each(self.name, images, prompts, metadata, score)
 
 
 def make(threads: int) -> OCRReward:
@@ -76,23 +80,23 @@ def make(threads: int) -> OCRReward:
     return OCRReward(threads)
 
 
-def target_text(prompt: Prompt) -> str:
+def target_text(prompt: str, columns: Columns) -> str:
     """The text an image of this prompt should show.
 
     Raises:
         UserError: neither metadata `text` nor a quotation, or an empty one.
     """
-    if "text" in prompt.metadata:
-        text, source = prompt.metadata["text"], "metadata `text`"
+    if "text" in columns:
+        text, source = columns["text"], "metadata `text`"
     else:
-        quoted = QUOTED.search(prompt.text)
+        quoted = QUOTED.search(prompt)
         if quoted is None:
             raise UserError(
-                f"ocr: prompt {prompt.text!r} names no text to read; give it metadata `text`, or put the text in double quotes"
+                f"ocr: prompt {prompt!r} names no text to read; give it metadata `text`, or put the text in double quotes"
             )
         text, source = quoted[1] or quoted[2] or "", "the quotation"
     if not isinstance(text, str) or not normalised(text):
-        raise UserError(f"ocr: prompt {prompt.text!r}: {source} is {text!r}; expected a string with at least one character")
+        raise UserError(f"ocr: prompt {prompt!r}: {source} is {text!r}; expected a string with at least one character")
     return text
 
 
@@ -100,6 +104,11 @@ def similarity(read: str, wanted: str) -> float:
     """0 to 1, by edit distance relative to the length of what is wanted."""
     read, wanted = normalised(read), normalised(wanted)
     return 1 - min(edit_distance(read, wanted), len(wanted)) / len(wanted)
+
+
+def similarity_inside(read: str, wanted: str) -> float:
+    """1 where the wanted text stands anywhere in what is read; else as `similarity`."""
+    return 1.0 if normalised(wanted) in normalised(read) else similarity(read, wanted)
 
 
 def normalised(text: str) -> str:

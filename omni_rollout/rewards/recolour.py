@@ -17,8 +17,8 @@ from PIL import Image
 from omni_rollout.errors import UserError
 from omni_rollout.models.base.images import open_image
 from omni_rollout.rewards import ocr
-from omni_rollout.rewards.base import Reward, score_each
-from omni_rollout.types import InputImage, Kind, Prompt, RequestError
+from omni_rollout.rewards.base.contract import Columns, Reward, input_images, score_each
+from omni_rollout.types import InputImage, Kind, RequestError
 
 HUES = {"red": 0, "orange": 30, "yellow": 60, "green": 120, "cyan": 180, "blue": 240, "purple": 285, "pink": 330}
 """Degrees. A pixel has the colour of the nearest of them."""
@@ -45,20 +45,20 @@ class Recolour:
     def __init__(self, reader: ocr.OCRReward) -> None:
         self.reader = reader
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            _check(prompt)
+    def check(self, prompts: Sequence[str], metadata: Sequence[Columns]) -> None:
+        for prompt, columns in zip(prompts, metadata, strict=True):
+            _check(prompt, columns)
 
-    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> list[float]:
-        self.check(prompts)
-        shares = score_each(self.name, images, prompts, color_share)
-        read = [similarity == 1 for similarity in self.reader(images, prompts)]
+    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Columns]) -> list[float]:
+        self.check(prompts, metadata)
+        shares = score_each(self.name, images, prompts, metadata, color_share)
+        read = [similarity == 1 for similarity in self.reader(images, prompts, metadata)]
         return [share * same for share, same in zip(shares, read, strict=True)]
 
-    def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict[str, float]:
+    def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Columns]) -> dict[str, float]:
         """The mean reward and its two factors, read with RapidOCR's own settings."""
-        shares = score_each(self.name, images, prompts, color_share)
-        read = self.reader.exact_match(images, prompts)
+        shares = score_each(self.name, images, prompts, metadata, color_share)
+        read = self.reader.exact_match(images, prompts, metadata)
         return {
             self.name: fmean(share * same for share, same in zip(shares, read, strict=True)),
             "color_share": fmean(shares),
@@ -70,29 +70,30 @@ def make(threads: int) -> Reward:
     return Recolour(ocr.make(threads))
 
 
-def _check(prompt: Prompt) -> None:
-    where = f"reward {Recolour.name}: prompt {prompt.text!r}"
-    if not prompt.images:
+def _check(prompt: str, columns: Columns) -> None:
+    where = f"reward {Recolour.name}: prompt {prompt!r}"
+    images = input_images(columns)
+    if not images:
         raise UserError(f"{where} has no input image, so nobody knows where the text stands; give it `images`")
     for name in ("text", "color"):
-        if name not in prompt.metadata:
+        if name not in columns:
             raise UserError(
                 f"{where} has no metadata `{name}`; give the text of the picture as `text`, its new colour as `color`"
             )
-    ocr.target_text(prompt)
-    if prompt.metadata["color"] not in tuple(HUES):  # which may be anything, also what cannot be hashed
-        raise UserError(f"{where}: metadata `color` is {prompt.metadata['color']!r}; expected one of {', '.join(HUES)}")
-    image = prompt.images[0]
+    ocr.target_text(prompt, columns)
+    if columns["color"] not in tuple(HUES):  # which may be anything, also what cannot be hashed
+        raise UserError(f"{where}: metadata `color` is {columns['color']!r}; expected one of {', '.join(HUES)}")
+    image = images[0]
     try:
         _text_pixels(image, image.height, image.width)
     except RequestError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def color_share(made: np.ndarray, prompt: Prompt) -> float:
+def color_share(made: np.ndarray, prompt: str, columns: Columns) -> float:
     """Of the text's pixels in the input image, the share that have the colour asked for in `made`, uint8 [H, W, 3]."""
-    text = _text_pixels(prompt.images[0], *made.shape[:2])
-    return float((colors(made[text]) == list(HUES).index(prompt.metadata["color"])).mean())
+    text = _text_pixels(input_images(columns)[0], *made.shape[:2])
+    return float((colors(made[text]) == list(HUES).index(columns["color"])).mean())
 
 
 def colors(pixels: np.ndarray) -> np.ndarray:

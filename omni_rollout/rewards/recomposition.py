@@ -12,22 +12,21 @@ from PIL import Image
 
 from omni_rollout.errors import UserError
 from omni_rollout.models.base.images import open_image
-from omni_rollout.rewards.base import EachAlone, Reward
-from omni_rollout.types import Prompt
+from omni_rollout.rewards.base.contract import Columns, EachAlone, Reward, input_images
 
 
 class Recomposition(EachAlone):
     """1 minus the mean absolute difference of the recomposed picture and the input image, as shares of full scale: 0 to 1."""
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            if not prompt.images:
-                raise UserError(f"reward {self.name}: prompt {prompt.text!r} has no input image to compare with")
+    def check(self, prompts: Sequence[str], metadata: Sequence[Columns]) -> None:
+        for prompt, columns in zip(prompts, metadata, strict=True):
+            if not input_images(columns):
+                raise UserError(f"reward {self.name}: prompt {prompt!r} has no input image to compare with")
 
 
-def score(layers: np.ndarray, prompt: Prompt) -> float:
+def score(layers: np.ndarray, prompt: str, columns: Columns) -> float:
     height, width = layers.shape[1:3]
-    original = open_image(prompt.images[0], "RGBA").resize((width, height), Image.Resampling.LANCZOS)
+    original = open_image(input_images(columns)[0], "RGBA").resize((width, height), Image.Resampling.LANCZOS)
     made, wanted = recomposed(layers), recomposed(np.asarray(original)[None])
     return 1 - float(np.abs(made - wanted).mean()) / 255
 

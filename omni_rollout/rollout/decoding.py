@@ -7,7 +7,7 @@ whatever has finished by then; a batch that nothing more will join is filled up 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,15 @@ Decode = Callable[[torch.Tensor, SamplingSpec], torch.Tensor]  # [B, *shape] fp3
 
 
 class Decoder:
-    """Of one call of `generate`.
+    """Of one engine. What it is told to `expect` must be told to `add`, finished or not."""
 
-    Args:
-        requests: all that will be told to `add`.
-    """
-
-    def __init__(self, decode: Decode, requests: Iterable[RolloutRequest]) -> None:
+    def __init__(self, decode: Decode) -> None:
         self._decode = decode
-        self._left = Counter(_key(request.spec) for request in requests)
+        self._left: Counter[tuple[object, ...]] = Counter()
         self._waiting: dict[tuple[object, ...], list[tuple[RolloutRequest, Any]]] = defaultdict(list)
+
+    def expect(self, request: RolloutRequest) -> None:
+        self._left[_key(request.spec)] += 1
 
     def add(self, request: RolloutRequest, record: dict[str, Any] | None) -> Iterator[tuple[RolloutRequest, Any, np.ndarray]]:
         """What can be decoded now that this one has finished; `record` holds its `final_latents`, None: it failed.
@@ -44,7 +43,9 @@ class Decoder:
         if record is not None:
             waiting.append((request, record))
         rows = decode_rows(_layout(request.spec))
-        if waiting and (len(waiting) == rows or not self._left[key]):
+        if not self._left[key]:
+            del self._left[key]
+        if waiting and (len(waiting) == rows or key not in self._left):
             del self._waiting[key]
             yield from self._batch(waiting, rows)
 
@@ -64,15 +65,15 @@ class Decoder:
             with torch.inference_mode():
                 media = self._decode(torch.cat(latents), members[0][0].spec).cpu().numpy()
         except Exception as error:
-            raise DecodeError([request for request, _ in members]) from error
+            raise DecodeError(members) from error
         for (request, record), one in zip(members, media, strict=False):
             yield request, record, one.copy()
 
 
 class DecodeError(RuntimeError):
-    def __init__(self, requests: list[RolloutRequest]) -> None:
-        super().__init__(f"decoding the latents of {', '.join(request.request_id for request in requests)} failed")
-        self.requests = requests
+    def __init__(self, members: list[tuple[RolloutRequest, Any]]) -> None:
+        super().__init__(f"decoding the latents of {', '.join(request.request_id for request, _ in members)} failed")
+        self.records = [record for _, record in members]
 
 
 def _key(spec: SamplingSpec) -> tuple[object, ...]:

@@ -1,6 +1,6 @@
 """`RolloutEngine`: vllm-omni's diffusion engine as a plain object in this process.
 
-requests ─► generate ─► _sample (one coroutine each) ─► engine.step_streaming ─► Decoder ─► _trajectory ─► yielded
+requests ─► generate ─► submit ─► _sample (one coroutine each) ─► engine.step_streaming ─► Decoder ─► _trajectory ─► yielded
                                                 update_weights ─► _drain ─► load_policy ─► digests compared
 """
 
@@ -25,16 +25,24 @@ from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobErro
 from omni_rollout.models import family_module
 from omni_rollout.rollout.architecture import register
 from omni_rollout.rollout.decoding import DecodeError, Decoder
-from omni_rollout.rollout.guards import check_alone, check_distinct, check_pinned, check_threads, close_at_exit
+from omni_rollout.rollout.guards import (
+    OnError,
+    check_alone,
+    check_distinct,
+    check_pinned,
+    check_threads,
+    close_at_exit,
+    without_bars,
+)
 from omni_rollout.rollout.platform.linear import register_linears
-from omni_rollout.rollout.request import engine_request
-from omni_rollout.trajectories.digest import combined_digest, tensor_digest, tensor_digests
+from omni_rollout.rollout.records import engine_request, to_trajectory
+from omni_rollout.trajectories.digest import combined_digest, tensor_digests
 from omni_rollout.types import RolloutRequest, Trajectory
 
 PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")
 LIVENESS_SECONDS = 5.0  # between looks at whether the engine's thread still runs
 Record = dict[str, Any]  # of one image, as `RolloutMixin.post_decode` makes it
-OnError = Callable[[RolloutRequest, Exception], None]
+Deliver = Callable[[Trajectory | Exception], None]
 
 
 class RolloutEngine:
@@ -61,6 +69,7 @@ class RolloutEngine:
         parity: str = "exact",
     ) -> None:
         check_alone()
+        without_bars()
         pipeline = family_module(family, "spec").ROLLOUT_PIPELINE
         self.threads = torch.get_num_threads()
         if parity != "fast":
@@ -87,13 +96,13 @@ class RolloutEngine:
         self._engine = DiffusionEngine.make_engine(config)
         self._engine.post_process_func = None  # the stock one turns the image into PIL and drops the rest
         torch.set_num_threads(self.threads)  # the engine's start may change it for the whole process
-        self._loop = asyncio.new_event_loop()
-        self._in_flight: set[asyncio.Task[None]] = set()
+        self.loop = asyncio.new_event_loop()  # runs while something is waited for; a server runs it all the time
+        self.in_flight: set[asyncio.Task[Record]] = set()
         self._closed = False
         self._serial = itertools.count()
+        self._decoder = Decoder(lambda latents, spec: self.pipeline.decode_beside_the_loop(latents, spec))
         close_at_exit(self)
-        self.dtype, self.parity = dtype, parity
-        self.policy_version = 0
+        self.dtype, self.parity, self.policy_version = dtype, parity, 0
         try:
             if parity == "exact":
                 check_pinned(self._rpc("pinned_knobs"))
@@ -117,55 +126,61 @@ class RolloutEngine:
             check_threads(self.threads)
         requests = list(requests)
         check_distinct(requests)
-        finished: asyncio.Queue[tuple[RolloutRequest, Record | Exception]] = asyncio.Queue()
+        finished: asyncio.Queue[tuple[RolloutRequest, Trajectory | Exception]] = asyncio.Queue()
         for request in requests:
-            task = self._loop.create_task(self._sample(request, finished))
-            self._in_flight.add(task)
-            task.add_done_callback(self._in_flight.discard)
+            self.submit(request, lambda result, request=request: finished.put_nowait((request, result)))
         failures: list[Exception] = []
-        decoder = Decoder(self.pipeline.decode_beside_the_loop, requests)
 
-        def failed(request: RolloutRequest, error: Exception) -> None:
-            failures.append(error) if on_error is None else on_error(request, error)
-
-        def made(ready: Iterator[tuple[RolloutRequest, Record, np.ndarray]]) -> Iterator[Trajectory]:
-            try:
-                for request, record, media in ready:
-                    yield self._trajectory(request, record, media)
-            except DecodeError as error:
-                for request in error.requests:
-                    failed(request, error)
+        def told(request: RolloutRequest, result: Trajectory | Exception) -> Iterator[Trajectory]:
+            if not isinstance(result, Exception):
+                yield result
+            elif on_error is None:
+                failures.append(result)
+            else:
+                on_error(request, result)
 
         for _ in requests:
             try:
-                request, result = self._next(finished, timeout)
+                yield from told(*self._next(finished, timeout))
             except (EngineDiedError, EngineHungError):
-                while decoder.waits:
-                    yield from made(decoder.rest())  # what has finished is kept
+                while self._decoder.waits:
+                    self._decoded(self._decoder.rest())  # what has finished is kept
+                while not finished.empty():
+                    yield from told(*finished.get_nowait())
                 raise
-            if isinstance(result, Exception):
-                failed(request, result)
-            yield from made(decoder.add(request, None if isinstance(result, Exception) else result))
         if failures:
             raise ExceptionGroup(f"{len(failures)} of {len(requests)} rollout requests failed", failures)
+
+    def submit(self, request: RolloutRequest, deliver: Deliver) -> asyncio.Task[Record]:
+        """Admits one beside those in flight, in the thread of `loop`, where `deliver` is told once what became of it.
+
+        A task that is cancelled gives its place in the batch to another request, and delivers nothing.
+        """
+        self._decoder.expect(request)
+        task = self.loop.create_task(self._sample(request))
+        self.in_flight.add(task)
+        task.add_done_callback(lambda task: self._sampled(task, request, deliver))
+        return task
 
     def _next(self, finished: asyncio.Queue[Any], timeout: float | None) -> Any:
         end = math.inf if timeout is None else time.monotonic() + timeout
         while True:
+            patience = min(LIVENESS_SECONDS, max(end - time.monotonic(), 0))
             try:
-                patience = min(LIVENESS_SECONDS, max(end - time.monotonic(), 0))
-                return self._loop.run_until_complete(asyncio.wait_for(finished.get(), patience))
+                return self.loop.run_until_complete(asyncio.wait_for(finished.get(), patience))
             except TimeoutError:
+                if not finished.empty():  # it was made while the loop could not look at its clock
+                    continue
                 if time.monotonic() >= end:
                     self._closed = True  # there is nobody to drain, or to close
                     raise EngineHungError(f"no image for {timeout:g} s (rollout.timeout): the engine hangs") from None
-                if not self._alive:
-                    raise EngineDiedError(
-                        "the engine's thread has ended, see its error above; make a new RolloutEngine"
-                    ) from None
+                if not self.alive:
+                    text = "the engine's thread has ended, see its error above; make a new RolloutEngine"
+                    raise EngineDiedError(text) from None
 
     @property
-    def _alive(self) -> bool:
+    def alive(self) -> bool:
+        """Whether the engine's own thread runs; without it nothing is finished any more."""
         thread = getattr(self._engine, "worker_thread", None)  # made with the first request
         return thread is None or thread.is_alive()
 
@@ -204,7 +219,7 @@ class RolloutEngine:
         self._drain()
         self._closed = True
         self._engine.close()
-        self._loop.close()
+        self.loop.close()
         del self._engine
         gc.collect()
 
@@ -238,63 +253,48 @@ class RolloutEngine:
         """Digest of every tensor of the transformer as the engine holds it, by checkpoint name."""
         return self._rpc("policy_digests")
 
+    def policy_layout(self) -> dict[str, tuple[str, list[int]]]:
+        """dtype and shape of what `policy_digests` names."""
+        return self._rpc("policy_layout")
+
     def _rpc(self, method: str, *args: Any) -> Any:
         return self._engine.collective_rpc(method, args=args, unique_reply_rank=0)
 
     def _drain(self) -> None:
-        while self._in_flight:
-            self._loop.run_until_complete(asyncio.wait(self._in_flight, timeout=LIVENESS_SECONDS))
-            if not self._alive:
-                for task in self._in_flight:
+        while self.in_flight:
+            self.loop.run_until_complete(asyncio.wait(self.in_flight, timeout=LIVENESS_SECONDS))
+            if not self.alive:
+                for task in self.in_flight:
                     task.cancel()
 
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this RolloutEngine is closed; make a new one")
 
-    async def _sample(
-        self, request: RolloutRequest, finished: asyncio.Queue[tuple[RolloutRequest, Record | Exception]]
-    ) -> None:
+    async def _sample(self, request: RolloutRequest) -> Record:
+        asked, output = engine_request(request, next(self._serial)), None
         try:
-            output = None
-            async for outputs in self._engine.step_streaming(engine_request(request, next(self._serial))):
+            async for outputs in self._engine.step_streaming(asked):
                 output = outputs[0]
-            assert output is not None
-            result: Record | Exception = output.multimodal_output["metadata"]["rollout"]
-        except Exception as error:  # reported to the caller, by `generate`
-            result = error
-        await finished.put((request, result))
+        except asyncio.CancelledError:
+            self._engine.abort(asked.request_id)
+            raise
+        assert output is not None
+        return output.multimodal_output["metadata"]["rollout"]
 
-    def _trajectory(self, request: RolloutRequest, record: Record, media: np.ndarray) -> Trajectory:
-        def own(name: str) -> torch.Tensor:  # inference tensors cannot be saved for a backward pass; their clones can
-            return record[name].clone().cpu()
+    def _sampled(self, task: asyncio.Task[Record], request: RolloutRequest, deliver: Deliver) -> None:
+        self.in_flight.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            deliver(error)
+        done = not task.cancelled() and error is None
+        self._decoded(self._decoder.add(request, {**task.result(), "deliver": deliver} if done else None))
 
-        guided = request.spec.guided
-        return Trajectory(
-            latents=own("latents"),
-            log_probs=own("log_probs"),
-            step_indices=torch.tensor(request.spec.step_indices, dtype=torch.int64),
-            sigmas=own("sigmas"),
-            timesteps=own("timesteps"),
-            prompt_embeds=own("prompt_embeds"),
-            prompt_embeds_mask=own("prompt_embeds_mask"),
-            negative_prompt_embeds=own("negative_prompt_embeds") if guided else None,
-            negative_prompt_embeds_mask=own("negative_prompt_embeds_mask") if guided else None,
-            conditions={name: tensor.clone().cpu() for name, tensor in record["conditions"].items()},
-            media=media,
-            prompt=request.prompt,
-            spec=request.spec,
-            seed=request.seed,
-            group_id=request.group_id,
-            member=request.member,
-            policy_version=record["policy_version"],
-            fingerprint={
-                **self._fingerprint,
-                "machine": {**self.machine, **record["machine"]},
-                "prompt_width": request.spec.prompt_width,
-                "negative_prompt_width": request.spec.negative_prompt_width if guided else None,
-                "guided": guided,
-                "batch_sizes": record["batch_sizes"],
-                "initial_noise": tensor_digest(record["initial_noise"])[:16],
-            },
-        )
+    def _decoded(self, ready: Iterator[tuple[RolloutRequest, Record, np.ndarray]]) -> None:
+        try:
+            for request, record, media in ready:
+                machine = {**self.machine, **record["machine"]}
+                record["deliver"](to_trajectory(request, record, media, {**self._fingerprint, "machine": machine}))
+        except DecodeError as error:
+            for record in error.records:
+                record["deliver"](error)

@@ -86,6 +86,10 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
     def policy_digests(self) -> dict[str, str]:
         return tensor_digests(self._named_weights())
 
+    def policy_layout(self) -> dict[str, tuple[str, list[int]]]:
+        """dtype and shape of every tensor, by checkpoint name."""
+        return {name: (str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in self._named_weights()}
+
     def _named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         pipeline = self.model_runner.pipeline
         table = family_module(pipeline.family, "weights")

@@ -24,10 +24,10 @@ def save_media(trajectory: Trajectory, stem: str | Path) -> list[Path]:
     if trajectory.kind == "video":
         contents = {stem.with_name(f"{stem.name}.webp"): animated(trajectory.media, "WEBP", lossless=True)}
     else:
-        pictures = [Image.fromarray(array) for array in _pictures(trajectory)]
-        numbers = [""] if trajectory.kind == "image" else [f".{number}" for number in range(len(pictures))]
+        made = [Image.fromarray(array) for array in pictures(trajectory)]
+        numbers = [""] if trajectory.kind == "image" else [f".{number}" for number in range(len(made))]
         contents = {}
-        for number, picture in zip(numbers, pictures, strict=True):
+        for number, picture in zip(numbers, made, strict=True):
             buffer = io.BytesIO()
             picture.save(buffer, format="PNG")
             contents[stem.with_name(f"{stem.name}{number}.png")] = buffer.getvalue()
@@ -44,5 +44,5 @@ def animated(video: np.ndarray, file_format: Literal["WEBP", "GIF"], **options: 
     return buffer.getvalue()
 
 
-def _pictures(trajectory: Trajectory) -> list:
+def pictures(trajectory: Trajectory) -> list:
     return [trajectory.media] if trajectory.kind == "image" else list(trajectory.media)

@@ -68,7 +68,9 @@ def test_what_has_finished_is_decoded_where_the_engine_ends(sides: Any) -> None:
             raise MemoryError("too large")
         return torch.zeros(len(latents), 64, 64, 3, dtype=torch.uint8)
 
-    decoder = Decoder(decode, [*small, *large])
+    decoder = Decoder(decode)
+    for request in (*small, *large):
+        decoder.expect(request)
     for request in (small[0], large[0]):  # the others of their sizes never come
         assert not list(decoder.add(request, {"final_latents": torch.zeros(1, 16, 64)}))
     assert decoder.waits

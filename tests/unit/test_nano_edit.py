@@ -31,6 +31,7 @@ from omni_rollout.nano.edit.training import PROMPT_WIDTH, EditSettings, edit_los
 from omni_rollout.nano.states import choose_state
 from omni_rollout.nano.transformer import GRID
 from omni_rollout.rewards import get_reward
+from omni_rollout.rewards.base.contract import texts_and_columns
 
 ROOT = Path(__file__).parents[2]
 RECIPE, NANO = ROOT / "recipes" / "nano_edit", ROOT / "recipes" / "nano"
@@ -69,12 +70,13 @@ def test_the_data_split_the_numbers_and_can_be_scored(tmp_path: Path) -> None:
     assert not pictures_of["train"] & pictures_of["heldout"]
     reward = get_reward("recolour")
     for rows in prompts.values():
-        reward.check(rows)
+        reward.check(*texts_and_columns(rows))
         assert all(prompt.text == f"make it {prompt.metadata['color']}" for prompt in rows)
     kept = [np.asarray(Image.open(prompt.images[0].path)) for prompt in prompts["heldout"][:8]]
-    read = get_reward("ocr").evaluate(kept, prompts["heldout"][:8])
+    asked = texts_and_columns(prompts["heldout"][:8])
+    read = get_reward("ocr").evaluate(kept, *asked)
     assert read["exact_match"] == 1.0
-    assert reward(kept, prompts["heldout"][:8]) == [0.0] * 8, "no prompt asks for the colour that is there"
+    assert reward(kept, *asked) == [0.0] * 8, "no prompt asks for the colour that is there"
 
 
 def test_the_shipped_data_are_what_the_code_writes(tmp_path: Path) -> None:

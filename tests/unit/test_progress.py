@@ -100,7 +100,7 @@ def test_on_a_terminal_there_is_a_bar_with_counts_and_stdout_is_the_commands() -
 def test_the_first_line_says_what_is_sampled_and_where() -> None:
     config = compose(["model=qwen_image", "prompts=p.txt", "rollout.group_size=2"], name="rollout")
     assert rollout_line(config, 1, Path("out")) == (
-        "1 prompt x 2 images: 1328x1328, 50 steps, guidance 4, 256 text tokens, bfloat16; into out"
+        "1 prompt x 2 images: 1328x1328, 50 steps, guidance 4, noise 0.7 (sde), 256 text tokens, bfloat16; into out"
     )
 
 
@@ -113,3 +113,28 @@ def test_a_path_alone_says_what_nobody_chose(capsys: pytest.CaptureFixture[str])
         "folder does not say how it is sampled, so as qwen_image was published: "
         "sampling.num_inference_steps=50 sampling.true_cfg_scale=4; "
     )
+
+
+def test_a_quiet_stage_is_told_only_when_it_takes_a_while_and_results_are_on_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SILENCE", 0.3)
+    monkeypatch.setattr(progress, "_LOOK", 0.05)
+    with Progress() as shown:
+        shown.stage("step 1/2: reward", quiet=True)
+        shown.stage("step 1/2: update", quiet=True)
+        time.sleep(0.6)
+        shown.result("step 1/2  reward 0.5")
+    captured = capsys.readouterr()
+    assert captured.out == "step 1/2  reward 0.5\n" and "reward" not in captured.err
+    assert captured.err.splitlines()[0].startswith("step 1/2: update: 0:00:0")
+
+
+@pytest.mark.parametrize("verbose", ["0", "1"])
+def test_the_libraries_are_quiet_unless_they_are_wanted(verbose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_SILENT", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(progress.VERBOSE, verbose)
+    progress.quieten_libraries("owner/name")
+    assert ("WANDB_SILENT" in os.environ, "TRANSFORMERS_VERBOSITY" in os.environ) == (verbose == "0",) * 2

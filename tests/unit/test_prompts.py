@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from omni_rollout.data.prompts import PromptStream, group_id, load_prompts
+from omni_rollout.config import TrainConfig
+from omni_rollout.data.prompts import group_id, load_prompts, prompts_digest
+from omni_rollout.data.stream import PromptStream, prompt_data
 from omni_rollout.errors import UserError
 from omni_rollout.types import Prompt
 
@@ -189,3 +193,109 @@ def test_an_epoch_shows_no_prompt_twice_and_the_next_has_another_order(count: in
 def test_impossible_streams_are_refused(prompts: list[Prompt], size: int, step: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         PromptStream(prompts, size, seed=0).batch(step)
+
+
+def rows(folder: Path, name: str, *texts: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps({"prompt": text, "kind": text[0]}) + "\n" for text in texts))
+
+
+def configured(**keys: object) -> TrainConfig:
+    config = TrainConfig(prompts=keys.pop("prompts"))
+    config.rollout.prompts_per_step = 2
+    config.evaluation.prompts = keys.get("evaluation")  # type: ignore[assignment]
+    return config
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train_metadata.jsonl"])
+def test_a_folder_with_train_test_and_images(tmp_path: Path, name: str) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "images" / "a.png")
+    (tmp_path / name).write_text('{"prompt": "make it blue", "images": "a.png", "any": {"column": [1]}}\n')
+    stream, shown = prompt_data(configured(prompts=str(tmp_path)))
+    (prompt,) = stream.prompts
+    assert prompt.metadata == {"any": {"column": [1]}} and prompt.images[0].path == str(tmp_path / "images" / "a.png")
+    assert shown == [prompt]
+    (tmp_path / "test.txt").write_text("a held-out one\n")
+    assert prompt_data(configured(prompts=str(tmp_path)))[1] == [Prompt(text="a held-out one")]
+    rows(tmp_path, "other.jsonl", "x")
+    assert [p.text for p in prompt_data(configured(prompts=str(tmp_path), evaluation=str(tmp_path / "other.jsonl")))[1]] == [
+        "x"
+    ]
+    with pytest.raises(UserError, match=r"no prompts in this folder; expected train\.jsonl"):
+        load_prompts(tmp_path / "images")
+
+
+def test_a_dataset_that_hugging_face_saved(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"prompt": ["a", "b", "c"], "n": [1, None, 3]}).select([2, 0, 1])
+    table.save_to_disk(tmp_path / "one", num_shards=2)
+    expected = [Prompt(text="c", metadata={"n": 3}), Prompt(text="a", metadata={"n": 1}), Prompt(text="b")]
+    assert load_prompts(tmp_path / "one") == expected
+    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(tmp_path / "split")
+    stream, shown = prompt_data(configured(prompts=str(tmp_path / "split")))
+    assert list(stream.prompts) == expected and shown == expected[1:2]
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="not a dataset that pyarrow can read"):
+        load_prompts(tmp_path / "one")
+
+
+FUNCTIONS = """
+def rows():
+    yield 'a cat'
+    yield {'prompt': 'a dog', 'text': '42'}
+
+def wrong():
+    return [4]
+"""
+
+
+def test_a_function_gives_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def rows():\n    yield 'a cat'\n    yield {'prompt': 'a dog', 'text': '42'}\n\ndef wrong():\n    return [4]\n"
+    )
+    assert load_prompts(f"{file}:rows") == [Prompt(text="a cat"), Prompt(text="a dog", metadata={"text": "42"})]
+    with pytest.raises(UserError, match=r"mine\.py:wrong, row 1: found int"):
+        load_prompts(f"{file}:wrong")
+    file.write_text("def broken():\n    raise OSError('no network')\n")
+    other = tmp_path / "other.py"
+    other.write_text(file.read_text())
+    with pytest.raises(UserError, match=r"other\.py:broken: raised OSError: no network"):
+        load_prompts(f"{other}:broken")
+
+
+def test_the_digest_of_prompts_is_the_files_own_or_the_prompts(tmp_path: Path) -> None:
+    rows(tmp_path, "train.jsonl", "a", "b")
+    assert prompts_digest(str(tmp_path / "train.jsonl")) == hashlib.sha256((tmp_path / "train.jsonl").read_bytes()).hexdigest()
+    before, mixed = prompts_digest(str(tmp_path)), {str(tmp_path): 1.0, str(tmp_path / "train.jsonl"): 2.0}
+    assert prompts_digest(mixed) != prompts_digest({**mixed, str(tmp_path): 2.0}), "the weights decide a step's prompts, too"
+    rows(tmp_path, "train.jsonl", "a", "c")
+    assert prompts_digest(str(tmp_path)) != before
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=2, max_size=3), seed=st.integers(0, 5), data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_a_mixture_by_weight(sizes: list[int], seed: int, data: st.DataObject) -> None:
+    weights = [data.draw(st.sampled_from([0.25, 1.0, 3.0])) for _ in sizes]
+    names = [f"{part}-{number}" for part, size in enumerate(sizes) for number in range(size)]
+    mixture = list(zip(sizes, weights, strict=True))
+    one, again = (PromptStream([Prompt(text=name) for name in names], 1, seed, mixture) for _ in range(2))
+    steps = 40 * len(names)
+    drawn = [one.batch(step)[0].text for step in range(steps)]
+    for part, (size, weight) in enumerate(mixture):
+        own = Counter(name for name in drawn if name.startswith(f"{part}-"))
+        assert abs(sum(own.values()) / 40 - len(names) * weight / sum(weights)) < 1, "an epoch has what the weight says"
+        counts = [own[f"{part}-{number}"] for number in range(size)]
+        assert max(counts) - min(counts) <= 1, "all of a part in turn"
+    for step in data.draw(st.lists(st.integers(0, steps - 1), max_size=3)):
+        assert again.batch(step)[0].text == drawn[step], "a function of the step and the seed"
+
+
+def test_a_mixture_is_configured(tmp_path: Path) -> None:
+    rows(tmp_path, "a.jsonl", "a0", "a1", "a2")
+    rows(tmp_path, "b.jsonl", "b0")
+    given = {str(tmp_path / "a.jsonl"): 1, str(tmp_path / "b.jsonl"): 1}
+    stream, shown = prompt_data(configured(prompts=given))
+    drawn = Counter(prompt.text[0] for step in range(20) for prompt in stream.batch(step))
+    assert drawn == {"a": 20, "b": 20} and len(shown) == 4

@@ -18,7 +18,8 @@ from omni_rollout.errors import UserError
 from omni_rollout.models.base.images import describe
 from omni_rollout.nano import render
 from omni_rollout.nano.edit.pairs import ASKED, Edit, cases, other_colors
-from omni_rollout.rewards import RewardError, WeightedSum, recolour
+from omni_rollout.rewards import WeightedSum, recolour
+from omni_rollout.rewards.base.contract import columns_of
 from omni_rollout.rewards.recolour import HUES, LEAST_CHROMA, colors
 from omni_rollout.types import Prompt
 
@@ -115,7 +116,7 @@ def test_evaluation_tells_the_two_factors_apart(tmp_path: Path) -> None:
     prompt = asks(tmp_path, one.source, text="42", color="blue")
     images = [render.draw(one.target), render.draw(one.source), render.draw(replace(one.target, text="43"))]
     found = WeightedSum({"recolour": 1.0}).evaluate(images, [prompt] * 3)
-    share = recolour.color_share(images[2], prompt)
+    share = recolour.color_share(images[2], prompt.text, columns_of(prompt))
     assert 0.3 < share < 1 and set(found) == {"recolour", "color_share", "exact_match"}
     assert found["recolour"] == pytest.approx(1 / 3) and found["exact_match"] == pytest.approx(2 / 3)
     assert found["color_share"] == pytest.approx((1 + share) / 3)
@@ -155,8 +156,9 @@ def test_a_picture_without_text_a_changed_file_and_another_kind_are_refused(tmp_
 
 def test_a_failing_image_is_named(tmp_path: Path) -> None:
     prompt = asks(tmp_path, edit().source, text="42", color="blue")
-    with pytest.raises((RewardError, ValueError), match="recolour: image 0"):
-        WeightedSum({"recolour": 1.0})([np.zeros((0, 5, 3), np.uint8)], [prompt])
+    batch = WeightedSum({"recolour": 1.0})([np.zeros((0, 5, 3), np.uint8)], [prompt])
+    assert batch.total == [None] and batch.scored == []
+    assert batch.failures[0].startswith("recolour: prompt 'make it so': recolour: image 0")
 
 
 def test_other_colours_leave_out_the_own_one() -> None:

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from omni_rollout.errors import UserError
 from omni_rollout.rewards import RewardError, WeightedSum, get_reward, jpeg_compressibility
-from omni_rollout.rewards.base import score_each
+from omni_rollout.rewards.base.contract import Columns, columns_of, score_each, texts_and_columns
 from omni_rollout.rewards.ocr import OCRReward, _engine, edit_distance, similarity, target_text
 from omni_rollout.types import Prompt
 
@@ -34,6 +34,10 @@ def sign(text: str, size: int = 64, font_size: int = 36) -> np.ndarray:
 
 def asks_for(text: str) -> Prompt:
     return Prompt(text=f'a sign that says "{text}"')
+
+
+def asked(*texts: str) -> tuple[list[str], list[Columns]]:
+    return texts_and_columns([asks_for(text) for text in texts])
 
 
 @cache
@@ -78,7 +82,7 @@ def test_similarity(read: str, wanted: str, expected: float) -> None:
     ],
 )
 def test_target_text(prompt: Prompt, expected: str) -> None:
-    assert target_text(prompt) == expected
+    assert target_text(prompt.text, columns_of(prompt)) == expected
 
 
 @pytest.mark.parametrize(
@@ -95,15 +99,15 @@ def test_prompts_without_a_target_are_refused_before_any_work(prompt: Prompt, me
     with pytest.raises(UserError, match=message):
         WeightedSum({"jpeg_compressibility": 1.0, "ocr": 1.0}).check([asks_for("42"), prompt], "image")
     with pytest.raises(UserError, match=message):
-        OCRReward()([BLANK], [prompt])
+        OCRReward()([BLANK], [prompt.text], [columns_of(prompt)])
 
 
 def test_ocr_reads_what_is_drawn() -> None:
     reward = OCRReward()
-    images, prompts = [sign("42"), sign("42"), BLANK, sign("Key", font_size=28)], [*map(asks_for, ("42", "17", "42", "kEy"))]
-    assert reward(images, prompts) == [1.0, 0.0, 0.0, 1.0]
+    images, prompts = [sign("42"), sign("42"), BLANK, sign("Key", font_size=28)], asked("42", "17", "42", "kEy")
+    assert reward(images, *prompts) == [1.0, 0.0, 0.0, 1.0]
     assert reward.read(images) == ["42", "42", "", "Key"]
-    assert reward.exact_match(images, prompts) == [True, False, False, True]
+    assert reward.exact_match(images, *prompts) == [True, False, False, True]
 
 
 def test_ocr_finds_several_lines_in_a_large_image() -> None:
@@ -111,13 +115,13 @@ def test_ocr_finds_several_lines_in_a_large_image() -> None:
     canvas[20:84, 20:84], canvas[170:234, 180:244] = sign("42"), sign("17")
     reward = OCRReward()
     assert reward.read([canvas]) == ["4217"]
-    assert reward([canvas, np.full((256, 256, 3), 240, np.uint8)], [asks_for("42 17")] * 2) == [1.0, 0.0]
+    assert reward([canvas, np.full((256, 256, 3), 240, np.uint8)], *asked("42 17", "42 17")) == [1.0, 0.0]
 
 
 def test_a_wide_image_is_read_with_the_stock_shape() -> None:
     image = np.concatenate([sign("42"), sign("17"), sign("88")], axis=1)
     _engine.cache_clear()
-    assert OCRReward()([image], [asks_for("421788")]) == [1.0]
+    assert OCRReward()([image], *asked("421788")) == [1.0]
     _engine(1, False)
     assert _engine.cache_info()[:2] == (1, 1)  # hits, misses
 
@@ -127,12 +131,12 @@ def test_only_the_reward_reads_with_the_narrow_shape() -> None:
     assert _engine(1, False).cfg.Rec.rec_img_shape == [3, 48, 320]
     _engine.cache_clear()
     reward = OCRReward()
-    reward.exact_match([sign("42")], [asks_for("42")])
-    reward.evaluate([sign("42")], [asks_for("42")])
+    reward.exact_match([sign("42")], *asked("42"))
+    reward.evaluate([sign("42")], *asked("42"))
     assert _engine.cache_info().currsize == 1
     _engine(1, False)
     assert _engine.cache_info().hits == 2
-    reward([sign("42")], [asks_for("42")])
+    reward([sign("42")], *asked("42"))
     assert _engine.cache_info().currsize == 2
 
 
@@ -148,7 +152,7 @@ def test_ocr_stays_on_its_threads_and_leaves_logging_alone() -> None:
 def test_jpeg_compressibility_is_minus_the_kilobytes() -> None:
     buffer = io.BytesIO()
     Image.fromarray(NOISE).save(buffer, "JPEG", quality=95)
-    blank, noise = jpeg_compressibility.make(1)([BLANK, NOISE], [Prompt(text="a")] * 2)
+    blank, noise = jpeg_compressibility.make(1)([BLANK, NOISE], ["a", "a"], [{}, {}])
     assert noise == -len(buffer.getvalue()) / 1000
     assert noise < -5 < -1 < blank < 0
 
@@ -165,7 +169,7 @@ def test_weighted_sum_keeps_the_parts() -> None:
 def test_evaluation_gives_the_means_of_all_rewards() -> None:
     images, prompts = [sign("42"), sign("42"), BLANK, sign("42")], [*map(asks_for, ("42", "43", "42", "42"))]
     rewards = WeightedSum({"ocr": 2.0, "jpeg_compressibility": 0.5})
-    jpeg = jpeg_compressibility.make(1)(images, prompts)
+    jpeg = jpeg_compressibility.make(1)(images, *texts_and_columns(prompts))
     expected = {"exact_match": 0.5, "ocr": 2.5 / 4, "jpeg_compressibility": sum(jpeg) / 4}
     assert rewards.evaluate(images, prompts) == pytest.approx(expected)
 
@@ -190,10 +194,9 @@ def test_wrong_configuration_is_refused(weights: dict[str, float], threads: int,
 @pytest.mark.parametrize("name", ["ocr", "jpeg_compressibility"])
 def test_every_reward_keeps_the_protocol(name: str) -> None:
     reward = get_reward(name)
-    assert reward.name == name
-    reward.check([asks_for("42")])
-    assert reward([], []) == []
-    values = reward([NOISE, sign("42")], [asks_for("42")] * 2)
+    assert reward.kinds == {"image"}
+    assert reward([], [], []) == []
+    values = reward([NOISE, sign("42")], *asked("42", "42"))
     assert len(values) == 2 and all(type(value) is float and math.isfinite(value) for value in values)
 
 
@@ -208,19 +211,19 @@ def test_every_reward_keeps_the_protocol(name: str) -> None:
 )
 def test_wrong_images_are_refused(images: Sequence[np.ndarray], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        jpeg_compressibility.make(1)(images, [Prompt(text="a")] * 2)
+        jpeg_compressibility.make(1)(images, ["a", "a"], [{}, {}])
 
 
 @pytest.mark.parametrize(("value", "message"), [(None, "float"), (math.nan, "the reward is nan")])
 def test_a_failing_image_is_named(value: float | None, message: str) -> None:
-    def score(image: np.ndarray, prompt: Prompt) -> float:
+    def score(image: np.ndarray, prompt: str, columns: Columns) -> float:
         return 1.0 if image is BLANK else value  # type: ignore[return-value]
 
     with pytest.raises(RewardError, match=rf"mine: image 1 of 2, prompt 'b': .*{message}"):
-        score_each("mine", [BLANK, NOISE], [Prompt(text="a"), Prompt(text="b")], score)
+        score_each("mine", [BLANK, NOISE], ["a", "b"], [{}, {}], score)
 
 
 def test_an_image_ocr_cannot_open_is_named() -> None:
     empty = np.zeros((0, 5, 3), np.uint8)
     with pytest.raises(RewardError, match="ocr: image 1 of 2"):
-        OCRReward()([BLANK, empty], [asks_for("42")] * 2)
+        OCRReward()([BLANK, empty], *asked("42", "42"))

@@ -195,8 +195,8 @@ def to_sample(trajectory: Trajectory, score: dict[str, Any], step: int, partitio
         "media": trajectory.media,
         "fingerprint": dict(trajectory.fingerprint),
         "elements": math.prod(trajectory.latents.shape[1:]),
-        "reward": score["reward_score"],
         "breakdown": score["reward_extra_info"],
+        "failures": score["failures"],
     }
     learned_from = {"trajectory": to_fields(replace(trajectory, media=trajectory.media[:0]))} if partition == "train" else {}
     tag = {

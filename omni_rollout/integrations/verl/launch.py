@@ -20,8 +20,9 @@ from omni_rollout.errors import RunFailedError, UserError
 from omni_rollout.integrations.verl import NAME
 from omni_rollout.integrations.verl.deaths import DEATHS, cause_of, describe, note_restart
 from omni_rollout.integrations.verl.records import to_section
+from omni_rollout.launch import plugins
 from omni_rollout.run.checkpoints import how_to_go_on
-from omni_rollout.run.resume import find_start
+from omni_rollout.run.start import find_start
 from omni_rollout.run.stop import StopFlag
 
 CONFIG_DIR = Path(__file__).parent / "config"
@@ -133,8 +134,13 @@ def _for_every_process(config: TrainConfig) -> TrainConfig:
     """Absolute paths, and a number of threads that does not depend on what Ray sets for a worker."""
 
     def absolute(path: str) -> str:
-        return str(Path(path).absolute())
+        """Of a file, a folder, or a function of a file; modules and addresses stay as they are."""
+        is_path = not plugins.is_address(path) and (".py:" in path or not plugins.is_function(path))
+        return str(Path(path).absolute()) if is_path else path
 
+    prompts: Any = config.prompts
+    prompts = {absolute(one): weight for one, weight in prompts.items()} if isinstance(prompts, dict) else absolute(prompts)
+    reward = replace(config.reward, source={name: absolute(source) for name, source in config.reward.source.items()})
     model, evaluation = config.model, config.evaluation
     if Path(model.path).is_dir():
         model = replace(model, path=absolute(model.path))
@@ -144,7 +150,8 @@ def _for_every_process(config: TrainConfig) -> TrainConfig:
         config,
         model=model,
         evaluation=evaluation,
-        prompts=absolute(config.prompts),
+        prompts=prompts,
+        reward=reward,
         run_dir=absolute(config.run_dir),
         threads=config.threads if config.threads is not None else torch.get_num_threads(),
     )

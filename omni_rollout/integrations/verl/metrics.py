@@ -10,6 +10,7 @@ import numpy as np
 
 from omni_rollout.monitor import CaptionedImage
 from omni_rollout.policy.update import Scores, Update
+from omni_rollout.run import evaluation
 
 TIMINGS = {"gen": "rollout", "update_actor": "update", "update_weights": "weight_sync", "step": "step"}  # verl's -> ours
 
@@ -24,12 +25,12 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A step's images and rewards, in the order of request ids."""
+    """A step's images and what their rewards are made of, in the order of request ids."""
 
     prompts: list[dict[str, Any]]  # text, metadata
     media: list[np.ndarray]
-    rewards: list[float]
-    breakdown: dict[str, list[float]]
+    breakdown: dict[str, list[float | None]]  # reward name -> one an image, before its weight
+    failures: list[str]  # a sentence for every image and reward that failed
     group_ids: list[str]
     sources: list[Source]
     elements: int  # numbers in a latent
@@ -39,8 +40,8 @@ class Samples:
         return cls(
             prompts=[sample["prompt"] for sample in stored],
             media=[sample["media"] for sample in stored],
-            rewards=[sample["reward"] for sample in stored],
             breakdown={name: [sample["breakdown"][name] for sample in stored] for name in stored[0]["breakdown"]},
+            failures=[failure for sample in stored for failure in sample["failures"]],
             group_ids=[tag["group_id"] for tag in tags],
             sources=[
                 Source(request_id=tag["request_id"], fingerprint=sample["fingerprint"])
@@ -50,11 +51,8 @@ class Samples:
         )
 
 
-def captioned(samples: Samples, *, rewards: bool = True) -> list[CaptionedImage]:
-    texts = [prompt["text"] for prompt in samples.prompts]
-    if rewards:
-        texts = [f"{reward:.2f} {text}" for reward, text in zip(samples.rewards, texts, strict=True)]
-    return list(zip(texts, samples.media, strict=True))
+def captioned(samples: Samples, rewards: Sequence[float | None]) -> list[CaptionedImage]:
+    return evaluation.captioned(rewards, [prompt["text"] for prompt in samples.prompts], samples.media)
 
 
 def merged(updates: Sequence[Update]) -> Update:

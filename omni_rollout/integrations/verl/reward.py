@@ -1,7 +1,8 @@
-"""WeightedSum inside verl's reward workers."""
+"""The run's rewards inside verl's reward workers."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,17 @@ class RewardManager(RewardManagerBase):
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any, **_: Any) -> None:
         super().__init__(config, tokenizer, compute_score)
         reward = run_config(config[NAME]).reward
-        self._rewards = WeightedSum(reward.weights, reward.threads)
+        self._rewards = WeightedSum(reward.weights, settings=reward)
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
-        """`reward_score`: the weighted sum; `reward_extra_info`: each reward before its weight."""
+        """`reward_score`: the weighted sum, NaN where the image could not be scored, for verl takes no None;
+        `reward_extra_info`: each reward before its weight; `failures`: why it could not be scored."""
         row = data.non_tensor_batch
         batch = self._rewards([row["media"][0]], [row["prompt"][0]])
         return {
-            "reward_score": batch.total[0],
+            "reward_score": math.nan if batch.total[0] is None else batch.total[0],
             "reward_extra_info": {name: values[0] for name, values in batch.breakdown.items()},
+            "failures": batch.failures,
         }
 
     @classmethod

@@ -10,6 +10,7 @@ _compute_metrics      Monitor.log
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,13 +23,12 @@ from transformers import AutoTokenizer
 from verl.plugin.platform import get_platform
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.trainer.ppo.v1 import PPOTrainer, register_trainer
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.debug import marked_timer
 
 from omni_rollout.algorithms import get_algorithm
 from omni_rollout.data.collate import Collator
-from omni_rollout.data.prompts import PromptStream, load_prompts
 from omni_rollout.data.seeds import SeedLedger
+from omni_rollout.data.stream import prompt_data
 from omni_rollout.errors import WeightSyncError
 from omni_rollout.integrations.verl import NAME, replica
 from omni_rollout.integrations.verl.agent_loop import AgentLoopManager
@@ -36,29 +36,20 @@ from omni_rollout.integrations.verl.deaths import find_dead, restarts
 from omni_rollout.integrations.verl.metrics import Samples, captioned, merged, our_timings
 from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank
 from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, Weights, adopt, column
+from omni_rollout.integrations.verl.replay_buffer import WatchedReplayBuffer
 from omni_rollout.integrations.verl.reward import RewardWorkers
 from omni_rollout.models import family_module
-from omni_rollout.monitor import CaptionedImage, Monitor, last_words, step_metrics, step_notes
+from omni_rollout.monitor import CaptionedImage, Guards, Monitor, last_words, step_metrics, step_notes
 from omni_rollout.policy.learner import Which
 from omni_rollout.policy.recompute import check_machine
-from omni_rollout.rewards import WeightedSum
+from omni_rollout.rewards import make_rewards
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
-from omni_rollout.run.resume import check_weights, enter, find_start, run_state
+from omni_rollout.run.evaluation import evaluation_metrics
+from omni_rollout.run.resume import check_weights, enter, run_state
+from omni_rollout.run.start import find_start
 from omni_rollout.run.stop import StopFlag
 from omni_rollout.trajectories.journal import Journal
 from omni_rollout.types import Prompt, RolloutRequest
-
-POLL_SECONDS = 0.2
-
-
-class WatchedReplayBuffer(ReplayBuffer):
-    """Waits with an eye on the agent loop: verl's own would wait for ever for groups whose maker has died."""
-
-    agent_loop: AgentLoopManager
-
-    def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
-        self.agent_loop.wait(POLL_SECONDS)
-        return last_debug_time
 
 
 @register_trainer(NAME)
@@ -101,16 +92,16 @@ class OmniTrainer(PPOTrainer):
 
     def _init_dataloader(self) -> None:
         run = self.run
-        prompts = load_prompts(run.prompts)
-        self.evaluation_prompts = load_prompts(run.evaluation.prompts) if run.evaluation.prompts else prompts
-        self.rewards = WeightedSum(run.reward.weights, run.reward.threads)
-        self.rewards.check([*prompts, *self.evaluation_prompts], family_module(run.model.family, "spec").KIND)
+        self.stream, self.evaluation_prompts = prompt_data(run)
+        all_prompts = [*self.stream.prompts, *self.evaluation_prompts]
+        self.rewards = make_rewards(run)
+        self.rewards.check(all_prompts, family_module(run.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(run.model.path, subfolder="tokenizer")
         self.algorithm = get_algorithm(run.algorithm)
         self.collator = Collator(run.model.family, tokenizer, run.sampling, run.collate, self.algorithm.window_start)
-        for prompt in [*prompts, *self.evaluation_prompts]:
+        for prompt in all_prompts:
             self.collator.check(self.collator.spec(images=prompt.images), prompt)
-        self.stream = PromptStream(prompts, run.rollout.prompts_per_step, run.sampling.seed)
+        self.guards = Guards(run.run_dir)
         self.seeds = SeedLedger(Path(run.run_dir) / "seeds.jsonl")
         self.total_training_steps = self.steps_per_epoch = max(run.trainer.steps, 1)
 
@@ -177,13 +168,16 @@ class OmniTrainer(PPOTrainer):
         self.told = self.agent_loop_manager.settle()
         self.samples = self._samples(batch)
         self.reused += self.seeds.record_noise(cast(Any, self.samples.sources))
-        rewards = torch.tensor(self.samples.rewards, dtype=torch.float32)
-        self.advantages = self.algorithm.advantages(rewards, self.samples.group_ids)
+        self.scored = self.rewards.batch(self.samples.breakdown, self.samples.failures)
+        self.rewards.require(self.scored)
+        self.group_ids = [self.samples.group_ids[row] for row in self.scored.scored]  # the others leave their groups
+        rewards = torch.tensor(self.rewards.compared(self.scored, self.group_ids), dtype=torch.float32)
+        self.advantages = self.algorithm.advantages(rewards, self.group_ids)
         return batch
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         self.updates: list[RankUpdate] = self.actor_rollout_wg.update_policy(
-            batch.keys, batch.partition_id, self.advantages, self.global_steps
+            [batch.keys[row] for row in self.scored.scored], batch.partition_id, self.advantages, self.global_steps
         )
         self.sampled_by = self.weights.digest
         return batch
@@ -216,18 +210,21 @@ class OmniTrainer(PPOTrainer):
         averages = self.run.trainer.ema_decay > 0 and self.global_steps > 0
         if self.algorithm.samples_with_old:
             self._publish("policy")
-        metrics, self.images = self._evaluate(name)
+        metrics, self.images, samples = self._evaluate(name)
+        texts = [prompt["text"] for prompt in samples.prompts]
+        guarded, self.lost = self.guards(self.global_steps, samples.media, texts, metrics.get("evaluation/reward", math.nan))
         if averages:
             self._publish("average")
-            averaged, _ = self._evaluate(f"{name}-ema")
+            averaged, _, _ = self._evaluate(f"{name}-ema")
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
         if averages or self.algorithm.samples_with_old:
             self._publish()
+        metrics |= guarded
         if not self.global_steps:
-            self.sight.log(0, metrics, self.images)
+            self.sight.log(0, metrics, evaluation=self.images)
         return metrics
 
-    def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
+    def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage], Samples]:
         requests = self.collator.evaluation(self.evaluation_prompts, self.run.evaluation, name)
         groups = self._submit(requests, "val")
         batch, _ = self.replay_buffer.sample(self.global_steps, "val", groups)
@@ -235,19 +232,22 @@ class OmniTrainer(PPOTrainer):
         samples = self._samples(batch)
         tq.kv_clear(keys=batch.keys, partition_id="val")
         scores = self.rewards.evaluate(samples.media, [Prompt.from_json(prompt) for prompt in samples.prompts])
-        return {f"evaluation/{key}": value for key, value in scores.items()}, captioned(samples, rewards=False)
+        scored = self.rewards.batch(samples.breakdown, samples.failures).total
+        return evaluation_metrics(scored, scores), captioned(samples, scored), samples
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
     ) -> None:
         """Adds this step's numbers, as the embedded trainer has them, to what verl logs, and writes them to the run folder."""
-        evaluated = {key: value for key, value in metrics.items() if key.startswith("evaluation/")}
-        samples, first = self.samples, self.updates[0]
+        evaluated = {key: value for key, value in metrics.items() if key.startswith(("evaluation/", "guard/"))}
+        samples, scored, first = self.samples, self.scored, self.updates[0]
+        rewards = scored.of(scored.scored)
         ours = step_metrics(
             merged([rank.update for rank in self.updates]),
-            rewards=samples.rewards,
-            breakdown=samples.breakdown,
-            group_ids=samples.group_ids,
+            rewards=rewards.total,
+            breakdown=rewards.breakdown,
+            failed=len(scored.total) - len(rewards.total),
+            group_ids=self.group_ids,
             elements=samples.elements,
             clip_range=self.run.trainer.clip_range,
             timings=our_timings(timing_raw),
@@ -255,6 +255,7 @@ class OmniTrainer(PPOTrainer):
             learning_rate=first.learning_rate,
             collisions=self.seeds.collisions,
             recomputed=first.recomputed,
+            drift=self.weights.drift,
         )
         ours |= {
             "rollout/servers": float(self.servers_in_step),
@@ -262,12 +263,13 @@ class OmniTrainer(PPOTrainer):
             "perf/restarts": float(restarts(self.run.run_dir)),
             **evaluated,
         }
-        not_kept = self.told["not_kept"]
+        lost = {"not_kept": self.told["not_kept"], "not_scored": scored.failures}
         digest, recomputed = self.sampled_by, first.recomputed
-        notes = step_notes(first.update, sampled_by=digest, recomputed=recomputed, reused=self.reused, not_kept=not_kept)
+        notes = step_notes(first.update, sampled_by=digest, recomputed=recomputed, reused=self.reused, **lost)
         metrics.update(ours)
-        images = self.images if evaluated else captioned(samples)
-        self.sight.log(global_steps, ours, images, {**notes, **self.checkpoints.notes()})
+        images = self.images if evaluated else ()
+        notes |= {**(self.lost if evaluated else {}), **self.checkpoints.notes()}
+        self.sight.log(global_steps, ours, captioned(samples, scored.total), notes, images)
         self._finish(global_steps)
 
     def _finish(self, step: int) -> None:

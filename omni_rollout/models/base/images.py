@@ -22,20 +22,28 @@ def describe(path: Path) -> InputImage:
     return InputImage(path=str(path), sha256=hashlib.sha256(content).hexdigest(), height=height, width=width)
 
 
-def open_image(image: InputImage, mode: str = "RGB") -> Image.Image:
-    """The pixels, in PIL's `mode`.
+def read_image(image: InputImage) -> bytes:
+    """Its file.
 
     Raises:
-        RequestError: the file cannot be read, or is another one than the prompt was read with.
+        RequestError: it cannot be read, or is another one than the prompt was read with.
     """
     try:
         content = Path(image.path).read_bytes()
-        opened = Image.open(io.BytesIO(content)).convert(mode)
     except OSError as error:
         raise RequestError(f"{image.path}: cannot be read as an image ({error})") from error
     if hashlib.sha256(content).hexdigest() != image.sha256:
         raise RequestError(f"{image.path}: not the file that the prompt was read with (its sha256 differs)")
-    return opened
+    return content
+
+
+def open_image(image: InputImage, mode: str = "RGB") -> Image.Image:
+    """The pixels, in PIL's `mode`. Raises RequestError, as `read_image` does, or where they are no picture."""
+    content = read_image(image)
+    try:
+        return Image.open(io.BytesIO(content)).convert(mode)
+    except OSError as error:
+        raise RequestError(f"{image.path}: cannot be read as an image ({error})") from error
 
 
 @cache

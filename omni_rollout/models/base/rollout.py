@@ -196,7 +196,7 @@ class RolloutMixin:
         run: Denoising = state.extra["denoising"]
         condition = run.conditioning
         record = {
-            "latents": torch.cat(run.latents) if run.latents else state.latents,
+            "latents": torch.cat(run.latents or [state.latents]),
             "log_probs": torch.cat(run.log_probs) if run.log_probs else torch.empty(0),
             "sigmas": run.schedule.sigmas,
             "timesteps": run.schedule.timesteps,

@@ -164,7 +164,7 @@ def _stochastic_steps(step_indices: Sequence[int] | None, steps: int) -> tuple[i
     # The last step ends at sigma 0: with noise there, the image itself would be noisy, so it is always deterministic.
     if not chosen or chosen != tuple(range(chosen[0], chosen[0] + len(chosen))) or chosen[0] < 0 or chosen[-1] >= steps - 1:
         raise RequestError(
-            f"stochastic steps {list(chosen)} of {steps}: expected neighbouring indices from 0 to {steps - 2} "
+            f"step_indices={list(chosen)} of {steps} steps: expected neighbouring indices from 0 to {steps - 2} "
             "(the last step is deterministic); change sampling.sde_window_range or sde_window_size"
         )
     return chosen

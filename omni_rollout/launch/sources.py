@@ -1,0 +1,63 @@
+"""What is wrong with the rewards and prompts that a configuration names, before anything of them is read."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from omni_rollout.config import TrainConfig
+from omni_rollout.launch import plugins
+
+PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def reward_problems(config: TrainConfig) -> Iterator[str]:
+    weights, sources, untrained = config.reward.weights, config.reward.source, config.evaluation.reward.weights
+    known = sorted({*plugins.registered("rewards"), *sources})
+    given = [("reward.weights", item) for item in weights.items()]
+    given += [("evaluation.reward.weights", item) for item in untrained.items()]
+    for key, (name, weight) in given:
+        yield from unknown(key, name, known)
+        if not math.isfinite(weight):
+            yield f"{key}.{name}={weight}: expected a finite number"
+    for name, source in sources.items():
+        if name not in weights and name not in untrained:
+            yield f"reward.source.{name}={source}: nothing uses it; give reward.weights.{name}, or evaluation.reward.weights"
+        elif not plugins.is_address(source) and (problem := plugins.function_problem(source)) is not None:
+            yield f"reward.source.{name}={source}: {problem}, or an http(s) address"
+    if not 0 <= config.reward.max_failed < 1:
+        yield f"reward.max_failed={config.reward.max_failed}: expected a share, at least 0 and below 1"
+    if not any(weights.values()):
+        yield f"reward.weights={weights}: {'every weight is 0' if weights else 'empty'}; give one, such as reward=ocr"
+
+
+def prompt_problems(config: TrainConfig) -> Iterator[str]:
+    given = config.prompts if isinstance(config.prompts, dict) else {config.prompts: 1.0}
+    for source, weight in given.items():
+        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            yield f"prompts: {source} has the weight {weight}; expected a number above 0"
+        yield from _source("prompts", str(source))
+    if config.evaluation.prompts is not None:
+        yield from _source("evaluation.prompts", config.evaluation.prompts)
+
+
+def _source(key: str, source: str) -> Iterator[str]:
+    """What is wrong with one source of prompts, as far as can be said before it is read."""
+    if plugins.is_function(source):
+        yield from [f"{key}={source}: {problem}"] if (problem := plugins.function_problem(source)) is not None else []
+    elif os.path.isdir(source):  # os.path's answers are no errors, however odd the name
+        if not any(file for name in ("train*", "test*", "state.json") for file in Path(source).glob(name)):
+            yield f"{key}={source}: it is a folder without train.jsonl, .parquet or .txt, and no saved dataset"
+    elif not os.path.isfile(source):
+        yield f"{key}={source}: no such file"
+    elif Path(source).suffix not in PROMPT_SUFFIXES:
+        yield f"{key}={source}: expected a file that ends in {', '.join(PROMPT_SUFFIXES)}"
+
+
+def unknown(key: str, name: str, known: list[str]) -> Iterator[str]:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        yield f"{key}={name}: {f'did you mean {near[0]}? ' if near else ''}expected one of {', '.join(known)}"

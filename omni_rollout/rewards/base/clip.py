@@ -1,0 +1,77 @@
+"""Rewards that are read off a CLIP model (`transformers.CLIPModel`): loaded once, batched, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CLIPModel, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from omni_rollout.diffusion.machine import compute_device
+from omni_rollout.errors import UserError
+from omni_rollout.rewards.base.contract import Columns, check_media
+from omni_rollout.types import Kind
+
+BATCH = 16
+
+
+class Clip:
+    """Image and text embeddings of unit length.
+
+    Args:
+        model: a folder, or a hub id, with weights, tokenizer and image processor.
+
+    Raises:
+        UserError: nothing of that kind can be loaded from there.
+    """
+
+    def __init__(self, name: str, model: str) -> None:
+        try:
+            self.model = CLIPModel.from_pretrained(model).eval().to(compute_device())  # pyright: ignore[reportArgumentType]
+            self._tokenizer = CLIPTokenizer.from_pretrained(model)
+            self._processor = CLIPImageProcessorPil.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"reward {name}: no CLIP model in {model} ({str(error).splitlines()[0]}); give reward.model.{name}=FOLDER"
+            ) from error
+
+    @torch.inference_mode()
+    def images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """uint8 [H, W, 3] each -> [B, D] fp32."""
+        pixels: Any = self._processor(list(images), return_tensors="pt")
+        vision = self.model.vision_model(pixel_values=pixels["pixel_values"].to(self.model.device))
+        return torch.nn.functional.normalize(self.model.visual_projection(vision.pooler_output).float(), dim=-1)
+
+    @torch.inference_mode()
+    def texts(self, prompts: Sequence[str]) -> torch.Tensor:
+        """[B, D] fp32; a text is cut at the model's length."""
+        tokens: Any = self._tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.model.device)
+        text = self.model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return torch.nn.functional.normalize(self.model.text_projection(text.pooler_output).float(), dim=-1)
+
+
+class CosineReward:
+    """A number times the cosine of an image and its prompt.
+
+    Args:
+        scale: None: the model's own, exp(logit_scale).
+        least: what a lower score is raised to.
+    """
+
+    kinds: frozenset[Kind] = frozenset({"image"})
+
+    def __init__(self, name: str, model: str, *, scale: float | None, least: float | None = None) -> None:
+        self.name, self._clip, self._least = name, Clip(name, model), least
+        self._scale = float(self._clip.model.logit_scale.exp()) if scale is None else scale
+
+    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Columns]) -> list[float]:
+        check_media(self.name, images, prompts)
+        scores: list[float] = []
+        for start in range(0, len(images), BATCH):
+            batch = slice(start, start + BATCH)
+            cosines = (self._clip.images(images[batch]) * self._clip.texts(prompts[batch])).sum(dim=-1)
+            scores += (self._scale * cosines).tolist()
+        return scores if self._least is None else [max(score, self._least) for score in scores]

@@ -1,0 +1,88 @@
+"""The answer of `/v1/rollouts`, as it is made."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from omni_rollout.rollout.serve.asked import SHARED, Batch
+from omni_rollout.rollout.serve.errors import error_of
+from omni_rollout.rollout.serve.shared import SharedFolder
+from omni_rollout.rollout.serve.state import Server
+from omni_rollout.rollout.serve.wire import ALIVE_SECONDS, FRAMES, echo, frame
+from omni_rollout.trajectories.capsule import encode_capsule, packed
+from omni_rollout.types import Trajectory
+
+FETCH_SECONDS = 0.005  # between looks at whether a client has fetched what lies in shared memory
+
+
+class Answer(StreamingResponse):
+    """Frames, as the images finish. However it ends, its places, its pictures and its shared memory are freed."""
+
+    def __init__(self, server: Server, batch: Batch, weights: str | None, shared: SharedFolder | None) -> None:
+        super().__init__(self._frames(), media_type=FRAMES)
+        self._server, self._batch, self._shared = server, batch, shared
+        self._work = server.host.work(batch.requests, weights)
+        self._files: list[Path] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._work, self._server.metrics.watching(self._batch.requests) as self._watch:
+                await super().__call__(scope, receive, send)
+        finally:  # nothing is awaited here: the client may have gone
+            self._server.reader.release(self._batch)
+            for path in self._files:
+                path.unlink(missing_ok=True)
+
+    async def _frames(self) -> AsyncIterator[bytes]:
+        requests = self._batch.requests
+        for part in frame({"type": "accepted", "requests": [echo(request) for request in requests]}):
+            yield part
+        for _ in requests:
+            result = None
+            while result is None:
+                try:
+                    result = await asyncio.wait_for(self._work.result(), ALIVE_SECONDS)
+                except TimeoutError:
+                    for part in frame({"type": "alive"}):
+                        yield part
+            self._watch(*result)
+            for part in await asyncio.to_thread(self._framed, *result):
+                yield part
+        while any(path.exists() for path in self._files):  # until the client has mapped the last, or is gone
+            await asyncio.sleep(FETCH_SECONDS)
+        for part in frame({"type": "end"}):
+            yield part
+
+    def _framed(self, index: int, result: Trajectory | Exception) -> list[bytes]:
+        if isinstance(result, Exception):
+            return frame({"type": "error", "index": index, "error": error_of(result).to_json()})
+        images = tuple(replace(image, path=SHARED + image.sha256) for image in result.prompt.images)  # no path of this machine
+        trajectory = replace(result, prompt=replace(result.prompt, images=images))
+        head: dict[str, Any] = {"type": "trajectory", "index": index}
+        try:
+            if self._shared is not None and (name := self._put(self._shared, trajectory)) is not None:
+                return frame({**head, "shared": name})
+            return frame(head, encode_capsule(trajectory, result.request_id))
+        except ValueError as error:  # numbers that overflowed, in this one alone
+            return frame({"type": "error", "index": index, "error": error_of(error).to_json()})
+
+    def _put(self, shared: SharedFolder, trajectory: Trajectory) -> str | None:
+        """The name in shared memory; None: there is no room."""
+        path = shared.new()
+        self._files.append(path)
+        tensors, header = packed(trajectory, trajectory.request_id)
+        try:
+            safetensors.torch.save_file(tensors, path, metadata=header)
+        except (OSError, safetensors.SafetensorError):
+            path.unlink(missing_ok=True)
+            return None
+        return path.name
