@@ -146,7 +146,7 @@ class Learner:
         return self.old is not None and self.algorithm.samples_with_old
 
     def weights(self, which: Which = "sampler") -> Iterator[tuple[str, torch.Tensor]]:
-        """What an engine must hold to sample from one of the policies; sets `drift`. Collective, tensor by tensor, to the end."""
+        """What an engine must hold to sample from one of the policies; sets `drift`. Collective, tensor by tensor."""
         shown = {"sampler": self.old if self.lags else None, "policy": None, "average": self.ema}[which]
         with nullcontext() if shown is None else shown.swapped():
             for name, tensor in self.drift.watch(effective_weights(self.policy, self.dtype, self.engine.gathered)):
