@@ -136,10 +136,16 @@ class ServeConfig:
 
 @dataclass
 class AlgorithmConfig:
+    """What all algorithms have. Each adds keys of its own, and changes these defaults to its paper's: `algorithms/NAME.py`."""
+
     name: str = "flow_grpo"
+    source: str | None = None  # of an algorithm of your own: package.module or path/to/file.py, `:Class` if it has several
     advantage_std: str = "global"  # global: over the step's rewards; group: within the group
+    advantage_deviation: str = "population"  # divided by the count; sample: by the count less one
+    advantage_eps: float = 1e-4  # added to the deviation
     advantage_clip: float = 5.0
-    kl_coef: float = 0.0  # weight of the exact Gaussian KL to the policy the run started from
+    kl_coef: float = 0.0  # weight of the distance to the policy the run started from: the exact Gaussian KL of a coupled
+    # algorithm's step (see kl_with_dt), the mean squared difference of a forward one's velocities
 
 
 @dataclass

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from omni_rollout import algorithms, monitor
+from omni_rollout import monitor
+from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import TrainConfig
 from omni_rollout.data.collate import Collator
 from omni_rollout.data.seeds import SeedLedger
@@ -27,7 +28,7 @@ from omni_rollout.data.stream import prompt_data
 from omni_rollout.launch.progress import Progress
 from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Guards, Monitor
-from omni_rollout.policy.learner import Learner
+from omni_rollout.policy.learner import Learner, Which
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
 from omni_rollout.rewards import make_rewards
 from omni_rollout.rollout.choice import open_engine
@@ -119,10 +120,11 @@ class Trainer:
         self.rewards = make_rewards(config)
         self.rewards.check(all_prompts, family_module(config.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
-        self.collator = Collator(config.model.family, tokenizer, config.sampling, config.collate)
+        self.algorithm = get_algorithm(config.algorithm)
+        window = self.algorithm.window_start
+        self.collator = Collator(config.model.family, tokenizer, config.sampling, config.collate, window)
         for prompt in all_prompts:  # all of them now, not one of them in an hour
             self.collator.check(self.collator.spec(images=prompt.images), prompt)
-        self.algorithm = algorithms.get_algorithm(config.algorithm.name)
         self.seeds = SeedLedger(Path(config.run_dir) / "seeds.jsonl")
         self.journal = Journal(config.run_dir, keep=config.rollout.keep_finished)
         self.guards = Guards(config.run_dir)
@@ -130,7 +132,7 @@ class Trainer:
         self.engine = open_engine(config, progress)
         try:
             progress.stage("loading the model into the trainer", quiet=True)
-            self.learner = Learner(config, self.algorithm, checkpoint=start.checkpoint)
+            self.learner = Learner(config, checkpoint=start.checkpoint)
             self._sync()  # also proves, before the first rollout, that both sides read the same checkpoint
             check_weights(start, self.expected["weights"])
         except BaseException:
@@ -161,12 +163,8 @@ class Trainer:
             self.rewards.require(scored)
             trajectories = [trajectories[row] for row in scored.scored]  # the others leave their groups
             rewards, group_ids = scored.of(scored.scored), [trajectory.group_id for trajectory in trajectories]
-            advantages = self.algorithm.advantages(
-                torch.tensor(self.rewards.compared(scored, group_ids), dtype=torch.float32),
-                group_ids,
-                std=config.algorithm.advantage_std,
-                clip=config.algorithm.advantage_clip,
-            )
+            compared = torch.tensor(self.rewards.compared(scored, group_ids), dtype=torch.float32)
+            advantages = self.algorithm.advantages(compared, group_ids)
             with self._timed(timings, "old_log_probs", step):
                 recomputed = monitor.must_recompute(self.learner.engine.module, trajectories, config, step)
                 old = self.learner.old_log_probs(trajectories, recomputed=recomputed)
@@ -194,6 +192,7 @@ class Trainer:
         texts, media = [one.prompt.text for one in trajectories], [one.media for one in trajectories]
         shown = captioned(rewards.total, texts, media)
         notes = monitor.step_notes(
+            update,
             sampled_by=sampled_by,
             recomputed=recomputed,
             reused=reused,
@@ -227,8 +226,8 @@ class Trainer:
         settings, steps = self.config.evaluation, self.config.trainer.steps
         return settings.images > 0 and (step == steps or (settings.every > 0 and step % settings.every == 0))
 
-    def _sync(self) -> None:
-        digest = self.engine.update_weights(self.learner.weights(), self.version)
+    def _sync(self, which: Which = "sampler") -> None:
+        digest = self.engine.update_weights(self.learner.weights(which), self.version)
         self.expected = self.learner.expected(digest)
         check_machine(self.engine.machine, self.expected)  # before anything is sampled
 
@@ -236,15 +235,18 @@ class Trainer:
         """Deterministic (ode) images from fixed seeds; with an average kept, metrics of the averaged policy as well; and, as
         notes, what the guards found."""
         name = f"step_{step:05d}" if step else "before"
+        averages = self.learner.ema is not None and self.version > 0
+        if self.learner.lags:
+            self._sync("policy")
         metrics, images, trajectories = self._evaluate(name)
         texts, media = [one.prompt.text for one in trajectories], [one.media for one in trajectories]
         guarded, lost = self.guards(step, media, texts, metrics.get("evaluation/reward", math.nan))
-        if self.learner.ema is not None and self.version:
-            with self.learner.ema.swapped():
-                self._sync()
-                averaged, _, _ = self._evaluate(f"{name}-ema", "evaluating the average by")
-            self._sync()
+        if averages:
+            self._sync("average")
+            averaged, _, _ = self._evaluate(f"{name}-ema", "evaluating the average by")
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
+        if averages or self.learner.lags:
+            self._sync()
         return metrics | guarded, images, lost
 
     def _evaluate(self, name: str, what: str = "evaluating") -> tuple[dict[str, float], list[CaptionedImage], list[Trajectory]]:

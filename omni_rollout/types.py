@@ -122,7 +122,7 @@ class Trajectory:
     Made by the rollout, consumed by rewards, recompute and the monitor. All tensors are on the CPU.
     """
 
-    latents: torch.Tensor  # [T+1, *shape] fp32: before each stochastic step, and after the last
+    latents: torch.Tensor  # [T+1, *shape] fp32: before each stochastic step, and after the last; T = 0 (ode): the final ones
     log_probs: torch.Tensor  # [T] fp32, by the rollout; mean over the elements of *shape
     step_indices: torch.Tensor  # [T] int64, positions in `sigmas`
     sigmas: torch.Tensor  # [N+1] fp32, after the shift, ends with 0

@@ -1,24 +1,103 @@
-"""Algorithms: one file each, with `advantages` and `loss`, found by the file's name."""
+"""Algorithms: one file each, found by the file's name; others by `algorithm.source`, or by an entry point of this group.
+
+An algorithm is a dataclass: its fields are the keys of the section `algorithm`, its methods are the formulas.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import pkgutil
+import sys
+from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from omni_rollout.algorithms.base import Algorithm, Coupled, Forward
+from omni_rollout.config import AlgorithmConfig
 from omni_rollout.errors import UserError
 
+GROUP = "omni_rollout.algorithms"  # of entry points: NAME = "package.module" or "package.module:Class"
+_SHARED = ("base", "rollout_correction")
 
-def get_algorithm(name: str) -> ModuleType:
-    """The module `omni_rollout.algorithms.<name>`.
+
+def names() -> list[str]:
+    """Of all that need no source; imports none of them."""
+    own = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED]
+    return sorted({*own, *(point.name for point in entry_points(group=GROUP))})
+
+
+def algorithm_class(name: str, source: str | None = None) -> type[Algorithm]:
+    """The algorithm of `omni_rollout/algorithms/<name>.py`, of the entry point of that name, or of `source`.
 
     Raises:
-        UserError: there is none; the message names the nearest.
+        UserError: there is none; the message names the nearest. Or the source cannot be imported, or holds no algorithm.
     """
-    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    if source is not None:
+        return _of_source(source)
+    known = names()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"algorithm={name}: expected one of {', '.join(known)}{hint}")
-    return import_module(f"{__name__}.{name}")
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"algorithm.name={name}: {hint}expected one of {', '.join(known)}, or algorithm.source=FILE.py")
+    for point in entry_points(group=GROUP):
+        if point.name == name:
+            return _of_source(point.value)
+    return _only_algorithm(import_module(f"{__name__}.{name}"), f"algorithm.name={name}")
+
+
+def get_algorithm(config: AlgorithmConfig) -> Algorithm:
+    """The algorithm that a configuration names, with its keys; one that was composed is that already."""
+    if isinstance(config, Coupled | Forward):
+        return config
+    return algorithm_class(config.name, config.source)(**asdict(config))
+
+
+def source_name(source: str) -> str:
+    """What an algorithm of this source is called."""
+    return Path(source.partition(".py:")[0].partition(":")[0]).name.removesuffix(".py").rpartition(".")[2]
+
+
+def _of_source(source: str) -> type[Algorithm]:
+    where = f"algorithm.source={source}"
+    path, _, name = source.partition(":")
+    try:
+        module = _file_module(Path(path)) if path.endswith(".py") else import_module(path)
+    except Exception as error:  # whatever a user's file may raise
+        raise UserError(f"{where}: cannot be imported, {type(error).__name__}: {error}") from error
+    if name:
+        kind = getattr(module, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, Algorithm)):
+            raise UserError(f"{where}: {path} has no class {name} that is an algorithm; subclass Coupled or Forward")
+        return _as_dataclass(kind)
+    return _only_algorithm(module, where)
+
+
+def _file_module(path: Path) -> ModuleType:
+    name = f"omni_rollout_algorithm_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # a dataclass looks its annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _only_algorithm(module: ModuleType, where: str) -> type[Algorithm]:
+    found = [
+        kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Coupled | Forward) and kind.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        several = ", ".join(kind.__name__ for kind in found) or "none"
+        raise UserError(f"{where}: expected one class that subclasses Coupled or Forward, found {several}; name it, `:Class`")
+    return _as_dataclass(found[0])
+
+
+def _as_dataclass(kind: Any) -> type[Algorithm]:
+    """Annotations are keys, also where the decorator was forgotten."""
+    return kind if "__dataclass_fields__" in vars(kind) else dataclass(kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from enum import Enum
 from typing import Any
@@ -35,9 +35,21 @@ def derive_seed(*parts: object) -> int:
 
 
 class Collator:
-    """Makes the requests of a step. A prompt that cannot be served is refused here, before the engine sees it."""
+    """Makes the requests of a step. A prompt that cannot be served is refused here, before the engine sees it.
 
-    def __init__(self, family: str, tokenizer: Any, sampling: SamplingConfig, collate: CollateConfig) -> None:
+    Args:
+        window_start: (step, first, last, draw) -> where a group's window of stochastic steps begins; see `Algorithm`.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        tokenizer: Any,
+        sampling: SamplingConfig,
+        collate: CollateConfig,
+        window_start: Callable[[int, int, int, random.Random], int] = lambda _, first, last, draw: draw.randint(first, last),
+    ) -> None:
+        self._window_start = window_start
         self._family = family_module(family, "spec")
         self._tokenizer = tokenizer
         self._sampling = sampling
@@ -80,7 +92,7 @@ class Collator:
         given, group = dict(parameters or {}), group_id(prompt) if group is None else group
         steps = given.get("num_inference_steps")
         placed = self._sampling.sde_window_size is not None or self._sampling.sde_window_range is not None
-        window = self.window(group, steps) if placed and (steps is None or steps > 1) else None  # of 1, the resolver says it
+        window = self.window(group, 1, steps) if placed and (steps is None or steps > 1) else None  # of 1, the resolver says it
         spec = self.spec(given, window, prompt.images)
         self.check(spec, prompt)
         return self.request(prompt, spec, group, member, seed)
@@ -107,7 +119,7 @@ class Collator:
         requests = []
         for position, prompt in enumerate(prompts):
             group = f"{step:05d}-{position:03d}-{group_id(prompt)}"
-            spec = self.spec(window=self.window(group), images=prompt.images)
+            spec = self.spec(window=self.window(group, step), images=prompt.images)
             self.check(spec, prompt)
             requests += [self.request(prompt, spec, group, member) for member in range(group_size)]
         return requests
@@ -136,8 +148,8 @@ class Collator:
             member=member,
         )
 
-    def window(self, group: str, steps: int | None = None) -> tuple[int, ...] | None:
-        """The stochastic steps of one group: `sde_window_size` in a row, placed at random within the range."""
+    def window(self, group: str, step: int, steps: int | None = None) -> tuple[int, ...] | None:
+        """The stochastic steps of one group in step 1, 2, ... of the run: `sde_window_size` in a row, within the range."""
         given = self._sampling.num_inference_steps if steps is None else steps
         number: int = self._family.DEFAULTS["num_inference_steps"] if given is None else given
         placed = self._sampling.sde_window_range
@@ -150,7 +162,8 @@ class Collator:
         size = end - first if self._sampling.sde_window_size is None else self._sampling.sde_window_size
         if not 1 <= size <= end - first:
             raise RequestError(f"sde_window_size={size}: expected 1 to {end - first}, the size of sde_window_range")
-        start = random.Random(derive_seed(self._sampling.seed, group, "window")).randint(first, end - size)
+        draw = random.Random(derive_seed(self._sampling.seed, group, "window"))
+        start = self._window_start(step, first, end - size, draw)
         return tuple(range(start, start + size))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
@@ -15,10 +16,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from omni_rollout.config import RewardConfig, TrainConfig
+from omni_rollout.algorithms import algorithm_class, names, source_name
+from omni_rollout.config import AlgorithmConfig, RewardConfig, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.launch import aliases, plugins
 from omni_rollout.launch.paths import config_dir, recipe_dir
@@ -69,10 +71,11 @@ def compose(
             OmegaConf.update(composed, override.key_or_group, override.value(), merge=False)
         for key in OmegaConf.missing_keys(composed) & set(unused):
             OmegaConf.update(composed, key, "")
+        composed = _with_algorithm(composed)
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise UserError("; ".join(f"{key} has no value: give {_HOW_TO_GIVE.get(key, f'{key}=VALUE')}" for key in missing))
-        return cast(TrainConfig, OmegaConf.to_object(composed))
+        return typed(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, parsed) from error
 
@@ -104,15 +107,55 @@ _HOW_TO_GIVE = {
 }
 
 
+def typed(section: Any) -> TrainConfig:
+    """A whole configuration, checked against the schema that goes with its algorithm."""
+    return cast(TrainConfig, OmegaConf.to_object(_with_algorithm(section)))
+
+
 def to_yaml(config: TrainConfig) -> str:
     """The configuration as the run folder keeps it; every default is written out."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+@dataclass
+class _Open(TrainConfig):
+    """Until it is known which algorithm was chosen, its section takes any key."""
+
+    algorithm: Any = field(default_factory=dict)
+
+
 def _register() -> None:
     # The schema has no rewards of its own: a reward group would otherwise add to them instead of choosing.
-    ConfigStore.instance().store(name="schema", node=TrainConfig(reward=RewardConfig(weights={})))
+    ConfigStore.instance().store(name="schema", node=_Open(reward=RewardConfig(weights={})))
+    for name in set(names()) - set(_files("algorithm")):  # a file is there only where keys of other sections change
+        ConfigStore.instance().store(group="algorithm", name=name, node={"name": name})
     OmegaConf.register_new_resolver("recipe", lambda recipe: str(recipe_dir(recipe)), replace=True)
+
+
+def _with_algorithm(composed: Any) -> DictConfig:
+    """The same, with the keys, defaults and types that the chosen algorithm declares.
+
+    Raises:
+        UserError: no such algorithm, or a key that it does not have, with the nearest.
+    """
+    values: Any = OmegaConf.to_container(OmegaConf.create(composed), resolve=False, enum_to_str=True)
+    section = values["algorithm"]
+    source = section.get("source")
+    if source is not None:
+        path, colon, kind = source.partition(":")
+        if path.endswith(".py"):  # another process may have another working directory
+            source = section["source"] = f"{Path(path).absolute()}{colon}{kind}"
+        section["name"] = source_name(source)
+    algorithm = algorithm_class(section["name"], source)
+    known = [each.name for each in fields(algorithm)]
+    for key in section:
+        if key not in known:
+            elsewhere = [name for name in _schema_keys() if name.rpartition(".")[2] == key]
+            near = elsewhere or [f"algorithm.{name}" for name in difflib.get_close_matches(key, known, n=1)]
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UserError(f"algorithm.{key}: {section['name']} has no such key; {hint}it has {', '.join(known)}")
+    schema = OmegaConf.structured(TrainConfig(algorithm=algorithm(), reward=RewardConfig(weights={})))
+    return cast(DictConfig, OmegaConf.merge(schema, OmegaConf.create(values)))
 
 
 def _reward_by_name(override: str) -> str:
@@ -139,8 +182,8 @@ def _parse(override: str) -> Override:
 
 
 def _for_hydra(override: Override) -> str:
-    """A free key (a reward's weight) may be new, which Hydra wants to see marked."""
-    inside = _is_free(override.key_or_group.rpartition(".")[0])
+    """A free key (a reward's weight, an algorithm's own key) may be new, which Hydra wants to see marked."""
+    inside = _is_free(section := override.key_or_group.rpartition(".")[0]) or section == "algorithm"
     return f"++{override.input_line}" if inside and override.type == OverrideType.CHANGE else str(override.input_line)
 
 
@@ -183,7 +226,7 @@ def _explain(error: Exception, overrides: Iterable[Override]) -> UserError:
         return UserError(f"{given or key}: {reason}")
     if given is None:  # set in a file, or within a dictionary
         return UserError(f"{key}: {_expectation(kind, '')}; {first_line}")
-    return UserError(f"{given}: {_expectation(kind, given)}")
+    return UserError(f"{given}: {first_line if kind is Any else _expectation(kind, given)}")
 
 
 def _expectation(kind: Any, given: str) -> str:
@@ -213,6 +256,10 @@ def _nearest(given: str, choices: Sequence[str], *, prefix: str = "") -> str:
 
 
 def _choices(group: str) -> list[str]:
+    return sorted({*_files(group), *names()}) if group == "algorithm" else _files(group)
+
+
+def _files(group: str) -> list[str]:
     folder = config_dir() / group
     files = [path.stem for path in folder.glob("*.yaml")] if group and folder.is_dir() else []
     return sorted({*files, *(plugins.registered("rewards") if group == "reward" else ())})
@@ -225,7 +272,8 @@ def _kind(key: str) -> Any:
         if get_origin(kind) is dict:
             kind = get_args(kind)[1]
         elif is_dataclass(kind):
-            kind = _fields(kind).get(part)
+            # An algorithm's own keys are checked when it is known which one was chosen.
+            kind = _fields(kind).get(part, Any if kind is AlgorithmConfig else None)
         else:
             return None
     return kind

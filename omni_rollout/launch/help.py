@@ -24,6 +24,9 @@ TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
                                           any reward's name; or reward.weights={{NAME: WEIGHT}}, and for one of your own
                                           reward.source.NAME=module:function|file.py:function|http://...: docs/extending.md
   reward.normalise=none|group, .timeout, .max_failed; evaluation.reward.weights={{NAME: WEIGHT}}
+  algorithm=flow_grpo|flow_grpo_fast|flow_cps|mix_grpo|dance_grpo|grpo_guard|flow_dppo
+           |diffusion_nft|awm|diffusion_dpo|sft
+                                          these four learn from sampling.sde_type=ode; or algorithm.source=FILE.py
   backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
   trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|fsdp2|deepspeed
   prompts=FILE                            .txt (one a line), .jsonl or .parquet with `prompt`; other columns go to the rewards

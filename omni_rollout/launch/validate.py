@@ -12,6 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 
+from omni_rollout.algorithms import algorithm_class, get_algorithm
 from omni_rollout.config import (
     Backend,
     Offload,
@@ -190,13 +191,11 @@ def _window(sampling: SamplingConfig) -> Iterator[str]:
 
 
 def _learning(config: TrainConfig) -> Iterator[str]:
-    if config.sampling.sde_type is SDETypeName.ode:
-        yield "sampling.sde_type=ode: draws no noise, so there is nothing to learn from; give sde, cps or dance_sde"
-    yield from unknown("algorithm.name", config.algorithm.name, _modules("algorithms"))
-    if config.algorithm.name == "flow_grpo" and config.rollout.group_size == 1:
-        yield "rollout.group_size=1: flow_grpo compares the images of one prompt; give 2 or more"
-    if config.algorithm.advantage_std not in ("global", "group"):
-        yield f"algorithm.advantage_std={config.algorithm.advantage_std}: expected global or group"
+    try:
+        algorithm_class(config.algorithm.name, config.algorithm.source)  # is there one?
+        yield from get_algorithm(config.algorithm).problems(config)
+    except UserError as error:
+        yield str(error)
     if config.wandb.mode is not None and config.wandb.mode not in _WANDB_MODES:
         yield f"wandb.mode={config.wandb.mode}: expected one of {', '.join(_WANDB_MODES)}, or null"
 

@@ -30,6 +30,8 @@ def step_line(metrics: Mapping[str, float]) -> str:
     if "parity/ppo_kl_mb0" in metrics:
         kl, largest = metrics["parity/ppo_kl_mb0"], metrics.get("rollout_corr/logprob_abs_diff_max", 0.0)
         parts.append(f"engine-trainer gap {_exact(kl)}" + ("" if largest == 0 else f" (max {_exact(largest)})"))
+    elif "actor/pg_loss" in metrics:
+        parts.append("engine-trainer gap not applicable")  # a forward algorithm: nothing was scored
     if "actor/drift" in metrics:
         parts.append(f"drift {_exact(metrics['actor/drift'])}")
     if "actor/pg_clipfrac" in metrics:

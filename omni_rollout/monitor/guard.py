@@ -14,7 +14,7 @@ from omni_rollout.errors import UserError
 from omni_rollout.models.base.policy import batch_keys
 from omni_rollout.monitor.metrics import parity_metrics
 from omni_rollout.monitor.suggested import parity_command
-from omni_rollout.policy.recompute import micro_batches, score
+from omni_rollout.policy.recompute import micro_batches, score, stochastic_pairs
 from omni_rollout.types import Trajectory
 
 
@@ -69,9 +69,9 @@ def compare_sample(
     """
     family, dtype = config.model.family, getattr(torch, config.model.dtype.value)
     keys = batch_keys(trajectories)
-    pairs_in_all = sum(len(trajectory.step_indices) for trajectory in trajectories)
+    in_all = stochastic_pairs(trajectories)
     rollout, own, steps = [], [], []
-    for kind in micro_batches(trajectories, keys, range(len(trajectories)), pairs_in_all):
+    for kind in micro_batches(trajectories, keys, in_all, len(in_all)):
         pairs = random.Random(seed).sample(kind, min(config.trainer.micro_batch_size, len(kind)))
         own.append(score(policy, trajectories, pairs, family, dtype).log_prob.cpu())
         rollout.append(torch.stack([trajectories[pair.row].log_probs[pair.index] for pair in pairs]))
@@ -83,9 +83,13 @@ def compare_sample(
 def must_recompute(policy: nn.Module, trajectories: Sequence[Trajectory], config: TrainConfig, step: int) -> bool:
     """Whether this step's old log-probs are to be the trainer's own: by config, or because the guard found a mismatch.
 
+    Trajectories without log-probs, of a forward algorithm, have none to compare.
+
     Raises:
         MismatchError: the rollout's are not the trainer's, with monitor.on_mismatch=stop.
     """
+    if not any(len(trajectory.log_probs) for trajectory in trajectories):
+        return False
     if config.monitor.on_mismatch is not OnMismatch.alert:
         found = compare_sample(policy, trajectories, config, seed=derive_seed(config.sampling.seed, step, "guard"))
         if found["parity/bitwise_equal_fraction"] < 1:

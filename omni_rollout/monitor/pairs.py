@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from omni_rollout.algorithms import get_algorithm
+from omni_rollout.algorithms.base import Coupled
 from omni_rollout.config import OldLogProbs, TrainConfig
 
 ENGINE_AGAINST_TRAINER = "rollout engine against trainer"
 TRAINER_AGAINST_ITSELF = "trainer against itself"
 TRAINER_AGAINST_START = "trainer against the policy the run started from"
+NOT_APPLICABLE = "not applicable: learns from final latents, not from log-probs"
 PPO_KL_COMPARES = "actor/ppo_kl/compares"  # the note of each step that says it for its own `actor/*`
 
 
@@ -18,6 +21,8 @@ def old_pair(recomputed: bool) -> str:
 def pairs_of(config: TrainConfig) -> dict[str, str]:
     """Metric, or `prefix*`, -> the pair it compares in this run; where the guard recomputes, that step's note says so."""
     old = old_pair(config.trainer.old_log_probs is OldLogProbs.recompute)
+    if not isinstance(get_algorithm(config.algorithm), Coupled):
+        return {"parity/weights_equal": ENGINE_AGAINST_TRAINER}
     return {
         "parity/ppo_kl_mb0": ENGINE_AGAINST_TRAINER,
         "parity/kl_nats": ENGINE_AGAINST_TRAINER,

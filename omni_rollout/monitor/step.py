@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from omni_rollout.monitor.metrics import reward_metrics
-from omni_rollout.monitor.pairs import PPO_KL_COMPARES, old_pair
+from omni_rollout.monitor.pairs import NOT_APPLICABLE, PPO_KL_COMPARES, old_pair
 from omni_rollout.monitor.update import update_metrics
 from omni_rollout.policy.update import Update
 
@@ -56,7 +56,13 @@ def step_metrics(
 
 
 def step_notes(
-    *, sampled_by: str, recomputed: bool, reused: Sequence[str], not_kept: str | None, not_scored: Sequence[str]
+    update: Update,
+    *,
+    sampled_by: str,
+    recomputed: bool,
+    reused: Sequence[str],
+    not_kept: str | None,
+    not_scored: Sequence[str],
 ) -> dict[str, str]:
     """Texts of a step.
 
@@ -67,7 +73,7 @@ def step_notes(
         not_kept: why a finished trajectory is not on disk.
         not_scored: a sentence for every image that a reward could not score.
     """
-    notes = {"weights/digest": sampled_by, PPO_KL_COMPARES: old_pair(recomputed)}
+    notes = {"weights/digest": sampled_by, PPO_KL_COMPARES: old_pair(recomputed) if update.coupled else NOT_APPLICABLE}
     if reused:
         notes["seeds/reused"] = "; ".join(reused)
     if not_kept:

@@ -38,7 +38,7 @@ def _within(key: str, sections: Sequence[str]) -> bool:
 
 def _changed(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """(key, value as an override writes it) of everything that is not the default."""
-    defaults = dict(_flat(_plain(TrainConfig())))
+    defaults = dict(_flat(_plain(TrainConfig(algorithm=type(config.algorithm)()))))
     for key, value in _flat(_plain(config)):
         if value != defaults.get(key):
             yield key, _override_value(value)

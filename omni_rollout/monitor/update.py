@@ -12,8 +12,21 @@ from omni_rollout.policy.update import Update
 
 
 def update_metrics(update: Update, *, elements: int, clip_range: float) -> dict[str, float]:
-    """Metrics of one update: parity before its first optimizer step, ratios over all of it."""
+    """Metrics of one update: parity before its first optimizer step, ratios over all of it, where log-probs were scored."""
+    return {
+        **(_log_prob_metrics(update, elements, clip_range) if update.first.log_probs else {}),
+        **{name: statistics.fmean(values) for name, values in update.metrics.items()},
+        "actor/pg_loss": statistics.fmean(update.losses) if update.losses else 0.0,
+        "actor/grad_norm": max(update.grad_norms, default=0.0),
+        "actor/skipped_updates": float(sum(not math.isfinite(norm) for norm in update.grad_norms)),
+        **({f"actor/updates_{name}": float(count) for name, count in update.moved.items()} if len(update.moved) > 1 else {}),
+        **({"actor/ref_kl": statistics.fmean(update.ref_kls)} if update.ref_kls else {}),
+    }
+
+
+def _log_prob_metrics(update: Update, elements: int, clip_range: float) -> dict[str, float]:
     first = update.first
+    mini_batch = ratio_metrics(torch.cat(first.log_probs), torch.cat(first.old_log_probs), clip_range)
     return {
         **parity_metrics(
             torch.cat(first.rollout_log_probs),
@@ -23,12 +36,5 @@ def update_metrics(update: Update, *, elements: int, clip_range: float) -> dict[
             clip_range,
         ),
         **ratio_metrics(torch.cat(update.all.log_probs), torch.cat(update.all.old_log_probs), clip_range),
-        "actor/pg_clipfrac_mb0": ratio_metrics(torch.cat(first.log_probs), torch.cat(first.old_log_probs), clip_range)[
-            "actor/pg_clipfrac"
-        ],
-        "actor/pg_loss": statistics.fmean(update.losses) if update.losses else 0.0,
-        "actor/grad_norm": max(update.grad_norms, default=0.0),
-        "actor/skipped_updates": float(sum(not math.isfinite(norm) for norm in update.grad_norms)),
-        **({f"actor/updates_{name}": float(count) for name, count in update.moved.items()} if len(update.moved) > 1 else {}),
-        **({"actor/ref_kl": statistics.fmean(update.ref_kls)} if update.ref_kls else {}),
+        "actor/pg_clipfrac_mb0": mini_batch["actor/pg_clipfrac"],
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from types import ModuleType
 
+from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import DType, Offload, TrainConfig, TrainerEngineName
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sizes import Pass, Sizes, decode_rows
@@ -131,7 +132,10 @@ def _state(run: Run, ranks: int) -> Iterator[Part]:
         yield Part(name="AdamW's moments", bytes=8 * trained // share.moments, why=why)
     if trainer.ema_decay and on_gpu:
         yield Part(name="average (EMA)", bytes=4 * trained // share.weights, why=f"4 bytes x {_billions(trained)} trained{cut}")
-    if config.algorithm.kl_coef and not run.rank and on_gpu:
+    algorithm = get_algorithm(config.algorithm)
+    if algorithm.keeps_old and on_gpu:
+        yield Part(name="old policy", bytes=4 * trained // share.weights, why=f"4 bytes x {_billions(trained)} trained{cut}")
+    if algorithm.needs_reference and not run.rank and on_gpu:
         why = f"4 bytes x {_billions(run.parameters)}, the policy the run started from{cut}"
         yield Part(name="reference policy", bytes=4 * run.parameters // share.weights, why=why)
 
@@ -180,7 +184,7 @@ def start_parts(run: Run) -> list[Part]:
     parts = [Part(name="reserve", bytes=CONTEXT_BYTES, why="CUDA context: a guess, not derived")]
     if run.config.trainer.engine is TrainerEngineName.fsdp2:
         return parts
-    if run.config.algorithm.kl_coef and not run.rank:
+    if get_algorithm(run.config.algorithm).needs_reference and not run.rank:
         parts.insert(0, Part(name="reference policy", bytes=4 * run.parameters, why="a copy, before it is cut"))
     why = f"4 bytes x {_billions(run.parameters)}, before it is cut"
     return [Part(name="whole policy", bytes=4 * run.parameters, why=why), *parts]

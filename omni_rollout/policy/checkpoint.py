@@ -5,6 +5,7 @@ transformer/               kind full: fp32 master weights, from_pretrained of it
 lora/                      kind lora: load_lora_weights of the family's pipeline reads it
 transformer_2/, lora_2/    the same of a second expert, where there is one
 ema/transformer|lora/      the same for the averaged weights, where an average is kept
+old/transformer|lora/      the same for the old policy, where the algorithm has one
 optimizer.safetensors      what TrainerEngine.state_dict() gave
 rng.safetensors            the process's generators, see `rng.py`
 """
@@ -29,7 +30,7 @@ from omni_rollout.errors import UserError
 from omni_rollout.models.base.policy import experts
 from omni_rollout.policy.lora import check_fit, has_lora, load_lora, read_lora, save_lora
 from omni_rollout.policy.rng import restore_rng, rng_state
-from omni_rollout.policy.state import EMA, LORA, RunState, kind_of, read_state, verify, write_state
+from omni_rollout.policy.state import EMA, LORA, OLD, RunState, kind_of, read_state, verify, write_state
 
 CONFIG = "config.json"  # diffusers' name
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
@@ -43,6 +44,7 @@ class Saved:
 
     run: RunState
     average: dict[str, torch.Tensor] | None  # by parameter name, for ExponentialAverage.load
+    old: dict[str, torch.Tensor] | None  # likewise, of the old policy
     optimizer: dict[str, torch.Tensor]  # for TrainerEngine.load_state_dict
 
 
@@ -54,12 +56,13 @@ def save_policy(
     run: RunState,
     optimizer: Mapping[str, torch.Tensor],
     average: Mapping[str, torch.Tensor] | None = None,
+    old: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes a checkpoint beside `folder` and renames it at the end; an older one of that name is replaced.
 
     Args:
         transformer: asked for its configuration alone; its parameters may be shards.
-        weights: the trained parameters by name, whole, as `Learner.state` gives them; `average` likewise.
+        weights: the trained parameters by name, whole, as `Learner.state` gives them; `average` and `old` likewise.
 
     Raises:
         OSError: it could not be written; nothing of it is left, and an older one of that name is still there.
@@ -69,8 +72,9 @@ def save_policy(
     try:
         partial.mkdir(parents=True)
         _save_weights(partial, transformer, weights)
-        if average is not None:
-            _save_weights(partial / EMA, transformer, average)
+        for name, beside in ((EMA, average), (OLD, old)):
+            if beside is not None:
+                _save_weights(partial / name, transformer, beside)
         save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, partial / OPTIMIZER)
         save_file(rng_state(), partial / RNG)
         write_state(partial, kind=_kind(transformer), run=run)
@@ -97,14 +101,17 @@ def load_policy(folder: Path, transformer: nn.Module) -> Saved:
             f"{folder} holds full weights, this run trains a LoRA adapter; set trainer.lora_rank=0, or resume from another"
         )
     load_weights(folder, transformer)
-    average = None
-    if (ema := folder / EMA).is_dir():
-        networks = experts(transformer)
-        lora, average = (ema / LORA).is_dir(), {}
-        for name in networks:
-            tensors = read_lora(ema / _lora_folder(name)) if lora else _read_full(ema / name)
-            average |= {_prefix(networks, name) + key: tensor for key, tensor in tensors.items()}
-    return Saved(run=read_state(folder), average=average, optimizer=load_file(folder / OPTIMIZER))
+    average, old = (_read_beside(folder / name, experts(transformer)) for name in (EMA, OLD))
+    return Saved(run=read_state(folder), average=average, old=old, optimizer=load_file(folder / OPTIMIZER))
+
+
+def _read_beside(folder: Path, networks: Mapping[str, nn.Module]) -> dict[str, torch.Tensor] | None:
+    """Another set of the trained parameters, by name; None: there is none."""
+    if not folder.is_dir():
+        return None
+    lora = (folder / LORA).is_dir()
+    parts = {name: read_lora(folder / _lora_folder(name)) if lora else _read_full(folder / name) for name in networks}
+    return {_prefix(networks, name) + key: tensor for name, tensors in parts.items() for key, tensor in tensors.items()}
 
 
 def load_weights(folder: Path, transformer: nn.Module) -> None:

@@ -12,19 +12,25 @@ from omni_rollout.policy.engines import TrainerEngine
 
 
 class ExponentialAverage:
-    """average <- decay * average + (1 - decay) * parameter, of the parts that this rank holds, where the engine holds them."""
+    """average <- decay * average + (1 - decay) * parameter, of the parts that this rank holds, where the engine holds them.
 
-    def __init__(self, engine: TrainerEngine, decay: float) -> None:
-        if not 0 < decay < 1:
+    Args:
+        decay: None: each `update` says its own.
+    """
+
+    def __init__(self, engine: TrainerEngine, decay: float | None) -> None:
+        if decay is not None and not 0 < decay < 1:
             raise UserError(f"ema_decay={decay}: expected a number between 0 and 1, such as 0.95")
         self._engine = engine
         self._decay = decay
         self.parts = _copies(engine)  # by parameter name
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, decay: float | None = None) -> None:
+        decay = self._decay if decay is None else decay
+        assert decay is not None
         for name, part in self._engine.parts().items():
-            self.parts[name].lerp_(part, 1 - self._decay)
+            self.parts[name].lerp_(part, 1 - decay)
 
     def restart(self) -> None:
         """The average becomes what the parameters are now."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import Parity, TrainConfig, TrainerEngineName
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.diffusion.exact_ops import effective_weights
@@ -24,6 +24,7 @@ from omni_rollout.policy.drift import Drift
 from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
 from omni_rollout.policy.engines.torch_engine import first_rank, on_first_rank
+from omni_rollout.policy.inputs import Shown
 from omni_rollout.policy.lora import attach_lora, base_alone
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.policy.rng import seed_generators
@@ -31,22 +32,23 @@ from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import PolicyUpdate, Update
 from omni_rollout.types import Trajectory
 
+# What an engine can be given: the policy that rollouts are sampled with, the one that is trained, its average.
+Which = Literal["sampler", "policy", "average"]
+
 
 class Learner:
-    """Loads the policy that `config` names.
+    """Loads the policy that `config` names, and learns by the algorithm that it names.
 
     Args:
-        algorithm: a module of `omni_rollout.algorithms`, the one that `config` names.
         rank, ranks: of torch's process group, which must exist when there is more than one. Every rank loads the whole
             policy and is given all rows; it scores its share of them, and the gradients are summed. What it keeps of the
             policy is the trainer engine's matter.
         checkpoint: to go on from; the reference of a KL term stays the policy that `config` names.
     """
 
-    def __init__(
-        self, config: TrainConfig, algorithm: ModuleType, *, rank: int = 0, ranks: int = 1, checkpoint: Path | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, *, rank: int = 0, ranks: int = 1, checkpoint: Path | None = None) -> None:
         self.config = config
+        self.algorithm = get_algorithm(config.algorithm)
         trainer = config.trainer
         self.dtype: torch.dtype = getattr(torch, config.model.dtype.value)
         seed_generators(config.sampling.seed)
@@ -56,7 +58,8 @@ class Learner:
         if trainer.engine is not TrainerEngineName.fsdp2:
             self.policy.to(self._device)
         self.drift = Drift(effective_weights(self.policy, self.dtype))
-        start = copy.deepcopy(self.policy).requires_grad_(False) if config.algorithm.kl_coef and not trainer.lora_rank else None
+        copied = self.algorithm.needs_reference and not trainer.lora_rank
+        start = copy.deepcopy(self.policy).requires_grad_(False) if copied else None
         if trainer.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         if trainer.lora_rank:
@@ -67,14 +70,15 @@ class Learner:
         saved = load_policy(checkpoint, self.policy) if checkpoint is not None else None
         self._machine = checker(self.policy, self.dtype, self._device)
         self.engine = make_trainer_engine(trainer, self.policy, self.parameters)
+        self.old = ExponentialAverage(self.engine, None) if self.algorithm.keeps_old else None
         self.update = PolicyUpdate(
             self.engine,
-            algorithm,
+            self.algorithm,
             trainer,
-            config.algorithm,
             family=config.model.family,
             dtype=self.dtype,
-            reference=self._reference(start) if config.algorithm.kl_coef else None,
+            reference=self._reference(start) if self.algorithm.needs_reference else None,
+            old=self._old_policy if self.old is not None else None,
             rank=rank,
             ranks=ranks,
         )
@@ -83,6 +87,8 @@ class Learner:
             self.engine.load_state_dict(saved.optimizer)
             if self.ema is not None and saved.average is not None:  # else it starts at the weights
                 self.ema.load(saved.average)
+            if self.old is not None:  # a policy that had none starts as its own
+                self.old.restart() if saved.old is None else self.old.load(saved.old)
             load_generators(checkpoint)
 
     def expected(self, weights: str) -> dict[str, Any]:
@@ -95,7 +101,13 @@ class Learner:
         found = {"dtype": config.model.dtype.value, "parity": config.parity.value, "weights": weights}
         return found if config.parity is Parity.fast else {**found, "machine": self._machine()}
 
-    def _reference(self, start: nn.Module | None) -> Callable[[], AbstractContextManager[nn.Module]]:
+    @contextmanager
+    def _old_policy(self) -> Iterator[nn.Module]:
+        assert self.old is not None
+        with self.old.swapped():
+            yield self.engine.module
+
+    def _reference(self, start: nn.Module | None) -> Shown:
         """The policy the run started from: a copy, or under LoRA the base that the adapter is added to."""
         if start is not None:
             frozen = self.engine.frozen(start)
@@ -124,18 +136,27 @@ class Learner:
         update = self.update(trajectories, advantages, old, learning_rate=rate, seed=seed)
         if self.ema is not None and any(math.isfinite(norm) for norm in update.grad_norms):
             self.ema.update()  # of weights that did not change, the average does not either
+        if self.old is not None:
+            self.old.update(self.algorithm.old_decay(step * self.config.trainer.updates_per_step))
         return update, rate
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What a rollout engine must hold to sample from this policy; sets `drift`. Collective, tensor by tensor."""
-        named = self.drift.watch(effective_weights(self.policy, self.dtype, self.engine.gathered))
-        # What was gathered goes when the next is asked for.
-        return named if self.config.trainer.ranks == 1 else ((name, tensor.clone()) for name, tensor in named)
+    @property
+    def lags(self) -> bool:
+        """Whether rollouts are sampled with another policy than the one that is trained."""
+        return self.old is not None and self.algorithm.samples_with_old
+
+    def weights(self, which: Which = "sampler") -> Iterator[tuple[str, torch.Tensor]]:
+        """What an engine must hold to sample from one of the policies; sets `drift`. Collective, tensor by tensor."""
+        shown = {"sampler": self.old if self.lags else None, "policy": None, "average": self.ema}[which]
+        with nullcontext() if shown is None else shown.swapped():
+            for name, tensor in self.drift.watch(effective_weights(self.policy, self.dtype, self.engine.gathered)):
+                # What was gathered goes, and what was swapped changes, when the next is asked for.
+                yield name, tensor if self.config.trainer.ranks == 1 and shown is None else tensor.clone()
 
     def state(self) -> dict[str, torch.Tensor]:
         """The trained parameters by their name in the policy: whole, fp32, on the CPU.
 
-        Collective, like the two below: every rank calls them, in the same order; ranks other than the first get none.
+        Collective, like the three below: every rank calls them, in the same order; ranks other than the first get none.
         """
         return self._whole(self.engine.parts())
 
@@ -143,18 +164,18 @@ class Learner:
         """The same of the average, where one is kept."""
         return None if self.ema is None else self._whole(self.ema.parts)
 
+    def old_state(self) -> dict[str, torch.Tensor] | None:
+        """The same of the old policy, where the algorithm has one."""
+        return None if self.old is None else self._whole(self.old.parts)
+
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         return self.engine.state_dict()
 
     def save(self, folder: Path, run: RunState) -> None:
         """Collective; the first rank writes, and alone raises OSError where that fails."""
-        weights, average, optimizer = self.state(), self.average_state(), self.optimizer_state()
+        weights, average, old, optimizer = self.state(), self.average_state(), self.old_state(), self.optimizer_state()
         if first_rank():
-            save_policy(folder, self.policy, weights, run=run, optimizer=optimizer, average=average)
+            save_policy(folder, self.policy, weights, run=run, optimizer=optimizer, average=average, old=old)
 
     def _whole(self, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return on_first_rank((name, self.engine.whole(name, part)) for name, part in parts.items())
-
-    def averaged(self, wanted: bool) -> AbstractContextManager[None]:
-        """Inside, the policy is its average, if that is wanted and one is kept."""
-        return self.ema.swapped() if wanted and self.ema is not None else nullcontext()

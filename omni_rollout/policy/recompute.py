@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -18,7 +18,7 @@ from omni_rollout.diffusion.sde import SDEStep, sde_step
 from omni_rollout.errors import PinnedKnobError
 from omni_rollout.models import family_module
 from omni_rollout.models.base import velocity
-from omni_rollout.models.base.policy import batch_keys, conditioning
+from omni_rollout.models.base.policy import batch_keys, conditioning, steps_to_learn
 from omni_rollout.types import Trajectory
 
 
@@ -28,10 +28,20 @@ class FingerprintError(ValueError):
 
 @dataclass(frozen=True)
 class Pair:
-    """One thing to score: step `index` (0 to T-1) of trajectory `row`."""
+    """One thing to score: step `index` of those that trajectory `row` can be learned from, see `steps_to_learn`."""
 
     row: int
     index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(SDEStep):
+    """Given steps, and what made them."""
+
+    velocity: torch.Tensor  # [B, *shape] fp32
+    sample: torch.Tensor  # [B, *shape] fp32, before the step
+    sigma: torch.Tensor  # [B] fp32
+    sigma_next: torch.Tensor  # [B] fp32
 
 
 def check_fingerprint(trajectory: Trajectory, expected: Mapping[str, Any]) -> None:
@@ -62,67 +72,82 @@ def check_machine(there: Mapping[str, Any], expected: Mapping[str, Any]) -> None
         )
 
 
+def stochastic_pairs(trajectories: Sequence[Trajectory]) -> list[Pair]:
+    """All stochastic steps of all trajectories."""
+    return [Pair(row, index) for row, one in enumerate(trajectories) for index in range(len(one.step_indices))]
+
+
 def micro_batches(
-    trajectories: Sequence[Trajectory], keys: Sequence[Sequence[object]], rows: Sequence[int], size: int
+    trajectories: Sequence[Trajectory], keys: Sequence[Sequence[object]], pairs: Iterable[Pair], size: int
 ) -> Iterator[list[Pair]]:
-    """All stochastic steps of the trajectories in `rows`, in batches of at most `size` that may share a forward pass.
+    """The pairs in batches of at most `size` that may share a forward pass; those that may keep their order.
 
     Args:
         keys: of `batch_keys`.
     """
     grouped: dict[object, list[Pair]] = defaultdict(list)
-    for row in rows:
-        trajectory = trajectories[row]
-        spec = trajectory.spec
-        for index in range(len(trajectory.step_indices)):
-            grouped[keys[row][index], spec.sde_type, spec.noise_level, spec.log_prob_form].append(Pair(row, index))
-    for pairs in grouped.values():
-        rest = iter(pairs)
+    for pair in pairs:
+        spec = trajectories[pair.row].spec
+        grouped[keys[pair.row][pair.index], spec.sde_type, spec.noise_level, spec.log_prob_form].append(pair)
+    for together in grouped.values():
+        rest = iter(together)
         while batch := list(islice(rest, size)):
             yield batch
 
 
 def score(
     network: nn.Module, trajectories: Sequence[Trajectory], pairs: Sequence[Pair], family: str, dtype: torch.dtype
-) -> SDEStep:
-    """Scores the given steps in one forward pass of `network`, with gradients where they are enabled.
+) -> Scored:
+    """Scores the given stochastic steps in one forward pass of `network`, with gradients where they are enabled.
 
     Args:
         network: the policy's transformer, perhaps wrapped by a trainer engine.
         pairs: B steps that may share a forward pass (see `micro_batches`).
     """
-    forward = partial(family_module(family, "policy").network, network)
-    device = _device(network)
+    device = device_of(network)
     chosen = [trajectories[pair.row] for pair in pairs]
     spec = chosen[0].spec
-
-    def stack(rows: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(rows).to(device)
-
-    steps = [int(trajectory.step_indices[pair.index]) for trajectory, pair in zip(chosen, pairs, strict=True)]
-    latents = stack([trajectory.latents[pair.index] for trajectory, pair in zip(chosen, pairs, strict=True)])
-    prev_sample = stack([trajectory.latents[pair.index + 1] for trajectory, pair in zip(chosen, pairs, strict=True)])
-    predicted = velocity.velocity(
-        forward,
-        latents,
-        stack([trajectory.timesteps[step] for trajectory, step in zip(chosen, steps, strict=True)]),
-        [conditioning(trajectory, device) for trajectory in chosen],
-        dtype,
-        expert=velocity.expert_at(spec, steps[0]),
-    )
-    return sde_step(
+    latents = torch.stack([one.latents[pair.index] for one, pair in zip(chosen, pairs, strict=True)]).to(device)
+    prev_sample = torch.stack([one.latents[pair.index + 1] for one, pair in zip(chosen, pairs, strict=True)]).to(device)
+    steps = [int(one.step_indices[pair.index]) for one, pair in zip(chosen, pairs, strict=True)]
+    predicted = predict(network, trajectories, pairs, latents, family, dtype)
+    sigma = torch.stack([one.sigmas[step] for one, step in zip(chosen, steps, strict=True)])
+    sigma_next = torch.stack([one.sigmas[step + 1] for one, step in zip(chosen, steps, strict=True)])
+    step = sde_step(
         predicted,
         latents,
-        torch.stack([trajectory.sigmas[step] for trajectory, step in zip(chosen, steps, strict=True)]),
-        torch.stack([trajectory.sigmas[step + 1] for trajectory, step in zip(chosen, steps, strict=True)]),
+        sigma,
+        sigma_next,
         noise_level=spec.noise_level,
         sde_type=spec.sde_type,
         prev_sample=prev_sample,
         log_prob_form=spec.log_prob_form,
     )
+    return Scored(**vars(step), velocity=predicted, sample=latents, sigma=sigma.to(device), sigma_next=sigma_next.to(device))
 
 
-def _device(network: nn.Module) -> torch.device:
+def predict(
+    network: nn.Module,
+    trajectories: Sequence[Trajectory],
+    pairs: Sequence[Pair],
+    latents: torch.Tensor,
+    family: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """[B, *shape] fp32: the velocity at `latents` [B, *shape] at the pairs' times, told what their trajectories were told."""
+    chosen = [trajectories[pair.row] for pair in pairs]
+    steps = [steps_to_learn(one)[pair.index] for one, pair in zip(chosen, pairs, strict=True)]
+    return velocity.velocity(
+        partial(family_module(family, "policy").network, network),
+        latents,
+        torch.stack([one.timesteps[step] for one, step in zip(chosen, steps, strict=True)]).to(latents.device),
+        [conditioning(one, latents.device) for one in chosen],
+        dtype,
+        expert=velocity.expert_at(chosen[0].spec, steps[0]),
+    )
+
+
+def device_of(network: nn.Module) -> torch.device:
     """Where it computes; the parts of its parameters may lie elsewhere."""
     parameter = next(network.parameters())
     return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
@@ -135,7 +160,7 @@ def recompute(
     """The log-probs of every trajectory under `network`: one [T] fp32 tensor each, in the order given."""
     keys = batch_keys(trajectories)
     log_probs = [torch.empty_like(trajectory.log_probs) for trajectory in trajectories]
-    for pairs in micro_batches(trajectories, keys, range(len(trajectories)), micro_batch_size):
+    for pairs in micro_batches(trajectories, keys, stochastic_pairs(trajectories), micro_batch_size):
         for pair, log_prob in zip(pairs, score(network, trajectories, pairs, family, dtype).log_prob.cpu(), strict=True):
             log_probs[pair.row][pair.index] = log_prob
     return log_probs

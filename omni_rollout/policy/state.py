@@ -14,6 +14,7 @@ from omni_rollout.errors import UserError
 FORMAT_VERSION = 2
 STATE = "state.json"
 EMA = "ema"  # folder of a checkpoint: the averaged weights, laid out like the checkpoint's own
+OLD = "old"  # the same of the old policy, where the algorithm has one
 LORA = "lora"  # folder of an adapter; a second expert's is lora_2
 
 

@@ -1,29 +1,29 @@
-"""One policy update from one rollout: the step that every back end shares.
+"""One policy update from one rollout: the step that every back end and every algorithm share.
 
-trajectories, advantages ─► mini-batches ─► micro_batches ─► score ─► loss ─► backward ... step
+trajectories, advantages ─► mini-batches ─► micro_batches ─► inputs ─► loss ─► backward ... step
                                  └─ the first, before its step: engine log-probs against the trainer's own
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from types import ModuleType
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from omni_rollout.config import AlgorithmConfig, TrainerConfig
-from omni_rollout.diffusion.sde import gaussian_kl
+from omni_rollout.algorithms import rollout_correction
+from omni_rollout.algorithms.base import Algorithm, Coupled
+from omni_rollout.config import TrainerConfig
+from omni_rollout.data.collate import derive_seed
 from omni_rollout.models import family_module
-from omni_rollout.models.base.policy import batch_keys
+from omni_rollout.models.base.policy import batch_keys, steps_to_learn
 from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.policy.engines import TrainerEngine
-from omni_rollout.policy.recompute import Pair, micro_batches, score
+from omni_rollout.policy.inputs import Inputs, Rows, Shown
+from omni_rollout.policy.recompute import Pair, micro_batches
 from omni_rollout.types import Trajectory
 
 
@@ -42,24 +42,52 @@ class Scores:
         self.old_log_probs.append(old.detach().cpu())
         self.log_probs.append(new.detach().cpu())
 
+    def copy(self) -> Scores:
+        return Scores(
+            step_indices=list(self.step_indices),
+            rollout_log_probs=list(self.rollout_log_probs),
+            old_log_probs=list(self.old_log_probs),
+            log_probs=list(self.log_probs),
+        )
+
 
 @dataclass(kw_only=True)
 class Update:
     """What one update did."""
 
-    first: Scores  # of the first mini-batch, scored before any weight changed
-    all: Scores
-    losses: list[float]
-    ref_kls: list[float]  # mean exact Gaussian KL to the reference policy, per micro-batch; empty without one
-    grad_norms: list[float]  # before clipping, per mini-batch; not finite: that mini-batch changed nothing
+    coupled: bool  # to the rollout's log-probs; False: nothing was scored
+    first: Scores = field(default_factory=Scores)  # of the first mini-batch, scored before any weight changed
+    all: Scores = field(default_factory=Scores)
+    losses: list[float] = field(default_factory=list)
+    ref_kls: list[float] = field(default_factory=list)  # mean exact Gaussian KL to the reference, per micro-batch
+    grad_norms: list[float] = field(default_factory=list)  # before clipping, per mini-batch; not finite: nothing was changed
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # the algorithm's own, per micro-batch
     moved: dict[str, int]  # expert -> the optimizer steps that its steps of the trajectories were part of
+
+    def note(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniBatch:
+    """One optimizer step's work, as this rank sees it."""
+
+    chosen: list[Pair]
+    used: bool  # whether any rank has a gradient for it
+    passes: list[tuple[list[Pair], bool]]  # this rank's micro-batches; False: only fills up, see `_passes`
+    experts: list[str]  # that they go through, one by one
+
+    @property
+    def share(self) -> float:
+        """Of one pair in the mean."""
+        return 1.0 / len(self.chosen)
 
 
 class PolicyUpdate:
     """Binds what stays the same over a run; call it once per rollout.
 
     Args:
-        reference: inside, gives the policy the run started from, when the loss has a KL term.
+        reference: inside, gives the policy the run started from, for algorithms that need one; `old`: the old policy.
         rank, ranks: which share of the rows to score. All ranks are given all rows, so the mean is over all of them; an engine
             for several ranks sums their gradients.
     """
@@ -67,19 +95,21 @@ class PolicyUpdate:
     def __init__(
         self,
         engine: TrainerEngine,
-        algorithm: ModuleType,
+        algorithm: Algorithm,
         trainer: TrainerConfig,
-        weights: AlgorithmConfig,
         *,
         family: str,
         dtype: torch.dtype,
-        reference: Callable[[], AbstractContextManager[nn.Module]] | None = None,
+        reference: Shown | None = None,
+        old: Shown | None = None,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self._engine, self._algorithm, self._trainer, self._weights = engine, algorithm, trainer, weights
-        self._family, self._dtype, self._reference = family, dtype, reference
-        self._rank, self._ranks = rank, ranks
+        self._engine, self._algorithm, self._trainer = engine, algorithm, trainer
+        self._family, self._rank, self._ranks = family, rank, ranks
+        self._skips = algorithm.needs_advantage and reference is None
+        clip_range = trainer.clip_range
+        self._inputs = Inputs(engine, algorithm, clip_range, family=family, dtype=dtype, reference=reference, old=old)
 
     def __call__(
         self,
@@ -90,119 +120,133 @@ class PolicyUpdate:
         learning_rate: float,
         seed: int,
     ) -> Update:
-        """Takes `updates_per_step` optimizer steps.
+        """Takes at most `updates_per_step` optimizer steps.
 
         Args:
             advantages: [B], one per trajectory.
             old_log_probs: B of [T] fp32: what the ratio is taken to.
+            seed: of the step; what is drawn for it follows from this and the request.
         """
         experts: tuple[str, ...] = family_module(self._family, "spec").EXPERTS
+        result = Update(coupled=isinstance(self._algorithm, Coupled), moved=dict.fromkeys(experts, 0))
         keys = batch_keys(trajectories)
-        rows = list(range(len(trajectories)))
-        random.Random(seed).shuffle(rows)
-        result = Update(first=Scores(), all=Scores(), losses=[], ref_kls=[], grad_norms=[], moved=dict.fromkeys(experts, 0))
-        size = -(-len(rows) // self._trainer.updates_per_step)
-        for start in range(0, len(rows), size):
-            chosen = rows[start : start + size]
-            share = 1.0 / sum(len(trajectories[row].step_indices) for row in chosen)
-            # No advantage and no KL term: no gradient. Such rows still count in the mean.
-            used = [row for row in chosen if advantages[row] != 0 or self._reference is not None]
-            passes = self._passes(trajectories, keys, used)
-            order = [experts[expert_of(trajectories, pairs)] for pairs, _ in passes]
-            check_ranks_agree(order)
-            for number, (pairs, own) in enumerate(passes):
-                loss = self._loss(trajectories, pairs, advantages, old_log_probs, own, result)
-                weight = len(pairs) * share if own else 0.0
-                self._engine.backward(loss * weight, last=number == len(passes) - 1)
-            if start == 0:
-                self._keep_first(trajectories, keys, chosen, old_log_probs, used, result)
-            if used:
-                result.grad_norms.append(self._engine.step(learning_rate, idle=set(experts) - set(order)))
-                for expert in set(order):
+        rows = Rows(trajectories=trajectories, advantages=advantages, old_log_probs=old_log_probs, seed=seed)
+        rows, pairs = self._pairs(rows, result)
+        mini_batches = [self._mini_batch(rows, keys, chosen, experts) for chosen in self._cut(rows, pairs)]
+        if self._algorithm.recalls:
+            for pass_, _ in (one for later in mini_batches[1:] for one in later.passes):
+                self._inputs.recall(rows, pass_)
+        for number, mini_batch in enumerate(mini_batches):
+            check_ranks_agree(mini_batch.experts)
+            for place, (pass_, own) in enumerate(mini_batch.passes):
+                # What is recalled is of later mini-batches: the first has it at hand.
+                loss = self._loss(replace(rows, recalled={}) if number == 0 else rows, pass_, own, result)
+                weight = len(pass_) * mini_batch.share if own else 0.0
+                self._engine.backward(loss * weight, last=place == len(mini_batch.passes) - 1)
+            if number == 0 and result.coupled:
+                self._keep_first(rows, keys, mini_batch, result)
+            if mini_batch.used:
+                result.grad_norms.append(self._engine.step(learning_rate, idle=set(experts) - set(mini_batch.experts)))
+                for expert in set(mini_batch.experts):
                     result.moved[expert] += 1
         return result
 
+    def _pairs(self, rows: Rows, result: Update) -> tuple[Rows, dict[int, list[Pair]]]:
+        """Row -> what is learned from it, as the algorithm and rollout correction say; the rows with the latter's weights."""
+        chosen: dict[int, list[Pair]] = {}
+        for row, trajectory in enumerate(rows.trajectories):
+            draw = random.Random(derive_seed(rows.seed, "steps", self._inputs.draws_by(trajectory)))
+            indices = self._algorithm.steps(len(steps_to_learn(trajectory)), draw)
+            chosen[row] = [Pair(row, index) for index in indices]
+        algorithm = self._algorithm
+        if not isinstance(algorithm, Coupled) or not (algorithm.rollout_is or algorithm.rollout_rs):
+            return rows, chosen
+        log_probs = [(one.log_probs, old) for one, old in zip(rows.trajectories, rows.old_log_probs, strict=True)]
+        weights = [rollout_correction.weights(algorithm, *both) for both in log_probs]
+        kept = [rollout_correction.kept(algorithm, *both) for both in log_probs]
+        result.note("rollout_corr/rollout_is_mean", float(torch.cat(weights).mean()))
+        result.note("rollout_corr/rollout_rs_masked_fraction", 1 - sum(map(sum, kept)) / sum(map(len, kept)))
+        left = {row: [pair for pair in pairs if kept[row][pair.index]] for row, pairs in chosen.items()}
+        return replace(rows, weights=weights), left
+
+    def _cut(self, rows: Rows, pairs: dict[int, list[Pair]]) -> Iterable[list[list[Pair]]]:
+        """Mini-batches of units: pairs that must be scored in one micro-batch, one of each row that learns together."""
+        groups = [trajectory.group_id for trajectory in rows.trajectories]
+        units = self._algorithm.units(rows.advantages.tolist(), groups)
+        random.Random(rows.seed).shuffle(units)
+        size = max(1, -(-len(units) // self._trainer.updates_per_step))
+        for start in range(0, len(units), size):
+            yield [
+                [pair for together in zip(*(pairs[row] for row in unit), strict=True) for pair in together]
+                for unit in units[start : start + size]
+            ]
+
+    def _mini_batch(
+        self, rows: Rows, keys: Sequence[Sequence[object]], units: list[list[Pair]], experts: Sequence[str]
+    ) -> MiniBatch:
+        chosen = [pair for unit in units for pair in unit]
+        # No advantage and no KL term: no gradient. Such rows still count in the mean.
+        used = [unit for unit in units if unit and not (self._skips and rows.advantages[unit[0].row] == 0)]
+        passes = self._passes(rows.trajectories, keys, used)
+        order = [experts[expert_of(rows.trajectories, pairs)] for pairs, _ in passes]
+        return MiniBatch(chosen=chosen, used=bool(used), passes=passes, experts=order)
+
     def _passes(
-        self, trajectories: Sequence[Trajectory], keys: Sequence[Sequence[object]], used: Sequence[int]
+        self, trajectories: Sequence[Trajectory], keys: Sequence[Sequence[object]], units: Sequence[Sequence[Pair]]
     ) -> list[tuple[list[Pair], bool]]:
         """This rank's micro-batches, filled up to as many as any rank has: forward and backward may gather weights from all.
 
         Expert by expert, so that all ranks compute with the same one at a time. False beside one that only fills up: the first
         with that expert, which weighs nothing then.
         """
+        together = self._algorithm.rows_together
+        size = max(self._trainer.micro_batch_size // together, 1) * together
         shares: list[dict[int, list[list[Pair]]]] = [{} for _ in range(self._ranks)]
         for rank, share in enumerate(shares):
-            for pairs in micro_batches(trajectories, keys, used[rank :: self._ranks], self._trainer.micro_batch_size):
+            own = [pair for unit in units[rank :: self._ranks] for pair in unit]
+            for pairs in micro_batches(trajectories, keys, own, size):
                 share.setdefault(expert_of(trajectories, pairs), []).append(pairs)
         passes: list[tuple[list[Pair], bool]] = []
         for expert in sorted({expert for share in shares for expert in share}):
             of_expert = [share.get(expert, []) for share in shares]
-            own, most = of_expert[self._rank], max(map(len, of_expert))
+            own_batches, most = of_expert[self._rank], max(map(len, of_expert))
             filler = next(batches[0] for batches in of_expert if batches)
-            passes += [(pairs, True) for pairs in own] + [(filler, False)] * (most - len(own))
+            passes += [(pairs, True) for pairs in own_batches] + [(filler, False)] * (most - len(own_batches))
         return passes
 
-    def _loss(
-        self,
-        trajectories: Sequence[Trajectory],
-        pairs: Sequence[Pair],
-        advantages: torch.Tensor,
-        old_log_probs: Sequence[torch.Tensor],
-        own: bool,
-        result: Update,
-    ) -> torch.Tensor:
+    def _loss(self, rows: Rows, pairs: Sequence[Pair], own: bool, result: Update) -> torch.Tensor:
         """The mean over the pairs; what was scored is kept in `result`, unless it only fills up."""
-        reference = None
-        if self._reference is not None:
-            with torch.no_grad(), self._reference() as network:
-                reference = score(network, trajectories, pairs, self._family, self._dtype)
-        step = score(self._engine.module, trajectories, pairs, self._family, self._dtype)
-        device = step.log_prob.device
-        old = torch.stack([old_log_probs[pair.row][pair.index] for pair in pairs]).to(device)
-        advantage = torch.stack([advantages[pair.row] for pair in pairs]).to(device)
-        ref_kl = None if reference is None else gaussian_kl(step.mean, reference.mean, step.step_std)
-        clip_range, kl_coef = self._trainer.clip_range, self._weights.kl_coef
-        loss = self._algorithm.loss(step.log_prob, old, advantage, clip_range, kl=ref_kl, kl_coef=kl_coef).loss
+        given = self._inputs(rows, pairs)
+        found = self._inputs.loss(given)
         if own:
-            result.ref_kls += [] if ref_kl is None else [float(ref_kl.detach().mean())]
-            result.losses.append(float(loss.detach()))
-            result.all.add(trajectories, pairs, old, step.log_prob)
-        return loss
+            result.ref_kls += [] if given.ref_kl is None else [float(given.ref_kl.detach().mean())]
+            result.losses.append(float(found.loss.detach()))
+            for name, values in found.metrics.items():
+                result.note(f"actor/{name}", float(values.mean()))
+            if given.log_probs is not None and given.old_log_probs is not None:
+                result.all.add(rows.trajectories, pairs, given.old_log_probs, given.log_probs)
+        return found.loss
 
-    def _keep_first(
-        self,
-        trajectories: Sequence[Trajectory],
-        keys: Sequence[Sequence[object]],
-        chosen: Sequence[int],
-        old_log_probs: Sequence[torch.Tensor],
-        used: Sequence[int],
-        result: Update,
-    ) -> None:
+    def _keep_first(self, rows: Rows, keys: Sequence[Sequence[object]], mini_batch: MiniBatch, result: Update) -> None:
         """The pairs scored so far, all before the first optimizer step; when none had an advantage, one micro-batch.
 
         That one is scored by every rank, and counted by the first.
         """
-        first = result.all
-        result.first = Scores(
-            step_indices=list(first.step_indices),
-            rollout_log_probs=list(first.rollout_log_probs),
-            old_log_probs=list(first.old_log_probs),
-            log_probs=list(first.log_probs),
-        )
-        if used:
+        result.first = result.all.copy()
+        if mini_batch.used or not mini_batch.chosen:
             return
-        pairs = next(micro_batches(trajectories, keys, chosen, self._trainer.micro_batch_size))
+        pairs = next(micro_batches(rows.trajectories, keys, mini_batch.chosen, self._trainer.micro_batch_size))
         with torch.no_grad():
-            step = score(self._engine.module, trajectories, pairs, self._family, self._dtype)
-        old = torch.stack([old_log_probs[pair.row][pair.index] for pair in pairs])
+            step = self._inputs.score(rows, pairs)
+        old = torch.stack([rows.old_log_probs[pair.row][pair.index] for pair in pairs])
         for scores in (result.first, result.all) if self._rank == 0 else ():
-            scores.add(trajectories, pairs, old, step.log_prob)
+            scores.add(rows.trajectories, pairs, old, step.log_prob)
 
 
 def expert_of(trajectories: Sequence[Trajectory], pairs: Sequence[Pair]) -> int:
     """The one that all of a micro-batch takes."""
     trajectory = trajectories[pairs[0].row]
-    return expert_at(trajectory.spec, int(trajectory.step_indices[pairs[0].index]))
+    return expert_at(trajectory.spec, steps_to_learn(trajectory)[pairs[0].index])
 
 
 def check_ranks_agree(order: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from omni_rollout.algorithms.flow_grpo import FlowGRPO
 from omni_rollout.config import Backend, DType, OldLogProbs, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose, to_yaml
@@ -35,7 +36,7 @@ def sound(tmp_path: Path) -> TrainConfig:
 def test_defaults_are_those_of_the_dataclasses() -> None:
     config = compose(["model.path=model", "prompts=prompts.txt"])
     plain = TrainConfig(prompts="prompts.txt", run_dir=config.run_dir)
-    plain.model.path = "model"
+    plain.model.path, plain.algorithm = "model", FlowGRPO()
     assert config == plain
     assert isinstance(config.model.dtype, DType)
 
@@ -267,7 +268,7 @@ def test_a_sound_configuration_passes(sound: TrainConfig) -> None:
         ("reward.weights", {"orc": 1.0}, "did you mean ocr? expected one of"),
         ("reward.weights", {"base": 1.0}, "expected one of"),
         ("model.family", "qwenimage", "did you mean qwen_image?"),
-        ("algorithm.name", "grpo", "did you mean flow_grpo?"),
+        ("algorithm.name", "flow_gpro", "did you mean flow_grpo?"),
         ("launch.cpus", 0, "expected at least 1"),
         ("launch.object_store_mb", 1, "expected at least 128"),
         ("trainer.weight_decay", float("inf"), "expected a finite number"),

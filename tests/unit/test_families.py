@@ -15,7 +15,8 @@ from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 
 from omni_rollout import models
-from omni_rollout.config import AlgorithmConfig, TrainerConfig
+from omni_rollout.algorithms.flow_grpo import FlowGRPO
+from omni_rollout.config import TrainerConfig
 from omni_rollout.data.prompts import group_id, load_prompts
 from omni_rollout.diffusion.exact_ops import effective_weights, install_linears
 from omni_rollout.diffusion.guidance import guide
@@ -32,6 +33,7 @@ from omni_rollout.models.qwen_image import spec as qwen
 from omni_rollout.models.qwen_image import velocity as qwen_velocity
 from omni_rollout.policy.checkpoint import load_policy, save_policy
 from omni_rollout.policy.lora import attach_lora, has_lora
+from omni_rollout.policy.recompute import stochastic_pairs
 from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import PolicyUpdate
 from omni_rollout.rewards import WeightedSum
@@ -175,10 +177,8 @@ def test_all_ranks_compute_with_one_expert_at_a_time(child: str, ranks: int) -> 
     for rank in range(ranks):
         engine: Any = None
         trainer = TrainerConfig(micro_batch_size=2)
-        update = PolicyUpdate(
-            engine, ModuleType("a"), trainer, AlgorithmConfig(), family=child, dtype=torch.float32, rank=rank, ranks=ranks
-        )
-        passes = update._passes(rows, batch_keys(rows), list(range(len(rows))))
+        update = PolicyUpdate(engine, FlowGRPO(), trainer, family=child, dtype=torch.float32, rank=rank, ranks=ranks)
+        passes = update._passes(rows, batch_keys(rows), [[pair] for pair in stochastic_pairs(rows)])
         order.append([rows[p[0].row].spec.extra["boundary_step"] <= rows[p[0].row].step_indices[p[0].index] for p, _ in passes])
         scored += [pair for pairs, own in passes if own for pair in pairs]
     assert all(one == order[0] == sorted(order[0]) for one in order)

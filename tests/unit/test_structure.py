@@ -19,13 +19,14 @@ MAX_FILE, MAX_FUNCTION, MAX_TOP = 300, 60, 7
 STAGES = (
     ("errors",),
     ("types", "config"),
+    ("algorithms",),  # formulas and their keys, of plain records: what a configuration is checked against
     ("diffusion",),
     ("models",),
     ("trajectories",),  # after models: a capsule asks its family's spec.py for the shapes
     ("launch",),
     ("data",),  # after models: collate asks a family's spec.py what a request means
     ("rollout",),
-    ("rewards", "algorithms", "policy"),
+    ("rewards", "policy"),
     ("run",),  # resume reads what policy has written
     ("parity",),
     ("monitor",),

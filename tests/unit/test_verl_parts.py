@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 pytest.importorskip("verl")
 
+from omni_rollout.algorithms.awm import AWM
 from omni_rollout.config import RewardConfig, TrainConfig
 from omni_rollout.errors import PinnedKnobError, UserError
 from omni_rollout.integrations.verl import agent_loop
@@ -90,11 +91,12 @@ def test_a_trajectory_comes_back_from_its_fields_as_it_was():
 
 
 def test_a_configuration_comes_back_from_verls_as_it_was():
-    config = TrainConfig(reward=RewardConfig(weights={"jpeg_compressibility": 2.0}))
+    config = TrainConfig(reward=RewardConfig(weights={"jpeg_compressibility": 2.0}), algorithm=AWM(name="awm", times=3))
     config.model.path = "m"
     config.prompts = "p.txt"
     config.run_dir = "r"
     assert run_config(to_section(config)) == config
+    assert run_config(OmegaConf.to_container(to_section(config))) == config  # as it goes to a process of Ray
 
 
 def test_verls_configuration_takes_ours_and_registers_our_trainer(random_checkpoint, tmp_path):
@@ -138,11 +140,21 @@ def test_merged_shares_are_all_rows():
             old_log_probs=[torch.tensor(rows)],
             log_probs=[torch.tensor(rows)],
         )
-        return Update(first=scores, all=scores, losses=list(rows), ref_kls=[], grad_norms=[2.0], moved={"transformer": 1})
+        metrics = {"actor/dropped": list(rows)}
+        return Update(
+            coupled=True,
+            first=scores,
+            all=scores,
+            losses=list(rows),
+            grad_norms=[2.0],
+            metrics=metrics,
+            moved={"transformer": 1},
+        )
 
     both = merged([update(1.0, 2.0), update(3.0)])
     assert torch.cat(both.all.log_probs).tolist() == [1.0, 2.0, 3.0]
     assert both.losses == [1.0, 2.0, 3.0] and both.grad_norms == [2.0]
+    assert both.metrics == {"actor/dropped": [1.0, 2.0, 3.0]}
 
 
 @pytest.mark.parametrize("field", ["threads", "calls", "kernels"])

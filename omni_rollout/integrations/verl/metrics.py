@@ -67,10 +67,15 @@ def merged(updates: Sequence[Update]) -> Update:
         )
 
     return Update(
+        coupled=updates[0].coupled,
         first=together([update.first for update in updates]),
         all=together([update.all for update in updates]),
         losses=[loss for update in updates for loss in update.losses],
         ref_kls=[kl for update in updates for kl in update.ref_kls],
+        metrics={
+            name: [value for update in updates for value in update.metrics.get(name, ())]
+            for name in dict.fromkeys(name for update in updates for name in update.metrics)
+        },
         grad_norms=updates[0].grad_norms,  # of the sum over the ranks, the same on each
         moved=updates[0].moved,
     )

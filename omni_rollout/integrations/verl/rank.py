@@ -15,9 +15,9 @@ from verl.plugin.platform import get_platform
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 
-from omni_rollout import algorithms, monitor
+from omni_rollout import monitor
 from omni_rollout.integrations.verl.records import Weights, buckets, column, from_fields, run_config
-from omni_rollout.policy.learner import Learner
+from omni_rollout.policy.learner import Learner, Which
 from omni_rollout.policy.recompute import check_fingerprint
 from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import Update
@@ -50,8 +50,7 @@ class TrainerRank(Worker):
             backend = "gloo" if device.device_name == "cpu" else f"cpu:gloo,{device.device_name}:nccl"
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size)
         tq.init()
-        algorithm = algorithms.get_algorithm(self._config.algorithm.name)
-        self._learner = Learner(self._config, algorithm, rank=self.rank, ranks=self.world_size, checkpoint=checkpoint)
+        self._learner = Learner(self._config, rank=self.rank, ranks=self.world_size, checkpoint=checkpoint)
 
     @every_rank
     def update_policy(self, keys: Sequence[str], partition: str, advantages: torch.Tensor, step: int) -> RankUpdate:
@@ -77,15 +76,14 @@ class TrainerRank(Worker):
         return RankUpdate(update=update, learning_rate=rate, recomputed=recompute_old)
 
     @every_rank
-    def publish(self, version: int, averaged: bool = False) -> Weights:
+    def publish(self, version: int, which: Which = "sampler") -> Weights:
         """What the servers shall hold from now on; every rank digests its own, only the first puts them up."""
         digests: dict[str, str] = {}
         put: list[ray.ObjectRef] = []
-        with self._learner.averaged(averaged):
-            for bucket in buckets(self._learner.weights()):  # never the whole policy at once
-                digests |= tensor_digests(bucket)
-                if self.rank == 0:
-                    put.append(ray.put([(name, tensor.cpu()) for name, tensor in bucket]))
+        for bucket in buckets(self._learner.weights(which)):  # never the whole policy at once
+            digests |= tensor_digests(bucket)
+            if self.rank == 0:
+                put.append(ray.put([(name, tensor.cpu()) for name, tensor in bucket]))
         digest = combined_digest(digests)
         self._expected = self._learner.expected(digest)
         machine, drift = self._expected.get("machine"), self._learner.drift.value

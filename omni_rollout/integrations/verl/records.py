@@ -12,10 +12,10 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 
-from omni_rollout.config import RewardConfig, TrainConfig
+from omni_rollout.config import TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.integrations.verl import NAME
-from omni_rollout.launch.compose import compose
+from omni_rollout.launch.compose import compose, typed
 from omni_rollout.launch.validate import validate
 from omni_rollout.types import Prompt, RolloutRequest, SamplingSpec, Trajectory
 
@@ -66,8 +66,7 @@ def run_config(section: Any) -> TrainConfig:
         config = compose(list(section))
         validate(config)
         return config
-    schema = OmegaConf.structured(TrainConfig(reward=RewardConfig(weights={})))  # its default weight would be merged in
-    return cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(schema, section)))
+    return typed(section)
 
 
 def to_section(config: TrainConfig) -> DictConfig:

@@ -25,7 +25,7 @@ from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, Ra
 from verl.trainer.ppo.v1 import PPOTrainer, register_trainer
 from verl.utils.debug import marked_timer
 
-from omni_rollout import algorithms
+from omni_rollout.algorithms import get_algorithm
 from omni_rollout.data.collate import Collator
 from omni_rollout.data.seeds import SeedLedger
 from omni_rollout.data.stream import prompt_data
@@ -40,6 +40,7 @@ from omni_rollout.integrations.verl.replay_buffer import WatchedReplayBuffer
 from omni_rollout.integrations.verl.reward import RewardWorkers
 from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Guards, Monitor, last_words, step_metrics, step_notes
+from omni_rollout.policy.learner import Which
 from omni_rollout.policy.recompute import check_machine
 from omni_rollout.rewards import make_rewards
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
@@ -96,10 +97,10 @@ class OmniTrainer(PPOTrainer):
         self.rewards = make_rewards(run)
         self.rewards.check(all_prompts, family_module(run.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(run.model.path, subfolder="tokenizer")
-        self.collator = Collator(run.model.family, tokenizer, run.sampling, run.collate)
+        self.algorithm = get_algorithm(run.algorithm)
+        self.collator = Collator(run.model.family, tokenizer, run.sampling, run.collate, self.algorithm.window_start)
         for prompt in all_prompts:
             self.collator.check(self.collator.spec(images=prompt.images), prompt)
-        self.algorithm = algorithms.get_algorithm(run.algorithm.name)
         self.guards = Guards(run.run_dir)
         self.seeds = SeedLedger(Path(run.run_dir) / "seeds.jsonl")
         self.total_training_steps = self.steps_per_epoch = max(run.trainer.steps, 1)
@@ -170,12 +171,8 @@ class OmniTrainer(PPOTrainer):
         self.scored = self.rewards.batch(self.samples.breakdown, self.samples.failures)
         self.rewards.require(self.scored)
         self.group_ids = [self.samples.group_ids[row] for row in self.scored.scored]  # the others leave their groups
-        self.advantages = self.algorithm.advantages(
-            torch.tensor(self.rewards.compared(self.scored, self.group_ids), dtype=torch.float32),
-            self.group_ids,
-            std=self.run.algorithm.advantage_std,
-            clip=self.run.algorithm.advantage_clip,
-        )
+        rewards = torch.tensor(self.rewards.compared(self.scored, self.group_ids), dtype=torch.float32)
+        self.advantages = self.algorithm.advantages(rewards, self.group_ids)
         return batch
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
@@ -191,9 +188,9 @@ class OmniTrainer(PPOTrainer):
         with marked_timer("update_weights", self.timing_raw), last_words(self.sight, self.global_steps):
             self._publish()
 
-    def _publish(self, averaged: bool = False) -> None:
+    def _publish(self, which: Which = "sampler") -> None:
         """Every server holds the ranks' weights afterwards, or will before it samples again."""
-        published: list[Weights] = self.actor_rollout_wg.publish(self.global_steps, averaged)
+        published: list[Weights] = self.actor_rollout_wg.publish(self.global_steps, which)
         digests = {weights.digest for weights in published}
         if len(digests) > 1:
             raise WeightSyncError(f"step {self.global_steps}: the trainer ranks hold different weights, {sorted(digests)}")
@@ -210,14 +207,18 @@ class OmniTrainer(PPOTrainer):
     def _validate(self) -> dict[str, float]:
         """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""
         name = f"step-{self.global_steps:05d}" if self.global_steps else "before"
+        averages = self.run.trainer.ema_decay > 0 and self.global_steps > 0
+        if self.algorithm.samples_with_old:
+            self._publish("policy")
         metrics, self.images, samples = self._evaluate(name)
         texts = [prompt["text"] for prompt in samples.prompts]
         guarded, self.lost = self.guards(self.global_steps, samples.media, texts, metrics.get("evaluation/reward", math.nan))
-        if self.run.trainer.ema_decay and self.global_steps:
-            self._publish(averaged=True)
+        if averages:
+            self._publish("average")
             averaged, _, _ = self._evaluate(f"{name}-ema")
-            self._publish()
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
+        if averages or self.algorithm.samples_with_old:
+            self._publish()
         metrics |= guarded
         if not self.global_steps:
             self.sight.log(0, metrics, evaluation=self.images)
@@ -263,7 +264,8 @@ class OmniTrainer(PPOTrainer):
             **evaluated,
         }
         lost = {"not_kept": self.told["not_kept"], "not_scored": scored.failures}
-        notes = step_notes(sampled_by=self.sampled_by, recomputed=first.recomputed, reused=self.reused, **lost)
+        digest, recomputed = self.sampled_by, first.recomputed
+        notes = step_notes(first.update, sampled_by=digest, recomputed=recomputed, reused=self.reused, **lost)
         metrics.update(ours)
         images = self.images if evaluated else ()
         notes |= {**(self.lost if evaluated else {}), **self.checkpoints.notes()}

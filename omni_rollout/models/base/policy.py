@@ -40,9 +40,20 @@ def experts(policy: nn.Module) -> dict[str, nn.Module]:
     return dict(inner.named_children()) if isinstance(inner, Experts) else {"transformer": policy}
 
 
+def steps_to_learn(trajectory: Trajectory) -> list[int]:
+    """Positions in its schedule that can be learned from: its stochastic steps; all of one that was sampled by the ode."""
+    return trajectory.step_indices.tolist() or list(range(len(trajectory.timesteps)))
+
+
 def conditioning(trajectory: Trajectory, device: torch.device) -> Conditioning:
+    """Guided as it was sampled, where it was sampled by stochastic steps.
+
+    What final latents of an ode teach is the velocity of the prompt alone: no straight line leads to a guided one.
+    """
+    stochastic = bool(len(trajectory.step_indices))
+
     def on_device(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.to(device)
+        return None if tensor is None or not stochastic else tensor.to(device)
 
     return Conditioning(
         prompt_embeds=trajectory.prompt_embeds.to(device),
@@ -55,10 +66,9 @@ def conditioning(trajectory: Trajectory, device: torch.device) -> Conditioning:
 
 
 def batch_keys(trajectories: Sequence[Trajectory]) -> list[list[tuple[object, ...]]]:
-    """One key per trajectory and stochastic step; steps of equal keys may share a forward pass."""
+    """One key per trajectory and step of `steps_to_learn`; steps of equal keys may share a forward pass."""
     cpu = torch.device("cpu")
     rows = [conditioning(trajectory, cpu) for trajectory in trajectories]
     return [
-        [row.batch_key(step) for step in trajectory.step_indices.tolist()]
-        for row, trajectory in zip(rows, trajectories, strict=True)
+        [row.batch_key(step) for step in steps_to_learn(trajectory)] for row, trajectory in zip(rows, trajectories, strict=True)
     ]
