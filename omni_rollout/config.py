@@ -40,7 +40,7 @@ class LogProbFormName(Enum):
     unnormalised = "unnormalised"
 
 
-class TrainerEngine(Enum):
+class TrainerEngineName(Enum):
     torch = "torch"  # whole on every rank
     fsdp2 = "fsdp2"  # everything cut over the ranks
     deepspeed = "deepspeed"  # cut as far as zero_stage says
@@ -137,7 +137,7 @@ class RewardConfig:
 
 @dataclass
 class TrainerConfig:
-    engine: TrainerEngine = TrainerEngine.torch
+    engine: TrainerEngineName = TrainerEngineName.torch
     ranks: int = 1  # processes that share an update's rows; more than one with backend=verl
     zero_stage: int = 1  # with engine=deepspeed: 0 cuts nothing, 1 the optimizer, 2 gradients too, 3 parameters too
     offload: Offload = Offload.none

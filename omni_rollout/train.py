@@ -9,6 +9,7 @@ for step in steps:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,21 +24,27 @@ from omni_rollout.config import TrainConfig
 from omni_rollout.data.collate import Collator
 from omni_rollout.data.seeds import SeedLedger
 from omni_rollout.data.stream import prompt_data
+from omni_rollout.launch.progress import Progress
 from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Guards, Monitor
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
 from omni_rollout.rewards import make_rewards
-from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.rollout.to_folder import engine_of
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
-from omni_rollout.run.resume import Start, check_weights, enter, find_start, run_state
+from omni_rollout.run.evaluate import sampled
+from omni_rollout.run.evaluation import captioned, evaluation_metrics
+from omni_rollout.run.resume import check_weights, enter, run_state
+from omni_rollout.run.start import Start, find_start
 from omni_rollout.run.stop import StopFlag
 from omni_rollout.trajectories.journal import Journal
 from omni_rollout.types import RolloutRequest, Trajectory
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, progress: Progress | None = None) -> None:
     """Runs steps up to `config.trainer.steps` in this process; everything it makes lies in `config.run_dir`.
+
+    `progress` is told of everything that takes a while.
 
     SIGTERM, SIGINT and the file `stop` in the run folder end it after a step and a checkpoint, without an error.
 
@@ -47,16 +54,20 @@ def train(config: TrainConfig) -> None:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    progress = progress or Progress(shown=False)
     start, run_dir, stop = find_start(config), Path(config.run_dir), StopFlag(config.run_dir)
     if start.run is not None and start.step >= config.trainer.steps:
-        print(f"all {config.trainer.steps} steps are done: {start.checkpoint}; more: trainer.steps={config.trainer.steps + 10}")
+        print(
+            f"all {config.trainer.steps} steps are done: {start.checkpoint}; more: trainer.steps={config.trainer.steps + 10}; "
+            f"to evaluate: omni-rollout evaluate checkpoint={start.checkpoint} out=FOLDER"
+        )
         return
     stop.clear()
     with stop.signals():
         enter(config, start)
         wandb_id = start.run.wandb_id if start.run is not None else None
-        with Monitor(run_dir, config, config.trainer.steps, wandb_id) as sight:
-            with Trainer(config, start) as trainer:
+        with Monitor(run_dir, config, config.trainer.steps, wandb_id, progress) as sight:
+            with Trainer(config, start, progress) as trainer:
                 checkpoints = _loop(config, start, trainer, sight, stop)
             sight.summary(checkpoints.last)
     checkpoints.check()
@@ -65,18 +76,21 @@ def train(config: TrainConfig) -> None:
 def _loop(config: TrainConfig, start: Start, trainer: Trainer, sight: Monitor, stop: StopFlag) -> Checkpoints:
     checkpoints = Checkpoints(config, trainer.journal)
     if config.evaluation.images and not start.step:
-        sight.log(0, *trainer.evaluate(0))
+        metrics, images, _ = trainer.evaluate(0)
+        sight.log(0, metrics, evaluation=images)
     for step in range(start.step + 1, config.trainer.steps + 1):
         stop.stepping()
+        evaluation: list[CaptionedImage] = []
         with monitor.last_words(sight, step):
             report = trainer.step(step)
             if trainer.evaluation_due(step):
-                evaluated, report.images, lost = trainer.evaluate(step)
+                evaluated, evaluation, lost = trainer.evaluate(step)
                 report.metrics |= evaluated
                 report.notes |= lost
-        sight.log(step, report.metrics, report.images, {**report.notes, **checkpoints.notes()})
+        sight.log(step, report.metrics, report.images, {**report.notes, **checkpoints.notes()}, evaluation)
         stopping = stop.is_set
         if checkpoints.due(step, stopping=stopping):
+            trainer.progress.stage("saving the checkpoint", quiet=True)
             checkpoints.save(step, trainer.saver(step, sight))
         else:
             checkpoints.after(step)
@@ -98,8 +112,8 @@ class StepReport:
 class Trainer:
     """Engine, policy and optimizer of one run, and what a step does with them."""
 
-    def __init__(self, config: TrainConfig, start: Start) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, start: Start, progress: Progress) -> None:
+        self.config, self.progress = config, progress
         self.stream, self.evaluation_prompts = prompt_data(config)
         all_prompts = [*self.stream.prompts, *self.evaluation_prompts]
         self.rewards = make_rewards(config)
@@ -113,14 +127,9 @@ class Trainer:
         self.journal = Journal(config.run_dir, keep=config.rollout.keep_finished)
         self.guards = Guards(config.run_dir)
         self.version = start.step
-        self.engine = RolloutEngine(
-            config.model.path,
-            family=config.model.family,
-            dtype=config.model.dtype.value,
-            max_num_seqs=config.rollout.max_num_seqs,
-            parity=config.parity.value,
-        )
+        self.engine = engine_of(config, progress)
         try:
+            progress.stage("loading the model into the trainer", quiet=True)
             self.learner = Learner(config, self.algorithm, checkpoint=start.checkpoint)
             self._sync()  # also proves, before the first rollout, that both sides read the same checkpoint
             check_weights(start, self.expected["weights"])
@@ -138,7 +147,7 @@ class Trainer:
         """Step 1, 2, ...: one rollout, one update, one weight sync."""
         config, timings = self.config, dict[str, float]()
         with timed(timings, "step"):
-            with timed(timings, "rollout"):
+            with self._timed(timings, "rollout", step):
                 requests = self.collator.groups(self.stream.batch(step), step, config.rollout.group_size)
                 reused = self.seeds.record(requests)
                 kept, trajectories = self._rollout(requests, step)
@@ -146,7 +155,7 @@ class Trainer:
             for trajectory in trajectories:
                 check_fingerprint(trajectory, self.expected)
             monitor.check_finite(step, trajectories)
-            with timed(timings, "reward"):
+            with self._timed(timings, "reward", step):
                 images = [trajectory.media for trajectory in trajectories]
                 scored = self.rewards(images, [trajectory.prompt for trajectory in trajectories])
             self.rewards.require(scored)
@@ -158,13 +167,13 @@ class Trainer:
                 std=config.algorithm.advantage_std,
                 clip=config.algorithm.advantage_clip,
             )
-            with timed(timings, "old_log_probs"):
+            with self._timed(timings, "old_log_probs", step):
                 recomputed = monitor.must_recompute(self.learner.engine.module, trajectories, config, step)
                 old = self.learner.old_log_probs(trajectories, recomputed=recomputed)
-            with timed(timings, "update"):
+            with self._timed(timings, "update", step):
                 update, rate = self.learner.step(trajectories, advantages, old, step)
             sampled_by = self.expected["weights"]
-            with timed(timings, "weight_sync"):
+            with self._timed(timings, "weight_sync", step):
                 self.version = step
                 self._sync()
         metrics = monitor.step_metrics(
@@ -180,16 +189,18 @@ class Trainer:
             learning_rate=rate,
             collisions=self.seeds.collisions,
             recomputed=recomputed,
+            drift=self.learner.drift.value,
         )
-        shown = [(f"{reward:.2f} {t.prompt.text}", t.media) for t, reward in zip(trajectories, rewards.total, strict=True)]
-        notes = monitor.step_notes(
-            sampled_by=sampled_by,
-            recomputed=recomputed,
-            reused=reused,
-            not_kept=self.journal.failure,
-            not_scored=scored.failures,
-        )
+        shown = captioned(rewards.total, [t.prompt.text for t in trajectories], [t.media for t in trajectories])
+        lost = {"not_kept": self.journal.failure, "not_scored": scored.failures}
+        notes = monitor.step_notes(sampled_by=sampled_by, recomputed=recomputed, reused=reused, **lost)
         return StepReport(metrics=metrics, images=shown, notes=notes)
+
+    @contextmanager
+    def _timed(self, timings: dict[str, float], stage: str, step: int) -> Iterator[None]:
+        self.progress.stage(f"step {step}/{self.config.trainer.steps}: {stage.replace('_', ' ')}", quiet=True)
+        with timed(timings, stage):
+            yield
 
     def _rollout(self, requests: Sequence[RolloutRequest], step: int) -> tuple[int, list[Trajectory]]:
         """How many had been finished before the run was stopped, and all of them in the order of their ids."""
@@ -219,25 +230,25 @@ class Trainer:
         """Deterministic (ode) images from fixed seeds; with an average kept, metrics of the averaged policy as well; and, as
         notes, what the guards found."""
         name = f"step_{step:05d}" if step else "before"
-        metrics, images = self._evaluate(name)
-        prompts, media = zip(*images, strict=True)
-        guarded, lost = self.guards(step, media, prompts, self.rewards.trained(metrics))
+        metrics, trajectories, rewards = self._evaluate(name)
+        media, texts = [t.media for t in trajectories], [t.prompt.text for t in trajectories]
+        guarded, lost = self.guards(step, media, texts, metrics.get("evaluation/reward", math.nan))
         if self.learner.ema is not None and self.version:
             with self.learner.ema.swapped():
                 self._sync()
-                averaged, _ = self._evaluate(f"{name}-ema")
+                averaged, _, _ = self._evaluate(f"{name}-ema", "evaluating the average by")
             self._sync()
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
-        return metrics | guarded, images, lost
+        return metrics | guarded, captioned(rewards, texts, media), lost
 
-    def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
+    def _evaluate(self, name: str, what: str = "evaluating") -> tuple[dict[str, float], list[Trajectory], list[float | None]]:
         requests = self.collator.evaluation(self.evaluation_prompts, self.config.evaluation, name)
-        sampled = self.engine.generate(requests, timeout=self.config.rollout.timeout)
-        trajectories = sorted(sampled, key=lambda trajectory: trajectory.request_id)
+        trajectories = sampled(self.engine, requests, self.progress, self.config.rollout.timeout, what)
+        self.progress.stage(f"scoring {len(trajectories)} images", quiet=True)
         images = [trajectory.media for trajectory in trajectories]
         prompts = [trajectory.prompt for trajectory in trajectories]
-        metrics = {f"evaluation/{key}": value for key, value in self.rewards.evaluate(images, prompts).items()}
-        return metrics, [(prompt.text, image) for prompt, image in zip(prompts, images, strict=True)]
+        rewards = self.rewards(images, prompts).total
+        return evaluation_metrics(rewards, self.rewards.evaluate(images, prompts)), trajectories, rewards
 
 
 @contextmanager

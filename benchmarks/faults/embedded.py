@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.faults.scene import PER_STEP, STEPS, TIMEOUT, Scene
 from benchmarks.faults.witness import metrics
-from omni_rollout.run.checkpoints import checkpoint_folders
+from omni_rollout.run.folder import checkpoint_folders
 
 LAST = STEPS["embedded"]
 DISK_BYTES, ROOM_BYTES = 200 << 20, 8 << 20  # of a file system; a checkpoint has 20 MB

@@ -15,6 +15,7 @@ import torch
 from omni_rollout import train as loop
 from omni_rollout.cli import main
 from omni_rollout.policy.learner import Learner
+from omni_rollout.rollout import to_folder
 from omni_rollout.rollout.engine import RolloutEngine
 
 STEP = 2
@@ -48,5 +49,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "nan":
         loop.Learner = LearnerWithNaN  # type: ignore[misc]
     else:
-        loop.RolloutEngine = HangingEngine  # type: ignore[misc]
+        to_folder.RolloutEngine = HangingEngine  # type: ignore[misc]
     sys.exit(main(sys.argv[2:]))

@@ -21,6 +21,6 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from omni_rollout.plan.command import plan
+    from omni_rollout.plan.closest import plan
 
     return plan(parsed.overrides, json_path=parsed.json)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from omni_rollout.commands import Commands, add_command
+from omni_rollout.commands import Commands, add_command, own_words
+from omni_rollout.errors import UserError
 from omni_rollout.launch.help import TRAIN_KEYS
+
+if TYPE_CHECKING:
+    from omni_rollout.config import TrainConfig
+    from omni_rollout.run.before import Prompts
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -16,26 +22,54 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from omni_rollout.config import Backend
     from omni_rollout.launch.compose import compose
     from omni_rollout.launch.validate import validate
     from omni_rollout.rollout.start import say_family_defaults
+    from omni_rollout.run.before import check_before
 
-    config = compose(parsed.overrides)
+    own, overrides = own_words(parsed.overrides, ("dry_run", "gpus"))
+    if own["dry_run"] not in (None, "true", "false"):
+        raise UserError(f"dry_run={own['dry_run']}: expected true or false")
+    dry = own["dry_run"] == "true"
+    if own["gpus"] is not None and not dry:
+        raise UserError(f"gpus={own['gpus']}: train takes the GPUs that are there; give dry_run=true too, or omni-rollout plan")
+    config = compose(overrides)
     validate(config)
+    prompts = check_before(config)
     say_family_defaults(config)
+    if dry:
+        return _dry_run(config, prompts, own["gpus"])
     if config.launch.slurm:
         from omni_rollout.integrations.slurm import submit
 
-        submit(config, parsed.overrides)
+        submit(config, overrides)
         return 0
-    if config.backend is Backend.verl:
-        from omni_rollout.integrations.verl.launch import train
-    else:
-        from omni_rollout.launch.progress import quieten_libraries
+    return _train(config, prompts)
 
-        quieten_libraries(config.model.path)
+
+def _dry_run(config: TrainConfig, prompts: Prompts, gpus: str | None) -> int:
+    from omni_rollout.plan.needs import needs
+    from omni_rollout.run.before import header
+
+    fits, memory = needs(config, gpus)
+    print("\n".join([*header(config, prompts), *memory]))
+    print("dry run: paths, prompts, rewards and the run folder are as they should be; nothing was loaded or written")
+    return 0 if fits else 1
+
+
+def _train(config: TrainConfig, prompts: Prompts) -> int:
+    from omni_rollout.config import Backend
+    from omni_rollout.launch.progress import progress_of
+    from omni_rollout.run.before import header
+
+    print("\n".join(header(config, prompts)), flush=True)
+    if config.backend is Backend.verl:
+        from omni_rollout.integrations.verl.launch import train as train_on_ray
+
+        train_on_ray(config)
+        return 0
+    with progress_of(config.model.path, "loading torch and the engine") as progress:
         from omni_rollout.train import train
 
-    train(config)
+        train(config, progress)
     return 0

@@ -8,7 +8,7 @@ that the layer alone decides, the last one padded; within a block, neither a row
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 CONDITIONING_ROWS = 16  # of a layer that is given one row a sample: [B, K]
 # Of a layer that is given tokens, [B, S, K]: narrow layers waste more on padding than on calls, wide ones the other way round.
-NARROW_ROWS, WIDE_ROWS = 128, 512
+NARROW_ROWS, WIDE_ROWS = 128, 256
 WIDE = 2**20  # weights of a wide layer, at least
 # On a GPU, of any layer that is given tokens. Not measured. By arithmetic, in tiles of 128 x 256 on 132 multiprocessors: 1024
 # rows of a layer with 3072 features make 8 x 12 = 96 tiles, 73% of a round; with 12288, 384 tiles, 97% of three rounds. 2048
@@ -93,18 +93,13 @@ def exact_linear(
 def _multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sample: int, call: int) -> torch.Tensor:
     """`sample` rows after `sample` rows, each portion in a call of `call` rows."""
     out = rows.new_empty(rows.shape[0], weight.shape[0])
-    for start, end in _portions(rows.shape[0], sample):
-        if end - start == call:
-            _call(rows[start:end], weight, bias, out[start:end])
+    for portion, place in zip(rows.split(sample), out.split(sample), strict=True):
+        if len(portion) == call:
+            _call(portion, weight, bias, place)
         else:
-            padded = F.pad(rows[start:end], (0, 0, 0, call - (end - start)))
-            out[start:end] = _call(padded, weight, bias, rows.new_empty(call, weight.shape[0]))[: end - start]
+            padded = F.pad(portion, (0, 0, 0, call - len(portion)))
+            place.copy_(_call(padded, weight, bias, rows.new_empty(call, weight.shape[0]))[: len(portion)])
     return out
-
-
-def _portions(rows: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, rows, size):
-        yield start, min(start + size, rows)
 
 
 def _call(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
 from types import NoneType, UnionType
@@ -20,26 +20,41 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from omni_rollout.config import RewardConfig, TrainConfig
 from omni_rollout.errors import UserError
-from omni_rollout.launch import plugins
+from omni_rollout.launch import aliases, plugins
 from omni_rollout.launch.paths import config_dir, recipe_dir
 
 
-def compose(overrides: Sequence[str], *, name: str = "train", unused: Sequence[str] = ()) -> TrainConfig:
+def compose(
+    overrides: Sequence[str],
+    *,
+    name: str = "train",
+    unused: Sequence[str] = (),
+    reads: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> TrainConfig:
     """The configuration of one run, every key resolved.
 
     Args:
         overrides: Hydra's grammar: `key=value`, `group=choice`, `experiment=NAME`.
-        name: file of `configs/` to start from.
+        name: file of `configs/` to start from; also the command, in errors.
         unused: mandatory keys that this command does not read; they may be left out.
+        reads: the keys and sections that this command reads; any other may not be given. None: all.
+        settings: of a checkpoint, by key: below the overrides, above all else.
 
     Raises:
-        UserError: a key, value or choice that does not exist or does not fit, naming the nearest one that does; or a
-            mandatory key without a value.
+        UserError: a key, value or choice that does not exist or does not fit, naming the nearest one that does; one that this
+            command does not read; or a mandatory key without a value.
     """
     _register()
     parsed = [_parse(_reward_by_name(override)) for override in overrides]
     for override in parsed:
         _check_override(override)
+        if reads is not None:
+            _check_read(override, name, reads)
+        if settings is not None and override.key_or_group in ("model", "experiment"):
+            raise UserError(
+                f"{override.input_line}: the checkpoint brings the settings of its run; leave it out, or give single keys"
+            )
     replaced = [override for override in parsed if _is_free(override.key_or_group)]  # Hydra would add them to the group's
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -49,6 +64,7 @@ def compose(overrides: Sequence[str], *, name: str = "train", unused: Sequence[s
         with open_dict(composed):
             del composed["hydra"]
         composed.experiment = experiment
+        _lay_under(composed, settings or {}, parsed)
         for override in replaced:
             OmegaConf.update(composed, override.key_or_group, override.value(), merge=False)
         for key in OmegaConf.missing_keys(composed) & set(unused):
@@ -59,6 +75,27 @@ def compose(overrides: Sequence[str], *, name: str = "train", unused: Sequence[s
         return cast(TrainConfig, OmegaConf.to_object(composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, parsed) from error
+
+
+def _check_read(override: Override, command: str, reads: Sequence[str]) -> None:
+    key = override.key_or_group
+    if key.startswith("hydra.") or any(key == read or key.startswith(f"{read}.") for read in (*reads, "experiment")):
+        return
+    raise UserError(f"{override.input_line}: {command} does not read {key}; it reads {', '.join(reads)}, and nothing else")
+
+
+def _lay_under(composed: Any, settings: Mapping[str, Any], overrides: Sequence[Override]) -> None:
+    """Sets what a checkpoint was trained with, then once more what was given. A key that this version lacks decides nothing."""
+    groups = {override.key_or_group for override in overrides if _choices(override.key_or_group)}
+    kept = {key: value for key, value in settings.items() if key.partition(".")[0] not in groups and _kind(key) is not None}
+    for section in {key.rpartition(".")[0] for key in kept}:
+        if _is_free(section):  # names of the user's choosing replace those of configs/
+            OmegaConf.update(composed, section, {}, merge=False)
+    for key, value in kept.items():
+        OmegaConf.update(composed, key, value, merge=False, force_add=True)
+    for override in overrides if settings else ():
+        if override.key_or_group not in groups and not override.is_delete():
+            OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
 
 
 _HOW_TO_GIVE = {
@@ -159,6 +196,11 @@ def _unknown_key(key: str) -> UserError:
     known = _schema_keys()
     leaf = key.rpartition(".")[2]
     same_leaf = [candidate for candidate in known if candidate.rpartition(".")[2] == leaf]
+    alias = aliases.meant(key)
+    if alias is not None and (key in aliases.ALIASES or not same_leaf):
+        ours, note = alias
+        hint = f"did you mean {ours}?{f' ({note})' if note else ''}" if ours else note
+        return UserError(f"{key}: no such key; {hint}")
     near = same_leaf or difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(OmegaConf.structured(TrainConfig))}"
     return UserError(f"{key}: no such key; {hint}")

@@ -13,6 +13,11 @@ keys (all of them, with their defaults: omni_rollout/config.py):
   rollout.group_size                      images per prompt: 1 for rollout, 8 for train
   rollout.max_num_seqs                    images denoised together
 """
+CHECKPOINT_KEYS = """\
+  checkpoint=RUN|STEP                     a run folder (its newest checkpoint) or one of its checkpoints/step_...,
+                                          with its run's own settings; single keys given here come before those
+  checkpoint_weights=policy|ema           ema: the average of the weights that the run kept
+"""
 TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   rollout.prompts_per_step
   reward=ocr|recolour|jpeg_compressibility|recomposition
@@ -20,12 +25,14 @@ TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
                                           reward.source.NAME=module:function|file.py:function|http://...: docs/extending.md
   reward.normalise=none|group, .timeout, .max_failed; evaluation.reward.weights={{NAME: WEIGHT}}
   backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
-  trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|deepspeed
+  trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|fsdp2|deepspeed
+  prompts=FILE                            .txt (one a line), .jsonl or .parquet with `prompt`; other columns go to the rewards
   evaluation.images, .every, .prompts     fixed seeds, before and after training
   wandb.mode=online|offline|disabled      without a key: offline
   run_dir=FOLDER                          config.yaml, metrics.jsonl, images/, checkpoints/
   trainer.save_every, .keep_checkpoints   steps between checkpoints, and how many stay
   trainer.resume=none|auto|FOLDER         go on from run_dir's newest checkpoint, or from one that is named
+  dry_run=true [gpus=8x80]                check paths, prompts, rewards and memory, say what would be trained, and stop
 
 examples:
   omni-rollout train experiment=nano_ocr

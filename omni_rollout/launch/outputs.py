@@ -7,12 +7,18 @@ import tempfile
 from pathlib import Path
 
 
-def folder_problem(path: Path) -> str | None:
-    """Why `path` can be no folder to write into; None when it can be. Neither it nor its parents need exist."""
+def folder_problem(path: Path, *, new: bool = False) -> str | None:
+    """Why `path` can be no folder to write into; None when it can be. Neither it nor its parents need exist.
+
+    Args:
+        new: nothing may lie in it yet.
+    """
     try:
         place = _existing(path)
         if not place.is_dir():
             return f"{place} is no folder; give another path"
+        if new and place == path and any(path.iterdir()):
+            return "is not empty, and nothing is written over; give another path"
         with tempfile.TemporaryFile(dir=place):
             return None
     except OSError as error:

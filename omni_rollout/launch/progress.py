@@ -18,6 +18,7 @@ from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextCo
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+VERBOSE = "OMNI_ROLLOUT_VERBOSE"
 SILENCE = 3.5  # seconds after which a line is due where there is no terminal
 _LOOK = 0.5  # seconds between looks at what a stage counts
 _T = TypeVar("_T")
@@ -66,19 +67,37 @@ class Progress:
                 self._bar.console.print(text)
                 self._said = time.monotonic()
 
-    def stage(self, text: str, total: int | None = None, unit: str = "", *, count: Callable[[], float] | None = None) -> None:
+    def result(self, text: str, style: str | None = None) -> None:
+        """A line of the command's own, on stdout."""
+        with self._lock:
+            if self._live and sys.stdout.isatty():  # the bar stands on the same terminal, and must make room
+                self._bar.console.print(text, style=style)
+            else:
+                print(text, flush=True)
+            self._said = time.monotonic()
+
+    def stage(
+        self,
+        text: str,
+        total: int | None = None,
+        unit: str = "",
+        *,
+        count: Callable[[], float] | None = None,
+        quiet: bool = False,
+    ) -> None:
         """The next thing to be done, in place of the one before.
 
         Args:
             total: how many `unit`s it has; None: it cannot be told.
             count: how many are done, asked now and then from another thread; without it, `advance` counts.
+            quiet: without a terminal nothing is said of it before it has taken a while.
         """
         with self._lock:
             for task in self._bar.task_ids:
                 self._bar.remove_task(task)
             self._count = count
             self._bar.add_task(text, total=total, unit=unit)
-            if not self._live:
+            if not self._live and not quiet:
                 self.say(f"{text} ..." if total is None else f"{text}: {total} {unit}")
 
     def describe(self, text: str) -> None:
@@ -136,7 +155,13 @@ def progress_of(model: str, first: str) -> Iterator[Progress]:
 
 
 def quieten_libraries(model: str) -> None:
-    """Leaves of the libraries' lines only errors, in this process. Before they are imported; what the environment sets wins."""
+    """Leaves of the libraries' lines only errors, in this process. Before they are imported; what the environment sets wins.
+
+    OMNI_ROLLOUT_VERBOSE=1 leaves all.
+    """
+    if os.environ.get(VERBOSE) == "1":
+        return
+    os.environ.setdefault("WANDB_SILENT", "true")  # which its own settings leave some lines of
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     if os.path.isdir(model):  # one of the hub may have to be downloaded, which is worth a bar

@@ -22,7 +22,7 @@ from omni_rollout.config import (
     SDETypeName,
     TrainConfig,
     TrainerConfig,
-    TrainerEngine,
+    TrainerEngineName,
 )
 from omni_rollout.errors import UserError
 from omni_rollout.launch import model_files
@@ -49,7 +49,23 @@ def validate(config: TrainConfig) -> None:
 def validate_rollout(config: TrainConfig, out: str) -> None:
     """`validate` for sampling alone, where `ode` and groups of one make sense; `out`: the folder for its images."""
     common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *prompt_problems(config)]
-    _raise([*common, *_folder("out", out)])
+    _raise([*common, *_folder("out", out, new=True)])
+
+
+def validate_evaluate(config: TrainConfig, out: str) -> None:
+    """`validate` for held-out images, of `config.prompts`, alone."""
+    common = [
+        *_numbers(config),
+        *_sampling(config.sampling),
+        *_model(config),
+        *prompt_problems(config),
+        *reward_problems(config),
+    ]
+    _raise([*common, *_folder("out", out, new=True)])
+
+
+def validate_export(config: TrainConfig, out: str) -> None:
+    _raise([*_model(config), *_folder("--out", out, new=True)])
 
 
 def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None], *, path_needed: bool = True) -> None:
@@ -197,14 +213,14 @@ def _trainer(config: TrainConfig) -> Iterator[str]:
 def trainer_engine(trainer: TrainerConfig) -> Iterator[str]:
     """What is wrong with the choice of engine, ZeRO stage, offload and ranks."""
     engine, stage, offload = trainer.engine, trainer.zero_stage, trainer.offload
-    deepspeed = engine is TrainerEngine.deepspeed
+    deepspeed = engine is TrainerEngineName.deepspeed
     if deepspeed and stage not in (0, 1, 2, 3):
         yield f"trainer.zero_stage={stage}: expected 0, 1, 2 or 3"
-    if engine is TrainerEngine.fsdp2 and trainer.ranks == 1:
+    if engine is TrainerEngineName.fsdp2 and trainer.ranks == 1:
         yield "trainer.engine=fsdp2: one rank has nothing to cut; give trainer.ranks (backend=verl), or trainer.engine=torch"
     if offload is Offload.optimizer and not (deepspeed and stage > 0):
         yield "trainer.offload=optimizer: needs trainer.engine=deepspeed and trainer.zero_stage of 1, 2 or 3"
-    if offload is Offload.all and not (engine is TrainerEngine.fsdp2 or (deepspeed and stage == 3)):
+    if offload is Offload.all and not (engine is TrainerEngineName.fsdp2 or (deepspeed and stage == 3)):
         yield "trainer.offload=all: needs trainer.engine=fsdp2, or trainer.engine=deepspeed with trainer.zero_stage=3"
 
 
@@ -240,10 +256,10 @@ def _model(config: TrainConfig) -> Iterator[str]:
         yield f"model.path={config.model.path}: not in the hub's cache, and HF_HUB_OFFLINE is set; unset it, or give a folder"
 
 
-def _folder(key: str, path: str) -> Iterator[str]:
+def _folder(key: str, path: str, *, new: bool = False) -> Iterator[str]:
     if not path.strip():
         yield f"{key} is empty: give {key}=FOLDER"
-    elif (problem := folder_problem(Path(path))) is not None:
+    elif (problem := folder_problem(Path(path), new=new)) is not None:
         yield f"{key}={path}: {problem}"
 
 

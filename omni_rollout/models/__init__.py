@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ def families() -> list[str]:
     return sorted(folder.name for folder in Path(__file__).parent.iterdir() if (folder / "spec.py").exists())
 
 
+@cache  # asked for by every sample at every step
 def family_module(family: str, part: str) -> ModuleType:
     """`omni_rollout.models.<family>.<part>`, or the nearest ancestor's.
 

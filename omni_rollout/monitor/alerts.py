@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from omni_rollout.config import DType, Parity, TrainConfig
-from omni_rollout.monitor.commands import parity_command, train_command
 from omni_rollout.monitor.metrics import timestep_gaps
+from omni_rollout.monitor.suggested import parity_command, train_command
 
 SIGMAS = 3.0
 MATERIAL = 0.1  # share of clip_range below which a shifted mean changes hardly any clipping decision

@@ -12,8 +12,8 @@ from omni_rollout.config import OldLogProbs, OnMismatch, TrainConfig
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.errors import UserError
 from omni_rollout.models.base.policy import batch_keys
-from omni_rollout.monitor.commands import parity_command
 from omni_rollout.monitor.metrics import parity_metrics
+from omni_rollout.monitor.suggested import parity_command
 from omni_rollout.policy.recompute import micro_batches, score
 from omni_rollout.types import Trajectory
 

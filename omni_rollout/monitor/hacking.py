@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from omni_rollout.monitor.images import flat
+from omni_rollout.trajectories.sheet import flat
 
 FILE = "evaluation_start.npz"  # in the run folder
 SIGMAS = 3.0

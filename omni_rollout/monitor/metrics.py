@@ -103,6 +103,7 @@ def reward_metrics(
     """Rewards of one step.
 
     - `critic/rewards/mean`: over all images.
+    - `critic/rewards/std`: their standard deviation (N in the denominator).
     - `critic/rewards/std_mean`: standard deviation within a group (N in the denominator), mean over groups.
     - `critic/rewards/zero_std_ratio`: share of groups whose images all got the same reward, which therefore teach nothing.
     - `critic/rewards/{name}/mean`: each reward by itself, before its weight.
@@ -125,6 +126,7 @@ def reward_metrics(
     flat = [bool((group == group[0]).all()) for group in groups]  # not std == 0: a mean of equal numbers may round
     return {
         "critic/rewards/mean": values.mean().item(),
+        "critic/rewards/std": values.std(correction=0).item(),
         "critic/rewards/std_mean": sum(group.std(correction=0).item() for group in groups) / len(groups),
         "critic/rewards/zero_std_ratio": sum(flat) / len(flat),
         **{

@@ -26,6 +26,7 @@ def step_metrics(
     learning_rate: float,
     collisions: int,
     recomputed: bool,
+    drift: float,
 ) -> dict[str, float]:
     """Metrics of a step whose weights have been synced.
 
@@ -37,6 +38,7 @@ def step_metrics(
         kept: trajectories that had been finished before the run was stopped.
         collisions: repeated seeds so far.
         recomputed: whether the trainer computed the old log-probs anew.
+        drift: of the weights after the step, see `policy.drift`.
     """
     return {
         **update_metrics(update, elements=elements, clip_range=clip_range),
@@ -46,6 +48,7 @@ def step_metrics(
         "perf/throughput": len(rewards) / timings["step"],  # images per second
         "rollout/kept": float(kept),
         "actor/lr": learning_rate,
+        "actor/drift": drift,
         "parity/weights_equal": 1.0,  # a difference has stopped the run in the sync
         "parity/seed_collisions": float(collisions),
         "actor/old_log_probs_recomputed": float(recomputed),

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from omni_rollout.config import WandbConfig
 from omni_rollout.monitor.alerts import Alert
-from omni_rollout.monitor.images import CaptionedImage, flat, kind_of
 from omni_rollout.trajectories.media import animated
+from omni_rollout.trajectories.sheet import CaptionedImage, flat, kind_of
 
 _WORST = {  # metric -> what a run's summary keeps of it: one bad step must not be covered by the good ones after it
     "parity/over_clip": "max",
@@ -88,14 +88,21 @@ class WandbSink:
         self,
         step: int,
         values: Mapping[str, float | str],
-        images: Sequence[CaptionedImage],
+        images: Mapping[str, Sequence[CaptionedImage]],
         alerts: Sequence[Alert] = (),
         heatmap: Path | None = None,
     ) -> None:
-        """Sends one step; `alerts` are those that are new, so each kind is sent once a run."""
+        """Sends one step.
+
+        Args:
+            images: what they are of -> some of them, under `images/<name>`.
+            alerts: those that are new, so each kind is sent once a run.
+        """
         if self._run is None:
             return
-        media: dict[str, Any] = self._shown(images[: self._images])
+        media: dict[str, Any] = {}
+        for name, some in images.items():
+            media |= {f"{kind}/{name}": shown for kind, shown in self._shown(some[: self._images]).items()}
         if heatmap is not None:
             media["parity/heatmap"] = self._wandb.Image(str(heatmap))
         if self._pairs is not None:

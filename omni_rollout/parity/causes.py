@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omni_rollout.diffusion import products, sde
+from omni_rollout.diffusion.sde import per_sample
 from omni_rollout.models import family_module
+from omni_rollout.models.base import velocity as base
 from omni_rollout.models.base.causes import Cause, Setting, nothing, swapped
 from omni_rollout.models.base.policy import experts
 from omni_rollout.policy.lora import ADAPTER, MergedLoraLinear
@@ -50,6 +52,20 @@ def single_precision_mean(_: Setting) -> AbstractContextManager[None]:
 def math_attention(_: Setting) -> Iterator[None]:
     with sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+def low_precision_guidance(setting: Setting) -> AbstractContextManager[None]:
+    def guide(
+        velocity: torch.Tensor, negative_velocity: torch.Tensor, true_cfg_scale: torch.Tensor | float, *, renormalise: bool
+    ) -> torch.Tensor:
+        positive, negative = velocity.to(setting.dtype), negative_velocity.to(setting.dtype)
+        scale = torch.as_tensor(true_cfg_scale, dtype=setting.dtype, device=positive.device)
+        combined = negative + per_sample(scale, positive) * (positive - negative)
+        if not renormalise:
+            return combined.float()
+        return (combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))).float()
+
+    return swapped(base, "guide", guide)
 
 
 def unmerged_lora(_: Setting) -> AbstractContextManager[None]:
@@ -102,6 +118,12 @@ SHARED = (
         breaks="torch's math kernel instead of its fused one",
         settled_by="omni_rollout/models/*/policy.py",
         broken=math_attention,
+    ),
+    Cause(
+        name="guidance_dtype",
+        breaks="guidance combined in the model's dtype",
+        settled_by="omni_rollout/diffusion/guidance.py",
+        broken=low_precision_guidance,
     ),
     Cause(
         name="compile",

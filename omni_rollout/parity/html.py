@@ -9,8 +9,8 @@ from pathlib import Path
 
 from omni_rollout.parity.attribution import CauseResult
 from omni_rollout.parity.measure import Measure
-from omni_rollout.parity.probe import CellResult, Report
 from omni_rollout.parity.report import cell_label, ranked, several_models, verdict
+from omni_rollout.parity.results import CellResult, Report
 
 WIDTH, BAR, LABEL = 760, 18, 190  # pixels: of a plot, of a bar with its gap, of the text before it
 FLOOR = 1e-10  # nothing smaller is drawn; fp32 log-probs of size 1 resolve 1e-7

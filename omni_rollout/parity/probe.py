@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from transformers import AutoTokenizer
 
 from omni_rollout.config import TrainConfig
-from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.diffusion.self_check import attention_shape
 from omni_rollout.errors import UserError
 from omni_rollout.launch.progress import Progress
@@ -27,49 +24,19 @@ from omni_rollout.parity.attribution import LORA, Attribution, CauseResult, culp
 from omni_rollout.parity.causes import causes
 from omni_rollout.parity.findings import Finding, from_encodings, from_seeds, from_trace, from_weights
 from omni_rollout.parity.matrix import NATURAL, STAGGERED, Cell, Matrix, cells, renamed, requests, submissions
-from omni_rollout.parity.measure import Measure, measure, measure_steps
+from omni_rollout.parity.measure import measure, measure_steps
+from omni_rollout.parity.results import CellResult, Report, environment
 from omni_rollout.parity.trace import differing_weights, trace
 from omni_rollout.policy.recompute import recompute
-from omni_rollout.rollout.engine import PACKAGES, RolloutEngine, package_version
+from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.run.restore import put_into, restored_policy
+from omni_rollout.run.source import Source
 from omni_rollout.types import RolloutRequest, Trajectory
 
 # Guidance runs both branches; at one width the trainer's batch holds what the engine ran alone. fp32: a second a pass.
 TRUE_WIDTH = Matrix(guidance=(4.0,), width=("64",), in_flight=("1", "3"), images=3)
 BuildRandom = Callable[..., object]  # `nano.random_weights.build_random`, which stands to the right of this room
 LORA_RANK = 4  # of the adapter that both sides are given, where the config trains full weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellResult:
-    model: str
-    cell: Cell
-    measure: Measure | None  # None: no image came out
-    steps: dict[int, Measure]
-    batch_sizes: tuple[int, ...]  # that its images met in the engine's forward passes
-    widths: tuple[int, ...]
-    errors: tuple[str, ...]
-    findings: tuple[Finding, ...]
-
-    @property
-    def exact(self) -> bool:
-        return not self.errors and not self.findings and self.measure is not None and self.measure.exact
-
-
-@dataclass(kw_only=True)
-class Report:
-    model: str
-    parity: str
-    clip_range: float
-    environment: dict[str, Any]
-    cells: list[CellResult] = field(default_factory=list)
-    causes: list[CauseResult] = field(default_factory=list)
-    baselines: dict[str, Measure] = field(default_factory=dict)  # dtype -> the causes' trajectories with nothing broken
-    findings: list[tuple[str, Finding]] = field(default_factory=list)  # with the dtype; first differences
-
-    @property
-    def exact(self) -> bool:
-        """Same bits in every cell, and nothing found by the traces that the KL may hide."""
-        return bool(self.cells) and all(result.exact for result in self.cells) and not self.findings
 
 
 class Probe:
@@ -154,22 +121,17 @@ class Probe:
         return list(dict.fromkeys(found))
 
 
-def environment(engine: RolloutEngine) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.processor()}".strip(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: package_version(name) for name in PACKAGES},
-        "weights": engine.weights_digest,
-        "cores": os.cpu_count(),
-    }
-
-
-def probe(config: TrainConfig, matrix: Matrix, progress: Progress, build_random: BuildRandom | None = None) -> Report:
+def probe(
+    config: TrainConfig,
+    matrix: Matrix,
+    progress: Progress,
+    build_random: BuildRandom | None = None,
+    source: Source | None = None,
+) -> Report:
     """Starts one engine per dtype and runs the whole matrix in it.
 
     Args:
+        source: a checkpoint whose weights both sides are given.
         build_random: writes a random model: the one to be measured where the config has no `model.path`, and one of the true
             width, to be measured too where the matrix wants that and the other is narrower.
     """
@@ -180,17 +142,24 @@ def probe(config: TrainConfig, matrix: Matrix, progress: Progress, build_random:
             build_random(Path(folder), family=family)
             made = replace(config, model=replace(config.model, path=folder))
             return _probe(made, matrix, progress, build_random, f"a random {family}")
-    return _probe(config, matrix, progress, build_random, config.model.path)
+    return _probe(config, matrix, progress, build_random, config.model.path if source is None else source.name, source)
 
 
-def _probe(config: TrainConfig, matrix: Matrix, progress: Progress, build_random: BuildRandom | None, name: str) -> Report:
+def _probe(
+    config: TrainConfig,
+    matrix: Matrix,
+    progress: Progress,
+    build_random: BuildRandom | None,
+    name: str,
+    source: Source | None = None,
+) -> Report:
     if config.sampling.sde_type.value == "ode" or config.sampling.noise_level == 0:
         raise UserError("an ode has no log-probs to compare: choose sampling.sde_type=sde and a noise_level above 0")
     report = Report(model=name, parity=config.parity.value, clip_range=config.trainer.clip_range, environment={})
     width = 0
     for dtype in matrix.dtype:
         progress.stage(f"{dtype}: loading the model into the engine and the trainer")
-        with _both_sides(config, dtype, matrix.images, name) as sides:
+        with _both_sides(config, dtype, matrix.images, name, source) as sides:
             heads, head_dim = attention_shape(sides.policy)
             width = heads * head_dim
             _probe_dtype(sides, matrix, report, progress)
@@ -201,11 +170,12 @@ def _probe(config: TrainConfig, matrix: Matrix, progress: Progress, build_random
 
 
 @contextmanager
-def _both_sides(config: TrainConfig, dtype: str, places: int, name: str) -> Iterator[Probe]:
+def _both_sides(config: TrainConfig, dtype: str, places: int, name: str, source: Source | None = None) -> Iterator[Probe]:
     model, parity = config.model, config.parity.value
-    load_policy = family_module(model.family, "policy").load_policy
     with RolloutEngine(model.path, family=model.family, dtype=dtype, max_num_seqs=places, parity=parity) as engine:
-        yield Probe(engine, load_policy(model.path, getattr(torch, dtype), parity).to(compute_device()), config, name)
+        if source is not None:
+            put_into(engine, config, source)
+        yield Probe(engine, restored_policy(config, source, dtype), config, name)
 
 
 def _probe_dtype(sides: Probe, matrix: Matrix, report: Report, progress: Progress) -> None:

@@ -12,13 +12,15 @@ import torch
 
 from omni_rollout.config import DType, TrainConfig
 from omni_rollout.diffusion.exact_ops import effective_weights
-from omni_rollout.diffusion.machine import compute_device, differences, machine
+from omni_rollout.diffusion.machine import differences, machine
 from omni_rollout.diffusion.self_check import checker
 from omni_rollout.models import family_module
 from omni_rollout.parity.causes import Setting, calls_as_they_come, math_attention
 from omni_rollout.parity.measure import Measure, measure
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.rollout.engine import PACKAGES, package_version
+from omni_rollout.run.restore import restored_policy
+from omni_rollout.run.source import Source
 from omni_rollout.trajectories.capsule import CapsuleError, load_capsule
 from omni_rollout.trajectories.digest import combined_digest, tensor_digest
 from omni_rollout.types import Trajectory
@@ -34,6 +36,7 @@ class Replayed:
     measure: Measure | None = None
     not_honoured: tuple[str, ...] = ()  # fields of its fingerprint that are otherwise here, in words
     other_machine: tuple[str, ...] = ()  # where the bits differ: the same of its machine; empty: the machine is no excuse
+    other_version: int | None = None  # of the policy that sampled it, where its weights are not those here
     explained: float = 0.0  # the largest gap that rounding explains here, where the machine is another
 
     @property
@@ -56,13 +59,15 @@ class Scorer:
 
     config: TrainConfig
     dtype: str
-    parity: str
+    source: Source | None = None  # a checkpoint of that policy
+
+    @property
+    def parity(self) -> str:
+        return self.config.parity.value
 
     @cached_property
     def policy(self) -> Any:
-        model = self.config.model
-        policy = family_module(model.family, "policy").load_policy(model.path, getattr(torch, self.dtype), self.parity)
-        return policy.to(compute_device())
+        return restored_policy(self.config, self.source, self.dtype)
 
     @cached_property
     def weights(self) -> str:
@@ -85,6 +90,7 @@ class Scorer:
             path=path,
             measure=measure([trajectory], [log_probs], self.config.trainer.clip_range),
             not_honoured=tuple(self._not_honoured(trajectory)),
+            other_version=None if trajectory.fingerprint.get("weights") == self.weights else trajectory.policy_version,
         )
         if found.holds or any(not field.startswith("versions.") for field in found.not_honoured):
             return found  # other weights, another dtype: the gap is not the machine's
@@ -146,9 +152,13 @@ def other_machine(there: Any, here: Mapping[str, Any]) -> list[str]:
     return differences(there, here if "kernels" in there else {name: value for name, value in here.items() if name in there})
 
 
-def replay_capsules(config: TrainConfig, paths: Iterable[Path]) -> list[Replayed]:
-    """One result per path, in the order given. A capsule's own dtype and profile are used where they exist."""
-    scorers: dict[tuple[str, str], Scorer] = {}
+def replay_capsules(config: TrainConfig, paths: Iterable[Path], source: Source | None = None) -> list[Replayed]:
+    """One result per path, in the order given. A capsule's own dtype is used where it exists.
+
+    Args:
+        source: a checkpoint to score with; None: the model at `config.model.path` as it is.
+    """
+    scorers: dict[str, Scorer] = {}
     results = []
     for path in paths:
         try:
@@ -158,8 +168,7 @@ def replay_capsules(config: TrainConfig, paths: Iterable[Path]) -> list[Replayed
             continue
         own = trajectory.fingerprint.get("dtype")
         dtype = own if isinstance(own, str) and own in {choice.value for choice in DType} else config.model.dtype.value
-        parity = config.parity.value
-        scorer = scorers.setdefault((dtype, parity), Scorer(config, dtype, parity))
+        scorer = scorers.setdefault(dtype, Scorer(config, dtype, source))
         try:
             results.append(scorer.score(path, trajectory))
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # a record that contradicts itself

@@ -15,7 +15,7 @@ from rich.table import Table
 from omni_rollout.parity.attribution import CauseResult
 from omni_rollout.parity.matrix import NATURAL
 from omni_rollout.parity.measure import Measure
-from omni_rollout.parity.probe import CellResult, Report
+from omni_rollout.parity.results import CellResult, Report
 
 
 def to_json(report: Report) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from types import ModuleType
 
-from omni_rollout.config import DType, Offload, TrainConfig, TrainerEngine
+from omni_rollout.config import DType, Offload, TrainConfig, TrainerEngineName
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sizes import Pass, Sizes, decode_rows
 from omni_rollout.types import Layout, SamplingSpec
@@ -93,9 +93,9 @@ class Sharing:
     @classmethod
     def of(cls, config: TrainConfig, ranks: int) -> Sharing:
         engine, stage = config.trainer.engine, config.trainer.zero_stage
-        if engine is TrainerEngine.fsdp2:  # sums over the ranks once an update: gradients are whole until then
+        if engine is TrainerEngineName.fsdp2:  # sums over the ranks once an update: gradients are whole until then
             return cls(weights=ranks, gradients=1, moments=ranks)
-        if engine is TrainerEngine.torch:
+        if engine is TrainerEngineName.torch:
             return cls(weights=1, gradients=1, moments=1)
         return cls(weights=ranks if stage == 3 else 1, gradients=ranks if stage >= 2 else 1, moments=ranks if stage >= 1 else 1)
 
@@ -118,13 +118,13 @@ def _state(run: Run, ranks: int) -> Iterator[Part]:
         frozen = f"; {_billions(run.parameters)} of them frozen" if run.rank else ""
         why = f"4 bytes x {_billions(run.held)} parameters, fp32{frozen}{cut}"
         yield Part(name="master weights", bytes=4 * run.held // share.weights, why=why)
-    if trainer.engine is TrainerEngine.deepspeed and trainer.zero_stage > 0 and trainer.offload is Offload.none:
+    if trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage > 0 and trainer.offload is Offload.none:
         why = f"4 bytes x {_billions(trained)} trained / {ranks} ranks: ZeRO's flat fp32 partition beside the parameters"
         yield Part(name="optimizer's copy", bytes=4 * trained // share.moments, why=why)
     why = f"4 bytes x {_billions(trained)} trained" + (
         f" / {ranks} ranks" if share.gradients > 1 else ", whole until the update"
     )
-    if trainer.offload is Offload.none or trainer.engine is TrainerEngine.fsdp2:
+    if trainer.offload is Offload.none or trainer.engine is TrainerEngineName.fsdp2:
         yield Part(name="gradients", bytes=4 * trained // share.gradients, why=why)
     if trainer.offload is Offload.none:
         why = f"8 bytes x {_billions(trained)} trained" + (f" / {ranks} ranks" if share.moments > 1 else "")
@@ -139,11 +139,11 @@ def _state(run: Run, ranks: int) -> Iterator[Part]:
 def _gathered(run: Run, ranks: int) -> Iterator[Part]:
     """What engines that cut the policy put together again as they compute."""
     trainer, model = run.config.trainer, run.sizes.transformer
-    if trainer.engine is TrainerEngine.fsdp2 and ranks > 1:
+    if trainer.engine is TrainerEngineName.fsdp2 and ranks > 1:
         outside = model.parameters - model.layers * model.block_parameters
         why = "4 bytes x (2 blocks, of which one is fetched ahead, and what lies outside the blocks)"
         yield Part(name="gathered weights", bytes=4 * (2 * model.block_parameters + outside), why=why)
-    if trainer.engine is TrainerEngine.deepspeed and trainer.zero_stage > 0:
+    if trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage > 0:
         if trainer.zero_stage == 3:
             live = min(run.held, ZERO3_LIVE)
             yield Part(name="gathered weights", bytes=4 * live, why=f"4 bytes x {_billions(live)}, stage3_max_live_parameters")
@@ -178,7 +178,7 @@ def _update(run: Run) -> Iterator[Part]:
 def start_parts(run: Run) -> list[Part]:
     """On a rank's GPU before training: the whole policy, before DeepSpeed cuts it; FSDP2 fetches it block by block."""
     parts = [Part(name="reserve", bytes=CONTEXT_BYTES, why="CUDA context: a guess, not derived")]
-    if run.config.trainer.engine is TrainerEngine.fsdp2:
+    if run.config.trainer.engine is TrainerEngineName.fsdp2:
         return parts
     if run.config.algorithm.kl_coef and not run.rank:
         parts.insert(0, Part(name="reference policy", bytes=4 * run.parameters, why="a copy, before it is cut"))

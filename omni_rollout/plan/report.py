@@ -22,11 +22,6 @@ def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) ->
     if images := assumed_images(rules, config.sampling.extra):
         number = f"{len(images)} input image{'' if len(images) == 1 else 's'} of {images[0].height}x{images[0].width}"
         console.print(f"assumed: {number} a prompt; others: sampling.height, sampling.width and sampling.extra")
-    console.print(_table(f"a trainer rank (of {made.ranks}, trainer.engine={config.trainer.engine.value})", made.rank))
-    if total(made.start) > total(made.rank):
-        console.print(_table("a trainer rank as it starts, which is more", made.start))
-    console.print(_table("a rollout engine", made.engine))
-    console.print(_table("memory of a node, at most", made.hosts))
     if gpus.count > 1:
         where = f"trainer.ranks={made.ranks} rollout.workers={made.engines}"
         rank, engine = gib(made.rank_bytes), gib(total(made.engine))
@@ -34,6 +29,11 @@ def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) ->
     together = max(total(made.together), total(made.start))
     note = "one process, backend=embedded" if gpus.count == 1 else "not built: arithmetic alone"
     console.print(f"a rank and an engine on every GPU ({note}): {gib(together)} of {size}: {_verdict(made.fits_together)}")
+    console.print(_table(f"a trainer rank (of {made.ranks}, trainer.engine={config.trainer.engine.value})", made.rank))
+    if total(made.start) > total(made.rank):
+        console.print(_table("a trainer rank as it starts, which is more", made.start))
+    console.print(_table("a rollout engine", made.engine))
+    console.print(_table("memory of a node, at most", made.hosts))
     if not made.fits:
         console.print("closest that fit:" if better else f"no change that is known here makes it fit {gpus}")
     for text, one in better:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omni_rollout.config import TrainConfig, TrainerEngine
+from omni_rollout.config import TrainConfig, TrainerEngineName
 from omni_rollout.errors import UserError
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sampling import assumed_images
@@ -98,7 +98,7 @@ def make_plan(run: Run, gpus: Gpus, ranks: int | None = None) -> Plan:
         ranks: if they are not to be chosen.
     """
     most = max(gpus.count - 1, 1)
-    fewest = 2 if run.config.trainer.engine is TrainerEngine.fsdp2 else 1
+    fewest = 2 if run.config.trainer.engine is TrainerEngineName.fsdp2 else 1
     tried = [ranks] if ranks is not None else list(range(min(fewest, most), most + 1))
     plans = (_split(run, gpus, number) for number in tried)
     return next((plan for plan in plans if plan.rank_bytes <= gpus.bytes), _split(run, gpus, tried[-1]))

@@ -11,12 +11,11 @@ rng.safetensors            the process's generators, see `rng.py`
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +29,12 @@ from omni_rollout.errors import UserError
 from omni_rollout.models.base.policy import experts
 from omni_rollout.policy.lora import check_fit, has_lora, load_lora, read_lora, save_lora
 from omni_rollout.policy.rng import restore_rng, rng_state
+from omni_rollout.policy.state import EMA, LORA, RunState, kind_of, read_state, verify, write_state
 
-FORMAT_VERSION = 2
-STATE, OPTIMIZER, RNG = "state.json", "optimizer.safetensors", "rng.safetensors"
+CONFIG = "config.json"  # diffusers' name
+OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"  # diffusers' name; {suffix} numbers the parts of a large model
 FILE_SIZE = "5GB"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunState:
-    """Where a run stands after a step, beside its tensors."""
-
-    step: int  # also the policy's version, the data's position and the learning rate's
-    weights: str  # digest of what the rollout engine holds
-    prompts: str = ""  # sha256 of the training prompts' file
-    wandb_id: str | None = None
-    lines: Mapping[str, int] = field(default_factory=dict)  # file of the run folder -> lines it had
-    config: Mapping[str, Any] = field(default_factory=dict)  # key -> value, flat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +70,10 @@ def save_policy(
         partial.mkdir(parents=True)
         _save_weights(partial, transformer, weights)
         if average is not None:
-            _save_weights(partial / "ema", transformer, average)
+            _save_weights(partial / EMA, transformer, average)
         save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, partial / OPTIMIZER)
         save_file(rng_state(), partial / RNG)
-        digests = {str(path.relative_to(partial)): _digest(path) for path in sorted(partial.rglob("*")) if path.is_file()}
-        state = {"format_version": FORMAT_VERSION, "kind": _kind(transformer), "run": asdict(run), "files": digests}
-        (partial / STATE).write_text(json.dumps({**state, "sha256": _digest_of(state)}, indent=2))
+        write_state(partial, kind=_kind(transformer), run=run)
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
         _replace(partial, folder)
@@ -106,53 +92,39 @@ def load_policy(folder: Path, transformer: nn.Module) -> Saved:
         UserError: no checkpoint, a file that is missing or changed, or weights that do not fit the transformer.
     """
     verify(folder)
-    if _checked_state(folder)["kind"] == "full" and has_lora(transformer):
+    if kind_of(folder) == "full" and has_lora(transformer):
         raise UserError(
             f"{folder} holds full weights, this run trains a LoRA adapter; set trainer.lora_rank=0, or resume from another"
         )
-    networks = experts(transformer)
-    for name, network in networks.items():
-        if (folder / "lora").is_dir():
-            load_lora(network, folder / _lora_folder(name))
-            continue
-        tensors = _read_full(folder / name)
-        check_fit(folder / name, tensors, network.state_dict())
-        network.load_state_dict(tensors)
+    load_weights(folder, transformer)
     average = None
-    if (ema := folder / "ema").is_dir():
-        lora, average = (ema / "lora").is_dir(), {}
+    if (ema := folder / EMA).is_dir():
+        networks = experts(transformer)
+        lora, average = (ema / LORA).is_dir(), {}
         for name in networks:
             tensors = read_lora(ema / _lora_folder(name)) if lora else _read_full(ema / name)
             average |= {_prefix(networks, name) + key: tensor for key, tensor in tensors.items()}
     return Saved(run=read_state(folder), average=average, optimizer=load_file(folder / OPTIMIZER))
 
 
+def load_weights(folder: Path, transformer: nn.Module) -> None:
+    """Loads weights alone, in place: of a checkpoint, or of the `ema` folder in it; attaches an adapter where there is none.
+
+    Raises:
+        UserError: weights that do not fit the transformer.
+    """
+    for name, network in experts(transformer).items():
+        if (folder / LORA).is_dir():
+            load_lora(network, folder / _lora_folder(name))
+            continue
+        tensors = _read_full(folder / name)
+        check_fit(folder / name, tensors, network.state_dict())
+        network.load_state_dict(tensors)
+
+
 def load_generators(folder: Path) -> None:
     """Sets this process's generators to what they were."""
     restore_rng(load_file(folder / RNG))
-
-
-def read_state(folder: Path) -> RunState:
-    """Raises UserError: no checkpoint there, one of another format, or a state.json that is not what was saved."""
-    return RunState(**_checked_state(folder)["run"])
-
-
-def verify(folder: Path) -> RunState:
-    """Reads every file of a checkpoint.
-
-    Raises:
-        UserError: the first that is missing or not what was saved.
-    """
-    state = _checked_state(folder)
-    for name, digest in state["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing, though {STATE} lists it: the checkpoint is incomplete; use another")
-        if _digest(path) != digest:
-            raise UserError(
-                f"{path} is not what was saved (its sha256 differs from {STATE}): it is damaged or was edited; use another"
-            )
-    return RunState(**state["run"])
 
 
 def _kind(transformer: nn.Module) -> str:
@@ -167,8 +139,16 @@ def _save_weights(folder: Path, policy: nn.Module, weights: Mapping[str, torch.T
         if has_lora(network):
             save_lora(network, folder / _lora_folder(name), own)
             continue
-        network.save_config(folder / name)
-        save_torch_state_dict(own, folder / name, filename_pattern=WEIGHTS, max_shard_size=FILE_SIZE)
+        save_transformer(folder / name, network, own)
+
+
+def save_transformer(folder: Path, network: Any, weights: dict[str, torch.Tensor]) -> None:
+    """What `from_pretrained` of the network's class in diffusers reads; the network is asked for its configuration alone."""
+    network.save_config(folder)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # where this machine had the base model
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_torch_state_dict(weights, folder, filename_pattern=WEIGHTS, max_shard_size=FILE_SIZE)
 
 
 def _prefix(networks: Mapping[str, nn.Module], name: str) -> str:
@@ -177,37 +157,12 @@ def _prefix(networks: Mapping[str, nn.Module], name: str) -> str:
 
 
 def _lora_folder(expert: str) -> str:
-    return "lora" + expert.removeprefix("transformer")
+    return LORA + expert.removeprefix("transformer")
 
 
 def _read_full(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     return {name: tensor for path in files for name, tensor in load_file(path).items()}
-
-
-def _checked_state(folder: Path) -> dict[str, Any]:
-    path = folder / STATE
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: expected the folder of a checkpoint, such as checkpoints/step_00010")
-    try:
-        state = json.loads(path.read_text())
-        version, digest = state["format_version"], state.pop("sha256", None)
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is not what was saved ({error}): it is damaged or was edited; use another") from error
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format_version {version}: this version reads {FORMAT_VERSION}")
-    if _digest_of(state) != digest:
-        raise UserError(f"{path} is not what was saved (its own sha256 differs): it is damaged or was edited; use another")
-    return state
-
-
-def _digest_of(state: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

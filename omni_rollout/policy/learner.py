@@ -13,19 +13,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from omni_rollout.config import Parity, TrainConfig, TrainerEngine
+from omni_rollout.config import Parity, TrainConfig, TrainerEngineName
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.diffusion.self_check import checker
 from omni_rollout.models import family_module
-from omni_rollout.policy.checkpoint import RunState, load_generators, load_policy, save_policy
+from omni_rollout.policy.checkpoint import load_generators, load_policy, save_policy
+from omni_rollout.policy.drift import Drift
 from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
 from omni_rollout.policy.engines.torch_engine import first_rank, on_first_rank
 from omni_rollout.policy.lora import attach_lora, base_alone
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.policy.rng import seed_generators
+from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import PolicyUpdate, Update
 from omni_rollout.types import Trajectory
 
@@ -51,8 +53,9 @@ class Learner:
         load = family_module(config.model.family, "policy").load_policy
         self.policy = load(config.model.path, self.dtype, config.parity.value)
         self._device = compute_device()
-        if trainer.engine is not TrainerEngine.fsdp2:
+        if trainer.engine is not TrainerEngineName.fsdp2:
             self.policy.to(self._device)
+        self.drift = Drift(effective_weights(self.policy, self.dtype))
         start = copy.deepcopy(self.policy).requires_grad_(False) if config.algorithm.kl_coef and not trainer.lora_rank else None
         if trainer.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
@@ -124,8 +127,8 @@ class Learner:
         return update, rate
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What a rollout engine must hold to sample from this policy. Collective, tensor by tensor."""
-        named = effective_weights(self.policy, self.dtype, self.engine.gathered)
+        """What a rollout engine must hold to sample from this policy; sets `drift`. Collective, tensor by tensor."""
+        named = self.drift.watch(effective_weights(self.policy, self.dtype, self.engine.gathered))
         # What was gathered goes when the next is asked for.
         return named if self.config.trainer.ranks == 1 else ((name, tensor.clone()) for name, tensor in named)
 

@@ -20,6 +20,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from omni_rollout.diffusion.exact_ops import ExactLinear
@@ -141,6 +142,26 @@ def _sort_header(path: Path) -> None:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors stay aligned
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
+def write_unscaled(folder: Path, target: Path, dtype: torch.dtype) -> None:
+    """Writes what `save_lora` wrote once more, with alpha / rank multiplied into B, and alpha equal to the rank.
+
+    For programs that do not read alpha from the file's metadata: they add B A as it is. A scale that is a power of two, such as
+    the default's, moves no bit of the merged weight.
+    """
+    path = folder / LORA_WEIGHT_NAME_SAFE
+    tensors, rank, alpha = _read(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+    scaled = {name: tensor * (alpha / rank) if ".lora_B." in name else tensor for name, tensor in tensors.items()}
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"{PREFIX}{name}": tensor.to(dtype).contiguous() for name, tensor in scaled.items()},
+        target / LORA_WEIGHT_NAME_SAFE,
+        metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps({**metadata, f"{PREFIX}lora_alpha": rank})},
+    )
+    _sort_header(target / LORA_WEIGHT_NAME_SAFE)
 
 
 def load_lora(transformer: Any, folder: Path) -> list[nn.Parameter]:

@@ -25,7 +25,7 @@ from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobErro
 from omni_rollout.models import family_module
 from omni_rollout.rollout.architecture import register
 from omni_rollout.rollout.decoding import DecodeError, Decoder
-from omni_rollout.rollout.guards import check_alone, check_distinct, check_pinned, check_threads, close_at_exit
+from omni_rollout.rollout.guards import check_alone, check_distinct, check_pinned, check_threads, close_at_exit, without_bars
 from omni_rollout.rollout.platform.linear import register_linears
 from omni_rollout.rollout.request import engine_request
 from omni_rollout.trajectories.digest import combined_digest, tensor_digest, tensor_digests
@@ -61,6 +61,7 @@ class RolloutEngine:
         parity: str = "exact",
     ) -> None:
         check_alone()
+        without_bars()
         pipeline = family_module(family, "spec").ROLLOUT_PIPELINE
         self.threads = torch.get_num_threads()
         if parity != "fast":
@@ -92,8 +93,7 @@ class RolloutEngine:
         self._closed = False
         self._serial = itertools.count()
         close_at_exit(self)
-        self.dtype, self.parity = dtype, parity
-        self.policy_version = 0
+        self.dtype, self.parity, self.policy_version = dtype, parity, 0
         try:
             if parity == "exact":
                 check_pinned(self._rpc("pinned_knobs"))

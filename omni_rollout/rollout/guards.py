@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from vllm.model_executor.model_loader import weight_utils
 
 from omni_rollout.errors import PinnedKnobError, UserError
+from omni_rollout.launch.progress import VERBOSE
 from omni_rollout.types import RequestError, RolloutRequest
 
 PINNED: dict[str, tuple[Any, ...]] = {  # knob of the engine -> values under which the bits were compared
@@ -21,6 +24,12 @@ PINNED: dict[str, tuple[Any, ...]] = {  # knob of the engine -> values under whi
     "parallel": ((1, 1, 1),),
     "native": (True,),
 }
+
+
+def without_bars() -> None:
+    """vllm draws one for each file it reads, whatever the level of its log; OMNI_ROLLOUT_VERBOSE=1 leaves them."""
+    if os.environ.get(VERBOSE) != "1":
+        weight_utils.enable_tqdm = lambda use_tqdm_on_load: False
 
 
 class Closable(Protocol):

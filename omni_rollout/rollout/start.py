@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omni_rollout.config import TrainConfig
+from omni_rollout.config import SDETypeName, TrainConfig
 from omni_rollout.data.prompts import load_prompts
 from omni_rollout.models import family_module
 
 _SIZES = ("height", "width", "num_inference_steps", "true_cfg_scale")
 
 
-def rollout(config: TrainConfig, out: Path) -> int:
-    """Samples every prompt of `config.prompts` into `out`; returns 0, or 1 when an image could not be made."""
+def rollout(config: TrainConfig, out: Path, checkpoint: str | None = None, prepare: Callable[[Any], None] | None = None) -> int:
+    """Samples every prompt of `config.prompts` into `out`; returns 0, or 1 when an image could not be made.
+
+    Args:
+        checkpoint: name of that whose weights `prepare` gives the engine.
+    """
     from omni_rollout.launch.progress import progress_of
 
     prompts = load_prompts(config.prompts)
     print(rollout_line(config, len(prompts), out), file=sys.stderr)
+    print(f"weights: {checkpoint or config.model.path}", file=sys.stderr)
     say_family_defaults(config)
     with progress_of(config.model.path, "loading torch and the engine") as progress:
-        from omni_rollout.rollout.command import rollout_to_folder
+        from omni_rollout.rollout.to_folder import rollout_to_folder
 
-        made, failed = rollout_to_folder(config, prompts, out, progress)
+        made, failed = rollout_to_folder(config, prompts, out, progress, prepare)
     what, files = made_by(config)
     if made:
-        print(f"{_many(made, what)} ({files}) and {'its capsule' if made == 1 else 'their capsules'} (*.safetensors): {out}")
+        capsules = "its capsule" if made == 1 else "their capsules"
+        print(f"{many(made, what)} ({files}), {capsules} (*.safetensors), index.jsonl and grid.png: {out}")
     if failed:
-        print(f"{failed} of {_many(made + failed, what)} could not be made: see above", file=sys.stderr)
+        print(f"{failed} of {many(made + failed, what)} could not be made: see above", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -39,9 +45,9 @@ def made_by(config: TrainConfig) -> tuple[str, str]:
 
 
 def rollout_line(config: TrainConfig, prompts: int, out: Path) -> str:
-    """`3 prompts x 2 images: 64x64, 10 steps, no guidance, 16 text tokens, float32; into rollouts`."""
+    """`3 prompts x 2 images: 64x64, 10 steps, no guidance, noise 0.7 (sde), 16 text tokens, float32; into rollouts`."""
     size = config.rollout.group_size
-    return f"{_many(prompts, 'prompt')} x {_many(size, made_by(config)[0])}: {sampling_words(config)}; into {out}"
+    return f"{many(prompts, 'prompt')} x {many(size, made_by(config)[0])}: {sampling_words(config)}; into {out}"
 
 
 def sampling_words(config: TrainConfig) -> str:
@@ -52,7 +58,9 @@ def sampling_words(config: TrainConfig) -> str:
     width = f"{tokens} text tokens"
     steps = f"{sizes['num_inference_steps']} steps"
     size = f"{sizes['height']}x{sizes['width']}" if sizes["height"] and sizes["width"] else "sizes of the input images"
-    return f"{size}, {steps}, {guidance}, {width}, {config.model.dtype.value}"
+    kind, level = config.sampling.sde_type, config.sampling.noise_level
+    noise = "no noise (ode)" if kind is SDETypeName.ode else f"noise {level:g} ({kind.value})"
+    return f"{size}, {steps}, {guidance}, {noise}, {width}, {config.model.dtype.value}"
 
 
 def say_family_defaults(config: TrainConfig) -> None:
@@ -73,5 +81,5 @@ def _sizes(config: TrainConfig) -> Mapping[str, Any]:
     return {key: defaults[key] if value is None else value for key, value in given.items()}
 
 
-def _many(number: int, what: str) -> str:
+def many(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"

@@ -9,24 +9,8 @@ from pathlib import Path
 
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import RunFailedError
+from omni_rollout.run.folder import candidates, checkpoint_folders, step_of
 from omni_rollout.trajectories.journal import Journal
-
-ORIGIN = "origin"  # in a run folder: the checkpoint of another run that it went on from
-
-
-def checkpoint_folders(run_dir: str | Path) -> list[Path]:
-    """Newest first, complete ones alone; whether they are whole is for `policy.checkpoint.verify` to say."""
-    return sorted(Path(run_dir).glob("checkpoints/step_*"), key=step_of, reverse=True)
-
-
-def candidates(run_dir: str | Path) -> list[Path]:
-    """What a run can go on from, best first: its own, then the one that it came from."""
-    origin = Path(run_dir) / ORIGIN
-    return [*checkpoint_folders(run_dir), *([Path(origin.read_text(encoding="utf-8"))] if origin.is_file() else [])]
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
 
 
 class Checkpoints:

@@ -53,6 +53,7 @@ class StopFlag:
         try:
             yield
         finally:
+            self._stepping.unlink(missing_ok=True)
             if threading.current_thread() is threading.main_thread():
                 for number, handler in zip(SIGNALS, before, strict=True):
                     signal.signal(number, handler)
@@ -69,7 +70,7 @@ class StopFlag:
             self.path.touch()
             name = signal.Signals(number).name
             # Not print: the signal may have come in the midst of one.
-            os.write(2, f"\n{name}: this step is finished and saved first; Ctrl-C ends at once\n".encode())
+            os.write(2, f"\n{name}: this step is finished and saved first; press Ctrl-C again to end at once\n".encode())
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:

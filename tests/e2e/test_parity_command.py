@@ -65,12 +65,12 @@ def test_replay_tells_capsules_that_hold_from_those_that_do_not(model, tmp_path)
         "rollout",
         f"model.path={model}",
         f"prompts={tmp_path / 'prompts.txt'}",
-        f"out={tmp_path}",
+        f"out={tmp_path / 'out'}",
         "rollout.group_size=2",
         *sizes,
     )
     assert rolled.returncode == 0, rolled.stderr
-    capsules = sorted(tmp_path.glob("*.safetensors"))
+    capsules = sorted((tmp_path / "out").glob("*.safetensors"))
     held = command("replay", *map(str, capsules), f"model.path={model}")
     assert held.returncode == 0 and "2 of 2 capsules hold bit for bit" in held.stdout, held.stdout + held.stderr
     (tmp_path / "broken.safetensors").write_bytes(capsules[0].read_bytes()[:100])

@@ -216,15 +216,16 @@ def test_the_python_snippet_works(clone: Path, done: dict[str, subprocess.Comple
 def test_the_first_rollout_is_of_the_models_own_size(clone: Path, done: dict[str, subprocess.CompletedProcess[str]]) -> None:
     command = next(command for command in QUICK if command.startswith("omni-rollout rollout"))
     prompts = len((ROOT / "recipes/nano/data/heldout.jsonl").read_text().splitlines())
-    images, capsules = sorted((clone / "rollouts").glob("*.png")), sorted((clone / "rollouts").glob("*.safetensors"))
+    images, capsules = sorted((clone / "rollouts").glob("*-*.png")), sorted((clone / "rollouts").glob("*.safetensors"))
     assert len(images) == len(capsules) == prompts
     assert {Image.open(path).size for path in images} == {(64, 64)}
     spec = load_capsule(capsules[0]).spec
     assert (spec.height, spec.width, spec.num_inference_steps, spec.guided, spec.prompt_width) == (64, 64, 10, False, 16)
     told = done[command].stderr.splitlines()
-    assert told[0] == f"{prompts} prompts x 1 image: 64x64, 10 steps, no guidance, 16 text tokens, float32; into rollouts"
-    assert told[1] == "loading torch and the engine ..."
+    words = "64x64, 10 steps, no guidance, noise 0.7 (sde), 16 text tokens, float32"
+    assert told[0] == f"{prompts} prompts x 1 image: {words}; into rollouts"
+    assert told[1].startswith("weights: ") and told[2] == "loading torch and the engine ..."
     assert f"sampling, 0/{prompts} images: {prompts * 10} steps" in told
     assert not [line for line in told if "WARNING" in line or "Triton" in line or "Loading weights" in line]
-    stdout = f"{prompts} images (*.png) and their capsules (*.safetensors): rollouts\n"
+    stdout = f"{prompts} images (*.png), their capsules (*.safetensors), index.jsonl and grid.png: rollouts\n"
     assert done[command].stdout == stdout  # progress is no result

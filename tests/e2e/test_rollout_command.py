@@ -48,7 +48,7 @@ def test_a_prompt_past_the_width_is_refused_and_the_others_are_made(rolled_out):
     folder, _, done = rolled_out
     assert done.returncode == 1
     assert "the fixed width is 24" in done.stderr and "collate.prompt_width=" in done.stderr
-    capsules, images = sorted((folder / "out").glob("*.safetensors")), sorted((folder / "out").glob("*.png"))
+    capsules, images = sorted((folder / "out").glob("*.safetensors")), sorted((folder / "out").glob("*-*.png"))
     assert len(capsules) == len(images) == 4
     assert [path.stem for path in capsules] == [path.stem for path in images]
     assert {load_capsule(path).prompt.text for path in capsules} == {LINES[0], LINES[2]}

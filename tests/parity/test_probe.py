@@ -12,7 +12,7 @@ import torch
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.nano.random_weights import build_random
-from omni_rollout.parity import command
+from omni_rollout.parity import reported
 from omni_rollout.parity.matrix import Matrix
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.trajectories.capsule import load_capsule, save_capsule
@@ -45,7 +45,7 @@ def config_of(checkpoint: str) -> TrainConfig:
 @pytest.fixture(scope="module")
 def written(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict, str]:
     folder = tmp_path_factory.mktemp("parity")
-    status = command.parity(config_of(checkpoint), json_path=folder / "out.json", html_path=folder / "out.html", matrix=QUICK)
+    status = reported.parity(config_of(checkpoint), json_path=folder / "out.json", html_path=folder / "out.html", matrix=QUICK)
     return status, json.loads((folder / "out.json").read_text()), (folder / "out.html").read_text()
 
 
@@ -89,7 +89,7 @@ def test_an_ode_is_refused_before_an_engine_starts(checkpoint):
     config = config_of(checkpoint)
     config.sampling.noise_level = 0.0
     with pytest.raises(UserError, match="no log-probs"):
-        command.parity(config, matrix=QUICK)
+        reported.parity(config, matrix=QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def capsules(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def replay(capsules: list[Path], config: TrainConfig, tmp_path: Path) -> tuple[int, list[dict]]:
-    status = command.replay(capsules, config, json_path=tmp_path / "replay.json")
+    status = reported.replay(capsules, config, json_path=tmp_path / "replay.json")
     return status, json.loads((tmp_path / "replay.json").read_text())["capsules"]
 
 
@@ -184,7 +184,7 @@ def test_the_true_width_has_cells_of_its_own_and_the_size_of_its_cause(checkpoin
         return build_random(out, layers=1, heads=2)
 
     matrix = Matrix.parse(["dtype=bfloat16", "guidance=4.0", "width=64", "in_flight=3", "images=3"])
-    status = command.parity(config_of(checkpoint), json_path=tmp_path / "out.json", matrix=matrix, build_random=small)
+    status = reported.parity(config_of(checkpoint), json_path=tmp_path / "out.json", matrix=matrix, build_random=small)
     report = json.loads((tmp_path / "out.json").read_text())
     ((layers, heads, head_dim, folder),) = built
     assert status == 0 and (layers, heads * head_dim) == (1, 3072) and not folder.exists()
@@ -196,4 +196,4 @@ def test_the_true_width_has_cells_of_its_own_and_the_size_of_its_cause(checkpoin
 def test_a_model_of_that_width_is_not_measured_twice(checkpoint, monkeypatch):
     monkeypatch.setattr("omni_rollout.models.qwen_image.probe.TRUE_WIDTH", (1, 128))
     matrix = Matrix.parse(["dtype=bfloat16", "guidance=4.0", "width=64", "in_flight=3", "images=1", "causes=false"])
-    assert command.parity(config_of(checkpoint), matrix=matrix, build_random=lambda *_, **__: pytest.fail("built")) == 0
+    assert reported.parity(config_of(checkpoint), matrix=matrix, build_random=lambda *_, **__: pytest.fail("built")) == 0

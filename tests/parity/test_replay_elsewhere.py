@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from omni_rollout.config import TrainConfig
-from omni_rollout.parity import command
+from omni_rollout.parity import reported
 from omni_rollout.parity.replay import other_machine
 from omni_rollout.trajectories.capsule import load_capsule, save_capsule
 from omni_rollout.types import Trajectory
@@ -34,7 +34,7 @@ def foreign(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"model.path={checkpoint}",
         "model.dtype=bfloat16",
         f"prompts={folder / 'prompts.txt'}",
-        f"out={folder}",
+        f"out={folder / 'out'}",
     ]
     words += ["threads=1", "rollout.group_size=1", "sampling.height=64", "sampling.width=64", "collate.prompt_width=64"]
     done = subprocess.run(
@@ -45,7 +45,7 @@ def foreign(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={**os.environ, **ELSEWHERE},
     )
     assert done.returncode == 0, done.stderr
-    (capsule,) = folder.glob("*.safetensors")
+    (capsule,) = (folder / "out").glob("*.safetensors")
     return capsule
 
 
@@ -54,7 +54,7 @@ def replayed(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     def replayed(*capsules: Path, threads: int = 2) -> Answer:
         config = TrainConfig()
         config.model.path, config.threads = checkpoint, threads
-        status = command.replay(capsules, config, json_path=tmp_path / "replay.json")
+        status = reported.replay(capsules, config, json_path=tmp_path / "replay.json")
         return status, json.loads((tmp_path / "replay.json").read_text())["capsules"], capsys.readouterr().out
 
     return replayed

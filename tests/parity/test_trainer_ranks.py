@@ -19,27 +19,27 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from omni_rollout.algorithms import flow_grpo
-from omni_rollout.config import AlgorithmConfig, DType, ModelConfig, Offload, TrainConfig, TrainerConfig, TrainerEngine
+from omni_rollout.config import AlgorithmConfig, DType, ModelConfig, Offload, TrainConfig, TrainerConfig, TrainerEngineName
 from omni_rollout.models import family_module
 from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.models.qwen_image.spec import resolve
-from omni_rollout.policy.checkpoint import RunState
 from omni_rollout.policy.learner import Learner
+from omni_rollout.policy.state import RunState
 from omni_rollout.trajectories.capsule import load_capsule, save_capsule
 from omni_rollout.trajectories.digest import combined_digest, tensor_digest
 from omni_rollout.types import Prompt, RolloutRequest, Trajectory
 
 ENGINES: dict[str, dict[str, Any]] = {
-    "ddp": {"engine": TrainerEngine.torch},
-    "fsdp2": {"engine": TrainerEngine.fsdp2},
-    "fsdp2-offload": {"engine": TrainerEngine.fsdp2, "offload": Offload.all, "gradient_checkpointing": True},
-    "zero0": {"engine": TrainerEngine.deepspeed, "zero_stage": 0},
-    "zero1": {"engine": TrainerEngine.deepspeed, "zero_stage": 1},
-    "zero2": {"engine": TrainerEngine.deepspeed, "zero_stage": 2, "gradient_checkpointing": True},
-    "zero2-offload": {"engine": TrainerEngine.deepspeed, "zero_stage": 2, "offload": Offload.optimizer},
-    "zero3": {"engine": TrainerEngine.deepspeed, "zero_stage": 3},
+    "ddp": {"engine": TrainerEngineName.torch},
+    "fsdp2": {"engine": TrainerEngineName.fsdp2},
+    "fsdp2-offload": {"engine": TrainerEngineName.fsdp2, "offload": Offload.all, "gradient_checkpointing": True},
+    "zero0": {"engine": TrainerEngineName.deepspeed, "zero_stage": 0},
+    "zero1": {"engine": TrainerEngineName.deepspeed, "zero_stage": 1},
+    "zero2": {"engine": TrainerEngineName.deepspeed, "zero_stage": 2, "gradient_checkpointing": True},
+    "zero2-offload": {"engine": TrainerEngineName.deepspeed, "zero_stage": 2, "offload": Offload.optimizer},
+    "zero3": {"engine": TrainerEngineName.deepspeed, "zero_stage": 3},
     "zero3-offload": {
-        "engine": TrainerEngine.deepspeed,
+        "engine": TrainerEngineName.deepspeed,
         "zero_stage": 3,
         "offload": Offload.all,
         "gradient_checkpointing": True,

@@ -25,9 +25,10 @@ from omni_rollout.models.base.encodings import Encodings
 from omni_rollout.models.base.policy import Experts, experts
 from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.nano.random_weights import build_random
-from omni_rollout.policy.checkpoint import RunState, load_policy, save_policy
+from omni_rollout.policy.checkpoint import load_policy, save_policy
 from omni_rollout.policy.lora import attach_lora
 from omni_rollout.policy.recompute import recompute
+from omni_rollout.policy.state import RunState
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.trajectories.capsule import load_capsule, save_capsule
 from omni_rollout.types import Prompt, RolloutRequest, Trajectory

@@ -9,13 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omni_rollout.commands.parity import READS
 from omni_rollout.config import DType, Parity, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
 from omni_rollout.launch.validate import validate
 from omni_rollout.monitor import find_alerts, parity_metrics, ratio_metrics
 from omni_rollout.monitor.alerts import leaning
-from omni_rollout.monitor.commands import parity_command, train_command
+from omni_rollout.monitor.suggested import parity_command, train_command
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_a_command_composes_to_what_the_run_was_given(text: str) -> None:
     again = compose(shlex.split(train_command(config))[2:])
     again.run_dir = config.run_dir
     assert again == config
-    parity = compose(shlex.split(parity_command(config))[2:])
+    parity = compose(shlex.split(parity_command(config))[2:], name="parity", unused=["prompts"], reads=READS)
     assert (parity.model, parity.sampling, parity.trainer.lora_rank) == (config.model, config.sampling, 4)
     assert parity.reward != config.reward
 

@@ -16,23 +16,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 from omni_rollout.config import TrainerConfig
-from omni_rollout.config import TrainerEngine as EngineName
+from omni_rollout.config import TrainerEngineName as EngineName
 from omni_rollout.diffusion.exact_ops import install_linears
 from omni_rollout.errors import UserError
 from omni_rollout.policy import checkpoint
 from omni_rollout.policy.checkpoint import (
     OPTIMIZER,
     RNG,
-    STATE,
-    RunState,
     load_generators,
     load_policy,
     save_policy,
-    verify,
 )
 from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import TrainerEngine, make_trainer_engine
 from omni_rollout.policy.lora import attach_lora
+from omni_rollout.policy.state import STATE, RunState, verify
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 

@@ -30,13 +30,14 @@ from omni_rollout.models.base.sampling import Extra, resolve, resolve_extra
 from omni_rollout.models.base.velocity import Conditioning, velocity
 from omni_rollout.models.qwen_image import spec as qwen
 from omni_rollout.models.qwen_image import velocity as qwen_velocity
-from omni_rollout.monitor.images import image_grid
-from omni_rollout.policy.checkpoint import RunState, load_policy, save_policy
+from omni_rollout.policy.checkpoint import load_policy, save_policy
 from omni_rollout.policy.lora import attach_lora, has_lora
+from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import PolicyUpdate
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.trajectories.capsule import CapsuleError, load_capsule, save_capsule
 from omni_rollout.trajectories.media import save_media
+from omni_rollout.trajectories.sheet import image_grid
 from omni_rollout.types import Layout, Prompt, RequestError, SamplingSpec, Trajectory
 
 BOUNDARY = 2

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from omni_rollout.config import TrainerConfig
-from omni_rollout.config import TrainerEngine as EngineName
+from omni_rollout.config import TrainerEngineName as EngineName
 from omni_rollout.models.base.policy import Experts
 from omni_rollout.policy.engines import TrainerEngine, make_trainer_engine
 from omni_rollout.policy.update import check_ranks_agree

@@ -11,7 +11,7 @@ from peft.tuners import lora
 from torch import nn
 
 from omni_rollout.config import TrainerConfig
-from omni_rollout.config import TrainerEngine as EngineName
+from omni_rollout.config import TrainerEngineName as EngineName
 from omni_rollout.diffusion.exact_ops import effective_weights, install_linears
 from omni_rollout.diffusion.products import exact_linear
 from omni_rollout.policy.engines import make_trainer_engine

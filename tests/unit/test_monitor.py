@@ -18,8 +18,8 @@ from omni_rollout.errors import RunFailedError
 from omni_rollout.monitor import Monitor, NotFiniteError, check_finite, parity_metrics, ratio_metrics, reward_metrics
 from omni_rollout.monitor.console import step_line
 from omni_rollout.monitor.heatmap import heat_map
-from omni_rollout.monitor.images import image_grid
 from omni_rollout.monitor.wandb_sink import has_key
+from omni_rollout.trajectories.sheet import image_grid
 
 STEPS = torch.tensor([[0, 1], [1, 2]])
 
@@ -129,10 +129,13 @@ def test_rewards_by_hand() -> None:
 def test_the_line_says_exact_zero_only_for_exact_zero() -> None:
     assert step_line(
         {"critic/rewards/mean": 0.52, "parity/ppo_kl_mb0": 0.0, "actor/pg_clipfrac": 0.0, "timing_s/step": 4.0}
-    ) == ("reward 0.520  kl 0.0  clip 0.00")
-    assert "kl 0.0 (max 1.2e-07)" in step_line({"parity/ppo_kl_mb0": 0.0, "rollout_corr/logprob_abs_diff_max": 1.2e-7})
-    assert "kl 1.0e-09" in step_line({"parity/ppo_kl_mb0": 1e-9})
-    assert step_line({"timing_s/rollout": 2.934, "timing_s/sync": 0.0213}) == "rollout 2.93s sync 0.0213s"
+    ) == ("reward 0.520  engine-trainer gap 0.0  clip 0.00")
+    assert "gap 0.0 (max 1.2e-07)" in step_line({"parity/ppo_kl_mb0": 0.0, "rollout_corr/logprob_abs_diff_max": 1.2e-7})
+    assert "gap 1.0e-09  drift 2.0e-04" in step_line({"parity/ppo_kl_mb0": 1e-9, "actor/drift": 2e-4})
+    times = {"timing_s/rollout": 2.934, "timing_s/sync": 0.0213, "timing_s/old_log_probs": 3.6e-5}
+    assert step_line(times) == "rollout 2.93s sync 0.0213s", "what takes no time is not told"
+    evaluated = {"evaluation/ocr": 0.5, "evaluation/reward": 0.25, "evaluation/reward_se": 0.1, "evaluation/reward_se_ema": 0.1}
+    assert step_line(evaluated) == "evaluation/ocr 0.500  evaluation/reward 0.250"
 
 
 def test_the_sheet_shows_every_image_pixel_for_pixel() -> None:
@@ -162,19 +165,39 @@ def test_a_run_folder_is_complete_after_every_step(
     image = np.zeros((16, 16, 3), dtype=np.uint8)
     with Monitor(tmp_path / "run", config, total_steps=2) as monitor:
         for step in range(3):
-            monitor.log(step, {"critic/rewards/mean": 0.5, "actor/loss": math.nan}, [("a 7", image)] if step != 1 else [])
+            held_out = [("0.50 a 7", image)] * 70 if step != 1 else []
+            metrics = {"critic/rewards/mean": 0.5, "actor/loss": math.nan}
+            monitor.log(step, metrics, [("a 7", image)] * 9 if step else [], evaluation=held_out)
             rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
             assert [row["step"] for row in rows] == list(range(step + 1))
         monitor.summary(tmp_path / "run" / "checkpoints" / "step_2")
     assert rows[-1] == {"step": 2, "critic/rewards/mean": 0.5, "actor/loss": None, "alerts": 1.0, "alerts/names": "not_finite"}
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "images", "metrics.jsonl"]
-    assert sorted(path.name for path in (tmp_path / "run" / "images").iterdir()) == ["step_0000.png", "step_0002.png"]
-    assert Image.open(tmp_path / "run" / "images" / "step_0000.png").size[0] >= 16
+    made = sorted(path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    sheets = ["evaluation_0000.png", "evaluation_0002.png", "step_0001.png", "step_0002.png"]
+    assert made == ["config.yaml", *(f"images/{name}" for name in sheets), "metrics.jsonl", "summary.txt"]
+    sizes = {name: Image.open(tmp_path / "run" / "images" / name).size for name in sheets}
+    assert sizes["evaluation_0000.png"] == sizes["evaluation_0002.png"]
+    cell = sizes["evaluation_0000.png"][0] // 8  # 64 of 70 are shown, 8 a row
+    assert sizes["step_0002.png"][0] == 8 * cell, "a group of 8 a row"
+    assert sizes["evaluation_0000.png"][1] == 4 * sizes["step_0002.png"][1], "8 rows against 2"
     assert "path: model" in (tmp_path / "run" / "config.yaml").read_text()
     printed = capsys.readouterr().out
     assert "step 1/2  reward 0.500  ALERT not_finite (2 steps so far)\n" in printed
-    for name in ("images/step_0000.png", "images/step_0002.png", "metrics.jsonl", "checkpoints/step_2"):
-        assert str(tmp_path / "run" / name) in printed
+    summary = (tmp_path / "run" / "summary.txt").read_text()
+    assert printed.endswith(summary)
+    for name in ("images/evaluation_0000.png", "images/evaluation_0002.png", "metrics.jsonl", "checkpoints/step_2"):
+        assert str(tmp_path / "run" / name) in summary
+
+
+def test_before_and_after_are_named_only_where_they_are_of_the_same_prompts_and_seeds(
+    tmp_path: Path, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = np.zeros((16, 16, 3), dtype=np.uint8)
+    with Monitor(tmp_path, config, total_steps=2) as monitor:
+        monitor.log(0, {}, evaluation=[("a", image)])
+        monitor.log(1, {}, [("b", image)])  # stopped before the second evaluation
+        monitor.summary()
+    assert "images" not in capsys.readouterr().out.replace(str(tmp_path), "")
 
 
 def test_wandb_goes_offline_by_itself_and_stays_in_the_run_folder(
@@ -188,7 +211,7 @@ def test_wandb_goes_offline_by_itself_and_stays_in_the_run_folder(
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 1 and list(runs[0].glob("*.wandb"))
     assert f"wandb sync {runs[0]}" in capsys.readouterr().out
-    assert len(list((runs[0] / "files" / "media" / "images").iterdir())) >= 1
+    assert len(list((runs[0] / "files" / "media" / "images").rglob("training*.png"))) == 8
 
 
 def test_wandb_that_cannot_start_is_told_once_and_the_run_goes_on(
@@ -262,7 +285,7 @@ def test_the_console_says_once_what_its_kl_compares(
     with Monitor(tmp_path, config, total_steps=2) as monitor:
         for step in range(3):
             monitor.log(step, {"parity/ppo_kl_mb0": 0.0} if step else {})
-    assert capsys.readouterr().out.count("kl: rollout engine against trainer, per element") == 1
+    assert capsys.readouterr().out.count("gap: rollout engine against trainer, ") == 1
 
 
 @pytest.mark.parametrize("field", ["latents", "log_probs"])

@@ -22,8 +22,8 @@ from omni_rollout.parity.findings import Finding, from_seeds, from_weights
 from omni_rollout.parity.html import to_html
 from omni_rollout.parity.matrix import Cell, Matrix, cells, submissions
 from omni_rollout.parity.measure import Measure, measure, measure_steps
-from omni_rollout.parity.probe import CellResult, Report
 from omni_rollout.parity.report import print_report, to_json, verdict, write_json
+from omni_rollout.parity.results import CellResult, Report
 from omni_rollout.types import Prompt, Trajectory
 
 CAUSES = causes("qwen_image")

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from omni_rollout.cli import main
-from omni_rollout.config import TrainConfig, TrainerEngine
+from omni_rollout.config import TrainConfig, TrainerEngineName
 from omni_rollout.diffusion import exact_ops, products
 from omni_rollout.diffusion.sde import sde_step
 from omni_rollout.errors import UserError
@@ -32,7 +32,7 @@ from omni_rollout.models.qwen_image import policy, sizes
 from omni_rollout.models.qwen_image.activations import CONDITIONING_ROWS, Pass, saved
 from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.nano.components import make_transformer
-from omni_rollout.plan.command import closest
+from omni_rollout.plan.closest import closest
 from omni_rollout.plan.memory import total
 from omni_rollout.plan.split import Gpus, Plan, make_plan, make_run
 from omni_rollout.policy.lora import attach_lora
@@ -184,9 +184,9 @@ def test_what_is_proposed_fits_and_could_be_written_so() -> None:
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.integers(1, 6), st.sampled_from([256, 512, 1024]), st.booleans(), st.sampled_from(list(TrainerEngine)))
+@given(st.integers(1, 6), st.sampled_from([256, 512, 1024]), st.booleans(), st.sampled_from(list(TrainerEngineName)))
 def test_more_rows_pixels_or_kept_activations_need_more(
-    rows: int, side: int, checkpointing: bool, engine: TrainerEngine
+    rows: int, side: int, checkpointing: bool, engine: TrainerEngineName
 ) -> None:
     base = BASE
 

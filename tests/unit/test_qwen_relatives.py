@@ -26,7 +26,7 @@ from omni_rollout.models.base.images import made_image
 from omni_rollout.models.base.velocity import Conditioning
 from omni_rollout.models.qwen_image_edit import spec as edit
 from omni_rollout.models.qwen_image_layered import spec as layered
-from omni_rollout.plan.command import plan
+from omni_rollout.plan.closest import plan
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.rewards.recomposition import recomposed
 from omni_rollout.types import InputImage, Prompt, RequestError, SamplingSpec

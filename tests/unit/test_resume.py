@@ -15,8 +15,10 @@ from torch import nn
 from omni_rollout.config import DType, ModelConfig, TrainConfig, TrainerConfig
 from omni_rollout.errors import RunFailedError, UserError
 from omni_rollout.policy import checkpoint
-from omni_rollout.run.checkpoints import Checkpoints, checkpoint_folders, step_of
-from omni_rollout.run.resume import Start, check_weights, enter, find_start, run_state
+from omni_rollout.run.checkpoints import Checkpoints
+from omni_rollout.run.folder import checkpoint_folders, step_of
+from omni_rollout.run.resume import check_weights, enter, run_state
+from omni_rollout.run.start import Start, find_start
 from omni_rollout.trajectories.journal import Journal
 
 

@@ -46,7 +46,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_hand(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The model's own logits of every image and its text, one pair at a time, from pixels normalised here; and image embeddings."""
+    """The model's own logits of every image and its text, from pixels normalised here; and image embeddings."""
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
     logits, embeddings = [], []
     for image, text in zip(IMAGES, TEXTS, strict=True):

@@ -13,7 +13,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 from omni_rollout.config import Offload, Schedule, TrainerConfig
-from omni_rollout.config import TrainerEngine as EngineName
+from omni_rollout.config import TrainerEngineName as EngineName
 from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import TrainerEngine, learning_rate_at, make_trainer_engine
 

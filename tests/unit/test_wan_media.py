@@ -17,10 +17,10 @@ from PIL import Image
 from omni_rollout.config import WandbConfig
 from omni_rollout.models import family_module
 from omni_rollout.monitor import wandb_sink
-from omni_rollout.monitor.images import image_grid
 from omni_rollout.trajectories.capsule import CapsuleError, load_capsule, save_capsule
 from omni_rollout.trajectories.journal import Journal
 from omni_rollout.trajectories.media import animated, save_media
+from omni_rollout.trajectories.sheet import image_grid
 from omni_rollout.types import InputImage, Prompt, Trajectory
 
 IMAGE = InputImage(path="a.png", sha256="0" * 64, height=30, width=50)

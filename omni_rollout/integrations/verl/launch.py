@@ -22,7 +22,7 @@ from omni_rollout.integrations.verl.deaths import DEATHS, cause_of, describe, no
 from omni_rollout.integrations.verl.records import to_section
 from omni_rollout.launch import plugins
 from omni_rollout.run.checkpoints import how_to_go_on
-from omni_rollout.run.resume import find_start
+from omni_rollout.run.start import find_start
 from omni_rollout.run.stop import StopFlag
 
 CONFIG_DIR = Path(__file__).parent / "config"

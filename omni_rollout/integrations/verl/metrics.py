@@ -10,6 +10,7 @@ import numpy as np
 
 from omni_rollout.monitor import CaptionedImage
 from omni_rollout.policy.update import Scores, Update
+from omni_rollout.run import evaluation
 
 TIMINGS = {"gen": "rollout", "update_actor": "update", "update_weights": "weight_sync", "step": "step"}  # verl's -> ours
 
@@ -50,13 +51,8 @@ class Samples:
         )
 
 
-def captioned(samples: Samples, rewards: Sequence[float | None] | None = None) -> list[CaptionedImage]:
-    """The images with their prompts, and those that have one with their reward; the others are left out."""
-    texts = [prompt["text"] for prompt in samples.prompts]
-    if rewards is None:
-        return list(zip(texts, samples.media, strict=True))
-    rows = [(reward, text, media) for reward, text, media in zip(rewards, texts, samples.media, strict=True)]
-    return [(f"{reward:.2f} {text}", media) for reward, text, media in rows if reward is not None]
+def captioned(samples: Samples, rewards: Sequence[float | None]) -> list[CaptionedImage]:
+    return evaluation.captioned(rewards, [prompt["text"] for prompt in samples.prompts], samples.media)
 
 
 def merged(updates: Sequence[Update]) -> Update:

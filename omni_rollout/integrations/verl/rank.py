@@ -17,9 +17,9 @@ from verl.single_controller.base.decorator import Dispatch, register
 
 from omni_rollout import algorithms, monitor
 from omni_rollout.integrations.verl.records import Weights, buckets, column, from_fields, run_config
-from omni_rollout.policy.checkpoint import RunState
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import check_fingerprint
+from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import Update
 from omni_rollout.trajectories.digest import combined_digest, tensor_digests
 
@@ -88,7 +88,8 @@ class TrainerRank(Worker):
                     put.append(ray.put([(name, tensor.cpu()) for name, tensor in bucket]))
         digest = combined_digest(digests)
         self._expected = self._learner.expected(digest)
-        return Weights(version=version, digest=digest, buckets=tuple(put), machine=self._expected.get("machine"))
+        machine, drift = self._expected.get("machine"), self._learner.drift.value
+        return Weights(version=version, digest=digest, buckets=tuple(put), machine=machine, drift=drift)
 
     @every_rank
     def save_checkpoint(self, folder: Path, run: RunState) -> str | None:

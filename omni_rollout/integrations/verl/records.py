@@ -44,6 +44,7 @@ class Weights:
     digest: str
     buckets: tuple[ray.ObjectRef, ...]  # each a list of (name, tensor); held by the trainer's first rank
     machine: Mapping[str, Any] | None = None  # of that rank, as its self-check found it; None: the profile is not exact
+    drift: float = 0.0  # from where the run started, see `policy.drift`
 
     def fetch(self) -> list[tuple[str, torch.Tensor]]:
         return [named for bucket in ray.get(list(self.buckets)) for named in bucket]

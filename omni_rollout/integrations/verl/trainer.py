@@ -10,6 +10,7 @@ _compute_metrics      Monitor.log
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +43,9 @@ from omni_rollout.monitor import CaptionedImage, Guards, Monitor, last_words, st
 from omni_rollout.policy.recompute import check_machine
 from omni_rollout.rewards import make_rewards
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
-from omni_rollout.run.resume import check_weights, enter, find_start, run_state
+from omni_rollout.run.evaluation import evaluation_metrics
+from omni_rollout.run.resume import check_weights, enter, run_state
+from omni_rollout.run.start import find_start
 from omni_rollout.run.stop import StopFlag
 from omni_rollout.trajectories.journal import Journal
 from omni_rollout.types import Prompt, RolloutRequest
@@ -179,18 +182,14 @@ class OmniTrainer(PPOTrainer):
         self.scored = self.rewards.batch(self.samples.breakdown, self.samples.failures)
         self.rewards.require(self.scored)
         self.group_ids = [self.samples.group_ids[row] for row in self.scored.scored]  # the others leave their groups
-        self.advantages = self.algorithm.advantages(
-            torch.tensor(self.rewards.compared(self.scored, self.group_ids), dtype=torch.float32),
-            self.group_ids,
-            std=self.run.algorithm.advantage_std,
-            clip=self.run.algorithm.advantage_clip,
-        )
+        own, compared = self.run.algorithm, self.rewards.compared(self.scored, self.group_ids)
+        rewards = torch.tensor(compared, dtype=torch.float32)
+        self.advantages = self.algorithm.advantages(rewards, self.group_ids, std=own.advantage_std, clip=own.advantage_clip)
         return batch
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        self.updates: list[RankUpdate] = self.actor_rollout_wg.update_policy(
-            [batch.keys[row] for row in self.scored.scored], batch.partition_id, self.advantages, self.global_steps
-        )
+        keys, update = [batch.keys[row] for row in self.scored.scored], self.actor_rollout_wg.update_policy
+        self.updates: list[RankUpdate] = update(keys, batch.partition_id, self.advantages, self.global_steps)
         self.sampled_by = self.weights.digest
         return batch
 
@@ -219,20 +218,19 @@ class OmniTrainer(PPOTrainer):
     def _validate(self) -> dict[str, float]:
         """Deterministic (ode) images from fixed seeds; with an average kept, of the averaged policy as well."""
         name = f"step-{self.global_steps:05d}" if self.global_steps else "before"
-        metrics, self.images = self._evaluate(name)
-        prompts, media = zip(*self.images, strict=True)
-        guarded, self.lost = self.guards(self.global_steps, media, prompts, self.rewards.trained(metrics))
+        metrics, self.images, samples = self._evaluate(name)
+        texts, reward = [prompt["text"] for prompt in samples.prompts], metrics.get("evaluation/reward", math.nan)
+        guarded, self.lost = self.guards(self.global_steps, samples.media, texts, reward)
         if self.run.trainer.ema_decay and self.global_steps:
             self._publish(averaged=True)
-            averaged, _ = self._evaluate(f"{name}-ema")
+            averaged, _, _ = self._evaluate(f"{name}-ema")
             self._publish()
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
-        metrics |= guarded
         if not self.global_steps:
-            self.sight.log(0, metrics, self.images)
-        return metrics
+            self.sight.log(0, metrics | guarded, evaluation=self.images)
+        return metrics | guarded
 
-    def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage]]:
+    def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage], Samples]:
         requests = self.collator.evaluation(self.evaluation_prompts, self.run.evaluation, name)
         groups = self._submit(requests, "val")
         batch, _ = self.replay_buffer.sample(self.global_steps, "val", groups)
@@ -240,15 +238,15 @@ class OmniTrainer(PPOTrainer):
         samples = self._samples(batch)
         tq.kv_clear(keys=batch.keys, partition_id="val")
         scores = self.rewards.evaluate(samples.media, [Prompt.from_json(prompt) for prompt in samples.prompts])
-        return {f"evaluation/{key}": value for key, value in scores.items()}, captioned(samples)
+        scored = self.rewards.batch(samples.breakdown, samples.failures).total
+        return evaluation_metrics(scored, scores), captioned(samples, scored), samples
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
     ) -> None:
         """Adds this step's numbers, as the embedded trainer has them, to what verl logs, and writes them to the run folder."""
         evaluated = {key: value for key, value in metrics.items() if key.startswith(("evaluation/", "guard/"))}
-        samples, scored, first = self.samples, self.scored, self.updates[0]
-        rewards = scored.of(scored.scored)
+        samples, scored, first, rewards = self.samples, self.scored, self.updates[0], self.scored.of(self.scored.scored)
         ours = step_metrics(
             merged([rank.update for rank in self.updates]),
             rewards=rewards.total,
@@ -262,6 +260,7 @@ class OmniTrainer(PPOTrainer):
             learning_rate=first.learning_rate,
             collisions=self.seeds.collisions,
             recomputed=first.recomputed,
+            drift=self.weights.drift,
         )
         ours |= {
             "rollout/servers": float(self.servers_in_step),
@@ -272,8 +271,9 @@ class OmniTrainer(PPOTrainer):
         lost = {"not_kept": self.told["not_kept"], "not_scored": scored.failures}
         notes = step_notes(sampled_by=self.sampled_by, recomputed=first.recomputed, reused=self.reused, **lost)
         metrics.update(ours)
-        images = self.images if evaluated else captioned(samples, scored.total)
-        self.sight.log(global_steps, ours, images, {**notes, **(self.lost if evaluated else {}), **self.checkpoints.notes()})
+        images, found = (self.images, self.lost) if evaluated else ((), {})
+        shown = captioned(samples, scored.total)
+        self.sight.log(global_steps, ours, shown, {**notes, **found, **self.checkpoints.notes()}, images)
         self._finish(global_steps)
 
     def _finish(self, step: int) -> None:

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from omni_rollout.diffusion.sde import per_sample
-from omni_rollout.models.base import velocity as base
 from omni_rollout.types import Trajectory
 
 
@@ -69,17 +67,3 @@ def changed_text(setting: Setting, change: Callable[[dict[str, Any]], None]) -> 
         yield
     finally:
         handle.remove()
-
-
-def low_precision_guidance(setting: Setting) -> AbstractContextManager[None]:
-    def guide(
-        velocity: torch.Tensor, negative_velocity: torch.Tensor, true_cfg_scale: torch.Tensor | float, *, renormalise: bool
-    ) -> torch.Tensor:
-        positive, negative = velocity.to(setting.dtype), negative_velocity.to(setting.dtype)
-        scale = torch.as_tensor(true_cfg_scale, dtype=setting.dtype, device=positive.device)
-        combined = negative + per_sample(scale, positive) * (positive - negative)
-        if not renormalise:
-            return combined.float()
-        return (combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))).float()
-
-    return swapped(base, "guide", guide)

@@ -1,4 +1,4 @@
-"""What prompts with input images were encoded to, so that a group of G members encodes once.
+"""Both guidance branches of a prompt; and what prompts with input images were encoded to, so that a group encodes once.
 
 The engine has such a cache for text; a picture bypasses it. Encoders are frozen, so what is kept never grows old.
 """
@@ -7,13 +7,35 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+
+import torch
 
 from omni_rollout.models.base.velocity import Conditioning
 from omni_rollout.types import Prompt, SamplingSpec
 
 Encode = Callable[[Prompt, SamplingSpec], Conditioning]
+# (text, width, what it is called) -> [width, D] and [width] bool
+EncodeText = Callable[[str, int, str], tuple[torch.Tensor, torch.Tensor]]
+
+
+def both_branches(
+    prompt: Prompt, spec: SamplingSpec, encode: EncodeText, conditions: Mapping[str, torch.Tensor] | None = None
+) -> Conditioning:
+    """The prompt, and with guidance on the negative prompt, each at its own width."""
+    embeds, mask = encode(prompt.text, spec.prompt_width, "prompt")
+    negative_embeds, negative_mask = None, None
+    if spec.negative_prompt is not None:
+        negative_embeds, negative_mask = encode(spec.negative_prompt, spec.negative_prompt_width, "negative prompt")
+    return Conditioning(
+        prompt_embeds=embeds,
+        prompt_embeds_mask=mask,
+        negative_prompt_embeds=negative_embeds,
+        negative_prompt_embeds_mask=negative_mask,
+        spec=spec,
+        conditions=conditions or {},
+    )
 
 
 def encoding_key(prompt: Prompt, spec: SamplingSpec) -> tuple[object, ...]:

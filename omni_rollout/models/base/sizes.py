@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
+from omni_rollout.errors import UserError
 from omni_rollout.types import Layout
 
 DECODE_ROWS, DECODE_PIXELS = 4, 2**18  # most of what batches gain is there at 4; one image of 512 x 512 fills a batch
@@ -53,6 +56,36 @@ class Sizes:
     def encoder_parameters(self) -> int:
         """Of the text encoder as the engine holds it."""
         return self.text_encoder_parameters + (self.vision_parameters if self.vision_kept else 0)
+
+
+def checkpoint_sizes(
+    path: str,
+    published: Mapping[str, Mapping[str, Any]],
+    parts: Iterable[str],
+    tell: Callable[[Mapping[str, Mapping[str, Any]]], Sizes],
+) -> Sizes:
+    """What `tell` makes of the config.json files of a folder in diffusers layout, or of a `published` checkpoint by its hub id.
+
+    Raises:
+        UserError: no such folder or published checkpoint, a config.json that is missing or lacks a key.
+    """
+    folder = Path(path)
+    if not folder.is_dir() and path not in published:
+        raise UserError(
+            f"model.path={path}: no such folder, and its sizes are not shipped; give a folder, or {', '.join(published)}"
+        )
+    try:
+        return tell({part: read_config(folder / part) for part in parts} if folder.is_dir() else published[path])
+    except KeyError as error:
+        raise UserError(f"model.path={path}: a config.json has no {error.args[0]}, so sizes cannot be told") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}; expected a checkpoint in diffusers layout") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 from omni_rollout.diffusion.exact_ops import ExactLayerNorm, ExactRMSNorm, HasEffectiveWeight
-from omni_rollout.models.base.causes import Cause, Setting, changed_text, low_precision_guidance, swapped
+from omni_rollout.models.base.causes import Cause, Setting, changed_text, swapped
 from omni_rollout.models.qwen_image import probe, velocity
 
 
@@ -113,12 +113,7 @@ CAUSES: tuple[Cause | str, ...] = (
     "constant_shape",
     "log_prob_reduction",
     "attention_backend",
-    Cause(
-        name="guidance_dtype",
-        breaks="guidance combined in the model's dtype",
-        settled_by="omni_rollout/diffusion/guidance.py",
-        broken=low_precision_guidance,
-    ),
+    "guidance_dtype",
     Cause(
         name="mask_dropped",
         breaks="padding is attended to",

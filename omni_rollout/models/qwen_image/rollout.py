@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from vllm_omni.diffusion.models.qwen_image.qwen_image_transformer import ColumnP
 
 from omni_rollout.diffusion import exact_ops
 from omni_rollout.diffusion.activations import exact_gelu, install_activations
+from omni_rollout.models.base.encodings import both_branches
 from omni_rollout.models.base.images import open_image
 from omni_rollout.models.base.rollout import RolloutMixin, to_uint8
 from omni_rollout.models.base.velocity import Conditioning, pad_to_width
@@ -58,20 +60,8 @@ class QwenTransformer:
 
     def encode(self, prompt: Prompt, spec: SamplingSpec) -> Conditioning:
         images = [open_image(image, self.mode) for image in prompt.images]
-        shown = self.shown(images, spec)
-        embeds, mask = self._encode(prompt.text, spec.prompt_width, "prompt", shown)
-        negative_embeds, negative_mask = None, None
-        if spec.negative_prompt is not None:
-            width = spec.negative_prompt_width
-            negative_embeds, negative_mask = self._encode(spec.negative_prompt, width, "negative prompt", shown)
-        return Conditioning(
-            prompt_embeds=embeds,
-            prompt_embeds_mask=mask,
-            negative_prompt_embeds=negative_embeds,
-            negative_prompt_embeds_mask=negative_mask,
-            spec=spec,
-            conditions=self.conditions(images, spec),
-        )
+        encode = partial(self._encode, shown=self.shown(images, spec))
+        return both_branches(prompt, spec, encode, self.conditions(images, spec))
 
     def _encode(self, text: str, width: int, what: str, shown: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         embeds, mask = self.encode_prompt(prompt=text, max_sequence_length=self.tokenizer_max_length, **shown)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omni_rollout.errors import UserError
-from omni_rollout.models.base.sizes import Sizes, Transformer
+from omni_rollout.models.base.sizes import Sizes, Transformer, checkpoint_sizes
 
 PARTS = ("transformer", "text_encoder", "vae")
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # as safetensors names them
@@ -57,18 +56,9 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def read_sizes(path: str, published: Mapping[str, Mapping[str, Any]] = PUBLISHED) -> Sizes:
-    """Of a folder in diffusers layout, or of a `published` checkpoint by its hub id.
+    """See `checkpoint_sizes`."""
 
-    Raises:
-        UserError: no such folder or published checkpoint, a config.json that is missing or lacks a key.
-    """
-    folder = Path(path)
-    if not folder.is_dir() and path not in published:
-        raise UserError(
-            f"model.path={path}: no such folder, and its sizes are not shipped; give a folder, or {', '.join(published)}"
-        )
-    try:
-        configs = {part: read_config(folder / part) for part in PARTS} if folder.is_dir() else published[path]
+    def tell(configs: Mapping[str, Mapping[str, Any]]) -> Sizes:
         text_encoder = configs["text_encoder"]
         return Sizes(
             transformer=transformer(configs["transformer"]),
@@ -76,19 +66,11 @@ def read_sizes(path: str, published: Mapping[str, Mapping[str, Any]] = PUBLISHED
             vision_parameters=vision_parameters(text_encoder["vision_config"]),
             vae_parameters=vae_parameters(configs["vae"]),
             vae_config=configs["vae"],
-            text_encoder_item=_stored_item(folder / "text_encoder"),
-            vae_item=_stored_item(folder / "vae"),
+            text_encoder_item=_stored_item(Path(path) / "text_encoder"),
+            vae_item=_stored_item(Path(path) / "vae"),
         )
-    except KeyError as error:
-        raise UserError(f"model.path={path}: a config.json has no {error.args[0]}, so sizes cannot be told") from error
 
-
-def read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}; expected a checkpoint in diffusers layout") from error
+    return checkpoint_sizes(path, published, PARTS, tell)
 
 
 def _stored_item(folder: Path) -> int:

@@ -6,34 +6,12 @@ from typing import Any
 
 from omni_rollout.models.base.images import made_image
 from omni_rollout.models.qwen_image import probe as parent
-from omni_rollout.models.qwen_image.probe import (
-    MEANING,
-    OUTPUT_PROJECTIONS,
-    TRUE_WIDTH,
-    TRUE_WIDTH_STEPS,
-    attention_name,
-    rope_calls,
-    rope_name,
-    stock_rope,
-    swapped_rope,
-    told,
-    trainer_outputs,
-)
 from omni_rollout.types import InputImage
 
-__all__ = [
-    "MEANING",
-    "OUTPUT_PROJECTIONS",
-    "TRUE_WIDTH",
-    "TRUE_WIDTH_STEPS",
-    "attention_name",
-    "rope_calls",
-    "rope_name",
-    "stock_rope",
-    "swapped_rope",
-    "told",
-    "trainer_outputs",
-]
+
+def __getattr__(name: str) -> Any:  # all else is Qwen-Image's
+    return getattr(parent, name)
+
 
 SMALL: dict[str, Any] = {**parent.SMALL, "extra": {"vae_area": 64 * 64, "vision_area": 64 * 64}}
 

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from omni_rollout.models.base.images import made_image
-from omni_rollout.models.qwen_image_edit.probe import (
-    MEANING,
-    OUTPUT_PROJECTIONS,
-    SMALL,
-    TRUE_WIDTH,
-    TRUE_WIDTH_STEPS,
-    attention_name,
-    rope_calls,
-    rope_name,
-    stock_rope,
-    swapped_rope,
-    told,
-    trainer_outputs,
-)
+from omni_rollout.models.qwen_image_edit import probe as parent
 from omni_rollout.types import InputImage
 
-__all__ = [
-    "MEANING",
-    "OUTPUT_PROJECTIONS",
-    "SMALL",
-    "TRUE_WIDTH",
-    "TRUE_WIDTH_STEPS",
-    "attention_name",
-    "rope_calls",
-    "rope_name",
-    "stock_rope",
-    "swapped_rope",
-    "told",
-    "trainer_outputs",
-]
+
+def __getattr__(name: str) -> Any:  # all else is Qwen-Image-Edit's
+    return getattr(parent, name)
 
 
 def pictures(number: int) -> tuple[InputImage, ...]:

@@ -7,30 +7,12 @@ from typing import Any
 
 from omni_rollout.models.base.images import made_image
 from omni_rollout.models.qwen_image import probe as parent
-from omni_rollout.models.qwen_image.probe import (
-    OUTPUT_PROJECTIONS,
-    TRUE_WIDTH,
-    TRUE_WIDTH_STEPS,
-    attention_name,
-    rope_calls,
-    rope_name,
-    stock_rope,
-    swapped_rope,
-    trainer_outputs,
-)
 from omni_rollout.types import InputImage
 
-__all__ = [
-    "OUTPUT_PROJECTIONS",
-    "TRUE_WIDTH",
-    "TRUE_WIDTH_STEPS",
-    "attention_name",
-    "rope_calls",
-    "rope_name",
-    "stock_rope",
-    "swapped_rope",
-    "trainer_outputs",
-]
+
+def __getattr__(name: str) -> Any:  # all else is Qwen-Image's
+    return getattr(parent, name)
+
 
 # First what the others hang on: a grid of another number of layers cuts the latents in other places.
 MEANING = {

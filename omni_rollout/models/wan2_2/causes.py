@@ -13,7 +13,7 @@ from diffusers.models.transformers import transformer_wan as stock
 from torch import nn
 
 from omni_rollout.models.base import velocity as base
-from omni_rollout.models.base.causes import Cause, Setting, changed_text, low_precision_guidance, swapped
+from omni_rollout.models.base.causes import Cause, Setting, changed_text, swapped
 from omni_rollout.models.base.velocity import Conditioning
 from omni_rollout.models.wan2_2 import operators, velocity
 from omni_rollout.types import SamplingSpec
@@ -133,12 +133,7 @@ CAUSES: tuple[Cause | str, ...] = (
     "constant_shape",
     "log_prob_reduction",
     "attention_backend",
-    Cause(
-        name="guidance_dtype",
-        breaks="guidance combined in the model's dtype",
-        settled_by="omni_rollout/diffusion/guidance.py",
-        broken=low_precision_guidance,
-    ),
+    "guidance_dtype",
     "compile",
     "lora_application",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from vllm.model_executor.layers.conv import Conv3dLayer
 from omni_rollout.diffusion import exact_ops
 from omni_rollout.diffusion.activations import exact_gelu, install_activations
 from omni_rollout.models import family_module
+from omni_rollout.models.base.encodings import both_branches
 from omni_rollout.models.base.rollout import WARM_UP_WIDTH, RolloutMixin, to_uint8
 from omni_rollout.models.base.velocity import Conditioning
 from omni_rollout.models.wan2_2.checkpoint import boundary_misfit, read_index
@@ -74,20 +76,9 @@ class WanTransformers:
         problem = boundary_misfit(self.index, spec.extra["boundary_ratio"])
         if problem is not None:
             raise RequestError(problem)
-        embeds, mask = self._encode(prompt.text, spec, spec.prompt_width, "prompt")
-        negative_embeds, negative_mask = None, None
-        if spec.negative_prompt is not None:
-            width = spec.negative_prompt_width
-            negative_embeds, negative_mask = self._encode(spec.negative_prompt, spec, width, "negative prompt")
-        return Conditioning(
-            prompt_embeds=embeds,
-            prompt_embeds_mask=mask,
-            negative_prompt_embeds=negative_embeds,
-            negative_prompt_embeds_mask=negative_mask,
-            spec=spec,
-        )
+        return both_branches(prompt, spec, partial(self._encode, spec))
 
-    def _encode(self, text: str, spec: SamplingSpec, width: int, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode(self, spec: SamplingSpec, text: str, width: int, what: str) -> tuple[torch.Tensor, torch.Tensor]:
         """[L, D] with zeros after the text, and a mask that says what the transformer does: it attends to all of them."""
         tokens = family_module(self.family, "spec").text_tokens(self.tokenizer, text, spec)
         if tokens > width:  # the stock function would cut the rest off

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from omni_rollout.errors import UserError
-from omni_rollout.models.base.sizes import Sizes, Transformer
-from omni_rollout.models.qwen_image.sizes import read_config, vae_parameters
+from omni_rollout.models.base.sizes import Sizes, Transformer, checkpoint_sizes
+from omni_rollout.models.qwen_image.sizes import vae_parameters
 from omni_rollout.models.wan2_2.spec import EXPERTS, LATENT_CHANNELS
 
 PATCH = 4  # latent positions that make a token
@@ -41,30 +39,21 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def read_sizes(path: str) -> Sizes:
-    """Of a folder in diffusers layout, or of a published checkpoint by its hub id.
+    """See `checkpoint_sizes`."""
+    return checkpoint_sizes(path, PUBLISHED, _A14B, _sizes)
 
-    Raises:
-        UserError: no such folder or published checkpoint, a config.json that is missing or lacks a key.
-    """
-    folder = Path(path)
-    if not folder.is_dir() and path not in PUBLISHED:
-        raise UserError(
-            f"model.path={path}: no such folder, and its sizes are not shipped; give a folder, or {', '.join(PUBLISHED)}"
-        )
-    try:
-        configs = {part: read_config(folder / part) for part in _A14B} if folder.is_dir() else PUBLISHED[path]
-        return Sizes(
-            transformer=transformer(configs["transformer"]),
-            experts=len(EXPERTS),
-            text_encoder_parameters=text_parameters(configs["text_encoder"]),
-            vision_parameters=0,
-            vae_parameters=vae_parameters({"input_channels": configs["vae"].get("in_channels", 3), **configs["vae"]}),
-            vae_config=configs["vae"],
-            text_encoder_item=None,
-            vae_item=None,
-        )
-    except KeyError as error:
-        raise UserError(f"model.path={path}: a config.json has no {error.args[0]}, so sizes cannot be told") from error
+
+def _sizes(configs: Mapping[str, Mapping[str, Any]]) -> Sizes:
+    return Sizes(
+        transformer=transformer(configs["transformer"]),
+        experts=len(EXPERTS),
+        text_encoder_parameters=text_parameters(configs["text_encoder"]),
+        vision_parameters=0,
+        vae_parameters=vae_parameters({"input_channels": configs["vae"].get("in_channels", 3), **configs["vae"]}),
+        vae_config=configs["vae"],
+        text_encoder_item=None,
+        vae_item=None,
+    )
 
 
 def transformer(config: Mapping[str, Any]) -> Transformer:

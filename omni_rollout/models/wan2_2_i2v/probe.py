@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from omni_rollout.models.base.images import made_image
-from omni_rollout.models.wan2_2.probe import (
-    MEANING,
-    SMALL,
-    TRUE_WIDTH,
-    TRUE_WIDTH_STEPS,
-    attention_name,
-    rope_calls,
-    rope_name,
-    swapped_rope,
-    told,
-    trainer_outputs,
-)
+from omni_rollout.models.wan2_2 import probe as parent
 from omni_rollout.types import InputImage
 
-__all__ = [
-    "MEANING",
-    "SMALL",
-    "TRUE_WIDTH",
-    "TRUE_WIDTH_STEPS",
-    "attention_name",
-    "rope_calls",
-    "rope_name",
-    "swapped_rope",
-    "told",
-    "trainer_outputs",
-]
+
+def __getattr__(name: str) -> Any:  # all else is that of text to video
+    return getattr(parent, name)
 
 
 def pictures(number: int) -> tuple[InputImage, ...]:

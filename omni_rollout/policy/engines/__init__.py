@@ -91,11 +91,11 @@ def make_trainer_engine(config: configs.TrainerConfig, policy: nn.Module, parame
         problems.append(f"trainer.ranks={config.ranks}: torch's process group has {ranks}; start as many processes as ranks")
     if problems:
         raise UserError("\n".join(problems))
-    if config.engine is configs.TrainerEngine.deepspeed:
+    if config.engine is configs.TrainerEngineName.deepspeed:
         from omni_rollout.policy.engines.deepspeed_engine import DeepSpeedEngine  # its import takes seconds
 
         return DeepSpeedEngine(config, policy, parameters)
-    if config.engine is configs.TrainerEngine.fsdp2:
+    if config.engine is configs.TrainerEngineName.fsdp2:
         from omni_rollout.policy.engines.fsdp2_engine import FSDP2Engine
 
         return FSDP2Engine(config, policy, parameters)

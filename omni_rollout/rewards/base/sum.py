@@ -140,10 +140,6 @@ class WeightedSum:
         normalised = {name: in_group(values, group_ids) for name, values in scores.breakdown.items()}
         return [sum(w * normalised[name][row] for name, w in self.weights.items()) for row in range(len(group_ids))]
 
-    def trained(self, evaluated: Mapping[str, float]) -> float:
-        """The weighted sum of the trained rewards, out of `evaluation/*`; NaN where one of them could score nothing."""
-        return sum((weight * evaluated.get(f"evaluation/{name}", math.nan) for name, weight in self.weights.items()), 0.0)
-
     def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict[str, float]:
         """The evaluation metrics of all rewards, side by side; `untrained`: the weighted sum of those nothing is trained on,
         and `failed`: images that a reward could not score, where there are such. A reward that could score none has no metric.

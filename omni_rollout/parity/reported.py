@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from omni_rollout.parity.matrix import Matrix
 from omni_rollout.parity.probe import BuildRandom, probe
 from omni_rollout.parity.replay import Replayed, replay_capsules
 from omni_rollout.parity.report import numbers, print_report, to_json, write_json
+from omni_rollout.run.source import Source
 
 
 def parity(
@@ -26,12 +28,13 @@ def parity(
     matrix: Matrix | None = None,
     progress: Progress | None = None,
     build_random: BuildRandom | None = None,
+    source: Source | None = None,
 ) -> int:
     """Runs the matrix and reports it, on stdout; `progress`, which it ends before that, is told of every result.
 
     Args:
         config: without a `model.path` a small random model of the family stands for it.
-        build_random: see `probe`.
+        build_random, source: see `probe`.
 
     Returns:
         0 when the KL is exactly 0 with equal bits in every cell and no trace found a difference, else 1.
@@ -39,7 +42,7 @@ def parity(
     _use_threads(config)
     console = Console(width=None if sys.stdout.isatty() else 160)  # in a file, a table need not fit a terminal
     progress = progress or Progress(shown=False)
-    report = probe(config, matrix or Matrix(), progress, build_random)
+    report = probe(config, matrix or Matrix(), progress, build_random, source)
     progress.close()
     if json_path is not None:
         write_json(to_json(report), json_path)
@@ -50,9 +53,14 @@ def parity(
 
 
 def replay(
-    capsules: Sequence[Path], config: TrainConfig, *, json_path: Path | None = None, progress: Progress | None = None
+    capsules: Sequence[Path],
+    config: TrainConfig,
+    *,
+    json_path: Path | None = None,
+    progress: Progress | None = None,
+    source: Source | None = None,
 ) -> int:
-    """Scores each capsule with the checkpoint at `config.model.path`; ends `progress` before it reports.
+    """Scores each capsule with the model at `config.model.path`, or with a checkpoint; ends `progress` before it reports.
 
     Returns:
         0: every capsule holds bit for bit; 1: one does not, or was refused; otherwise some are of another machine, and 3: their
@@ -61,18 +69,28 @@ def replay(
     _use_threads(config)
     progress = progress or Progress(shown=False)
     progress.stage("loading the model and scoring", len(capsules), "capsules")
-    results = replay_capsules(config, progress.track(capsules))
+    results = replay_capsules(config, progress.track(capsules), source)
     progress.close()
     if json_path is not None:
         write_json({"capsules": [_capsule(result) for result in results]}, json_path)
     console = Console(soft_wrap=True)
     for result in results:
         console.print(_line(result), markup=False, highlight=False)
+    for told in _sampled_by_others(results):
+        console.print(told, markup=False, highlight=False)
     held = sum(result.holds for result in results)
     console.print(f"{held} of {len(results)} capsules hold bit for bit", markup=False, highlight=False)
     if others := {result.status for result in results} - {"equal"}:
         return 1 if others & {"different", "refused"} else 4 if "outside" in others else 3
     return 0 if results else 1
+
+
+def _sampled_by_others(results: Sequence[Replayed]) -> Iterator[str]:
+    """Once for each policy version: which weights these capsules ask for, and how to give them."""
+    versions = [result.other_version for result in results if result.other_version is not None]
+    for version, number in sorted(Counter(versions).items()):
+        whose = f"checkpoint=RUN/checkpoints/step_{version:05d}" if version else "the model that the run started from"
+        yield f"{number} capsules were sampled with other weights than these, after step {version} of their run: give {whose}"
 
 
 def _line(result: Replayed) -> str:

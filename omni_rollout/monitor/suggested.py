@@ -11,9 +11,8 @@ from omegaconf import OmegaConf
 
 from omni_rollout.config import TrainConfig
 
-# What decides the bits of a log-prob, and clip_range, their measure; the rest does not change what `parity` finds.
-_LORA = ("trainer.lora_rank", "trainer.lora_alpha")
-_PARITY = ("model", "prompts", "collate", "sampling", "rollout.max_num_seqs", "trainer.clip_range", *_LORA, "parity", "threads")
+# What decides the bits of a log-prob, and clip_range, their measure: of that, what `parity` reads.
+_PARITY = ("model", "sampling", "trainer.clip_range", "trainer.lora_rank", "parity", "threads")
 _PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z/~][\w./~+-]*", re.IGNORECASE)
 _NOT_REPEATED = ("run_dir", "wandb", "experiment", "monitor")
 

@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from omni_rollout.config import Backend, DType, Offload, TrainConfig, TrainerEngine
+from omni_rollout.config import Backend, DType, Offload, TrainConfig, TrainerEngineName
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
 from omni_rollout.launch.outputs import file_problem
@@ -34,9 +34,9 @@ def changes() -> list[Change]:
     return [
         trainer("trainer.gradient_checkpointing=true", gradient_checkpointing=True),
         trainer("trainer.micro_batch_size=1", micro_batch_size=1),
-        trainer("trainer.engine=fsdp2", engine=TrainerEngine.fsdp2),
-        trainer("trainer.engine=deepspeed trainer.zero_stage=2", engine=TrainerEngine.deepspeed, zero_stage=2),
-        trainer("trainer.engine=deepspeed trainer.zero_stage=3", engine=TrainerEngine.deepspeed, zero_stage=3),
+        trainer("trainer.engine=fsdp2", engine=TrainerEngineName.fsdp2),
+        trainer("trainer.engine=deepspeed trainer.zero_stage=2", engine=TrainerEngineName.deepspeed, zero_stage=2),
+        trainer("trainer.engine=deepspeed trainer.zero_stage=3", engine=TrainerEngineName.deepspeed, zero_stage=3),
         trainer("trainer.offload=optimizer", offload=Offload.optimizer),
         trainer("trainer.offload=all", offload=Offload.all),
         trainer("trainer.lora_rank=64", lora_rank=64),

@@ -1,4 +1,4 @@
-"""A step's images on one sheet, each with its caption."""
+"""Images on one sheet, each with its caption."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ _MARGIN = 4
 _SQUARE = 8  # pixels, of the chequerboard below transparent layers
 
 
-def image_grid(images: Sequence[CaptionedImage]) -> Image.Image:
-    """A nearly square sheet of the images, row by row, captions below them, cut after three lines.
+def image_grid(images: Sequence[CaptionedImage], columns: int | None = None) -> Image.Image:
+    """A sheet of the images, row by row, captions below them, cut after three lines.
 
     Of a video: its first, middle and last frame side by side; of layers: all, over a chequerboard.
 
     Pixels are repeated a whole number of times, never blended: what the sheet shows is what the model made.
+
+    Args:
+        columns: images a row, such as those of a group; None: as many as make it nearly square.
 
     Raises:
         ValueError: no image, or what is no media.
@@ -37,7 +40,7 @@ def image_grid(images: Sequence[CaptionedImage]) -> Image.Image:
     scale = max(1, _CELL // max(array.shape[1] for _, array in images))
     width = max(array.shape[1] for _, array in images) * scale + 2 * _MARGIN
     height = max(array.shape[0] for _, array in images) * scale + 2 * _MARGIN + _LINES * _LINE
-    columns = math.ceil(math.sqrt(len(images)))
+    columns = columns or math.ceil(math.sqrt(len(images)))
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=_LINE - 3)

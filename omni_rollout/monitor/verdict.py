@@ -1,0 +1,62 @@
+"""What a run came to, in three lines, from its metrics alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+Line = Mapping[str, Any]  # of metrics.jsonl
+TRAINED, HELD_OUT = "critic/rewards/mean", "evaluation/reward"
+BELIEVED = 2.0  # standard errors of a difference from which on it is called one
+
+
+def read_metrics(path: Path) -> Iterator[Line]:
+    """The lines of a metrics.jsonl."""
+    yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+
+
+def verdict(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
+    """(name, sentence) of the training reward, the held-out reward and parity, as far as there are figures."""
+    steps = [line for line in lines if line.get(TRAINED) is not None]
+    if len(steps) > 1:
+        yield "reward", _trained([line[TRAINED] for line in steps])
+    held_out = [line for line in lines if line.get(HELD_OUT) is not None]
+    if len(held_out) > 1:
+        yield "held-out", _held_out(held_out[0], held_out[-1])
+    compared = [line for line in lines if line.get("parity/bitwise_equal_fraction") is not None]
+    if compared:
+        held = sum(line["parity/bitwise_equal_fraction"] == 1.0 for line in compared)
+        yield "parity", f"engine and trainer agreed bit for bit in {held} of {len(compared)} steps"
+
+
+def _trained(rewards: Sequence[float]) -> str:
+    """First tenth against last tenth, for a single step has prompts of its own."""
+    part = max(1, len(rewards) // 10)
+    first, last = rewards[:part], rewards[-part:]
+    of = "step" if part == 1 else f"{part} steps"
+    told = f"{fmean(first):.3f} -> {fmean(last):.3f} in training, first against last {of} of {len(rewards)}"
+    if part == 1:
+        return f"{told}: too few to tell"
+    error = math.hypot(stdev(first), stdev(last)) / math.sqrt(part)
+    return f"{told}: {_difference(fmean(last) - fmean(first), error)}"
+
+
+def _held_out(before: Line, after: Line) -> str:
+    error = math.hypot(before.get("evaluation/reward_se") or 0.0, after.get("evaluation/reward_se") or 0.0)
+    told = f"{before[HELD_OUT]:.3f} -> {after[HELD_OUT]:.3f}, step {before['step']} against step {after['step']}"
+    others = [
+        f"{key.removeprefix('evaluation/')} {before[key]:.3f} -> {after[key]:.3f}"
+        for key in before
+        if key.startswith("evaluation/") and not key.startswith(HELD_OUT) and after.get(key) is not None
+    ]
+    return "; ".join([f"{told}: {_difference(after[HELD_OUT] - before[HELD_OUT], error)}", *others])
+
+
+def _difference(difference: float, error: float) -> str:
+    """`+0.130 +- 0.021`, and whether that is more than chance."""
+    chance = "" if abs(difference) > BELIEVED * error else ", no more than chance"
+    return f"{difference:+.3f} +- {error:.3f} (standard error){chance}"

@@ -1,0 +1,36 @@
+"""The checkpoints that lie in a run folder. Loads no torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omni_rollout.errors import UserError
+from omni_rollout.policy.state import RunState, verify
+
+ORIGIN = "origin"  # in a run folder: the checkpoint of another run that it went on from
+
+
+def checkpoint_folders(run_dir: str | Path) -> list[Path]:
+    """Newest first, complete ones alone; whether they are whole is for `policy.state.verify` to say."""
+    return sorted(Path(run_dir).glob("checkpoints/step_*"), key=step_of, reverse=True)
+
+
+def candidates(run_dir: str | Path) -> list[Path]:
+    """What a run can go on from, best first: its own, then the one that it came from."""
+    origin = Path(run_dir) / ORIGIN
+    return [*checkpoint_folders(run_dir), *([Path(origin.read_text(encoding="utf-8"))] if origin.is_file() else [])]
+
+
+def newest_whole(folders: list[Path]) -> tuple[Path, RunState] | None:
+    """The first of `folders` whose every file is what was saved; those before it are said, and passed over."""
+    for folder in folders:
+        try:
+            return folder, verify(folder)
+        except UserError as error:
+            print(f"checkpoint {folder.name} is passed over, for the one before it: {error}", file=sys.stderr, flush=True)
+    return None
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))

@@ -1,0 +1,108 @@
+"""Whether a run begins or goes on, from where, and whether it may: what lies in its folder decides. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from omni_rollout.config import TrainConfig
+from omni_rollout.data.prompts import prompts_digest
+from omni_rollout.errors import UserError
+from omni_rollout.policy.state import RunState, read_state
+from omni_rollout.run.folder import candidates, checkpoint_folders, newest_whole
+
+NOT_KEPT = ("run_dir", "experiment", "trainer.resume", "wandb.", "launch.")  # where and how, not what
+MUST_BE_EQUAL = ("model.family", "model.dtype", "trainer.lora_rank", "trainer.lora_alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run starts: from nothing, or after a checkpoint."""
+
+    checkpoint: Path | None = None
+    run: RunState | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.run.step if self.run is not None else 0
+
+
+def find_start(config: TrainConfig) -> Start:
+    """What trainer.resume asks for. Changes nothing on disk; with `auto`, a damaged checkpoint is said and passed over.
+
+    Raises:
+        UserError: a run lies in run_dir that this one would write over, a checkpoint that is not there, or one that this
+            configuration cannot go on from.
+    """
+    wanted, run_dir = config.trainer.resume, Path(config.run_dir)
+    if wanted == "auto":
+        start = _newest(run_dir)
+    elif wanted == "none":
+        start = Start()
+    else:
+        start = Start(checkpoint=Path(wanted).absolute(), run=read_state(Path(wanted)))  # verified where it is loaded
+    elsewhere = start.checkpoint is None or run_dir_of(start.checkpoint) != run_dir.absolute()
+    elsewhere = elsewhere and start.checkpoint not in candidates(run_dir)[:1]  # what `auto` would take may be named, too
+    if wanted != "auto" and elsewhere and _holds_a_run(run_dir):
+        raise UserError(f"run_dir={run_dir} holds a run already: give trainer.resume=auto to go on with it, or another run_dir")
+    if start.run is not None:
+        check_fits(config, start.run)
+    return start
+
+
+def check_fits(config: TrainConfig, run: RunState) -> None:
+    """Raises UserError, naming all keys with which going on from `run` would be another run."""
+    changed = changed_keys(config, run.config)
+    problems = [
+        f"{key}={changed[key][1]}: the checkpoint of step {run.step} has {key}={changed[key][0]}; give that, or start a new run"
+        for key in MUST_BE_EQUAL
+        if key in changed
+    ]
+    if prompts_digest(config.prompts) != run.prompts:
+        problems.append(
+            f"prompts={config.prompts}: not the file that the checkpoint of step {run.step} was trained on (sha256 "
+            f"{run.prompts[:16]}...), so a step would have other prompts; give that file, or start a new run"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def changed_keys(config: TrainConfig, before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> (value then, value now), of those that a checkpoint keeps; a key that one side lacks is None there."""
+    now = {key: value for key, value in flat(config).items() if not key.startswith(NOT_KEPT)}
+    keys = before.keys() | now.keys()
+    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+
+def _newest(run_dir: Path) -> Start:
+    found = newest_whole(candidates(run_dir.absolute()))
+    return Start() if found is None else Start(checkpoint=found[0], run=found[1])
+
+
+def _holds_a_run(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return bool(checkpoint_folders(run_dir)) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def run_dir_of(checkpoint: Path) -> Path:
+    return checkpoint.parent.parent
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    values: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    if values["trainer"]["lora_rank"] and values["trainer"]["lora_alpha"] is None:
+        values["trainer"]["lora_alpha"] = 2 * values["trainer"]["lora_rank"]
+
+    def leaves(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in section.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(leaves(values, ""))

@@ -1,0 +1,67 @@
+"""Keys of other projects are answered with ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from omni_rollout.cli import main
+from omni_rollout.launch import aliases
+from omni_rollout.launch.compose import _choices, _kind
+
+PAGE = Path(__file__).parents[2] / "docs" / "coming_from.md"
+ASKED = {  # key typed -> key it must name; those that the first trial found answered wrongly or not at all, and their like
+    "num_image_per_prompt": "rollout.group_size",
+    "sample.num_image_per_prompt": "rollout.group_size",
+    "train.beta": "algorithm.kl_coef",
+    "config.train.beta": "algorithm.kl_coef",
+    "beta": "algorithm.kl_coef",
+    "trainer.lr": "trainer.learning_rate",
+    "lr": "trainer.learning_rate",
+    "actor_rollout_ref.actor.optim.lr": "trainer.learning_rate",
+    "rollout.n": "rollout.group_size",
+    "actor_rollout_ref.rollout.n": "rollout.group_size",
+    "pretrained.model": "model.path",
+    "trainer.logger": "wandb.mode",
+    "sample.num_steps": "sampling.num_inference_steps",
+    "sample.guidance_scale": "sampling.true_cfg_scale",
+    "train.num_inner_epochs": "trainer.updates_per_step",
+    "data.train_files": "prompts",
+    "data.val_files": "evaluation.prompts",
+    "data.train_batch_size": "rollout.prompts_per_step",
+    "actor_rollout_ref.actor.clip_ratio": "trainer.clip_range",
+    "actor_rollout_ref.actor.kl_loss_coef": "algorithm.kl_coef",
+    "trainer.total_epochs": "trainer.steps",
+    "trainer.default_local_dir": "run_dir",
+    "train.kl_beta": "algorithm.kl_coef",
+    "model.model_name_or_path": "model.path",
+    "train.learning_rate": "trainer.learning_rate",  # the same last name is as good as an alias
+    "sample.noise_level": "sampling.noise_level",
+    "train.clip_range": "trainer.clip_range",
+    "trainer.stpes": "trainer.steps",  # and a slip of the hand is none
+}
+
+
+@pytest.mark.parametrize(("typed", "ours"), ASKED.items())
+def test_what_others_call_it_is_answered_with_ours(typed: str, ours: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "experiment=nano_ocr", f"{typed}=1"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {typed}: no such key; did you mean {ours}?"), told
+
+
+@pytest.mark.parametrize("theirs", aliases.ALIASES)
+def test_every_alias_names_a_key_that_is_there_and_none_that_is_ours_already(theirs: str) -> None:
+    ours, note = aliases.ALIASES[theirs]
+    assert _kind(theirs) is None, f"{theirs} is a key of ours: the alias is never read"
+    assert (_kind(ours) is not None or bool(_choices(ours))) if ours else note
+
+
+def test_at_least_the_keys_that_were_tried_are_known() -> None:
+    assert len(aliases.ALIASES) >= 43
+
+
+def test_the_page_has_the_table() -> None:
+    assert PAGE.read_text(encoding="utf-8").endswith("\n".join(aliases.as_table()) + "\n"), (
+        "print it again: python -m omni_rollout.launch.aliases"
+    )
