@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from omni_rollout.commands import Commands, add_command
-from omni_rollout.config import RewardConfig
 from omni_rollout.launch import plugins
 
 
@@ -26,9 +25,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     serve.add_argument("--port", type=int, default=8300, help="0: any that is free (default: %(default)s)")
     serve.add_argument("--threads", type=int, default=1, help="CPU threads of the reward (default: %(default)s)")
     serve.add_argument("--model", help="folder or hub id of the model that a reward is read off")
-    serve.add_argument(
-        "--timeout", type=float, default=RewardConfig.timeout, help="seconds for one batch (default: %(default)s)"
-    )
+    serve.add_argument("--timeout", type=float, default=300.0, help="seconds for one batch (default: %(default)s)")
 
 
 def run(parsed: argparse.Namespace) -> int:

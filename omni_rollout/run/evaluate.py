@@ -38,7 +38,6 @@ def evaluate(config: TrainConfig, out: Path, progress: Progress, source: Source 
 
     Raises:
         UserError: prompts that a reward cannot score or the model cannot be given, or a checkpoint that does not fit.
-        RewardError: a reward that failed.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)

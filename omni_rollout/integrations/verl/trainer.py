@@ -176,9 +176,8 @@ class OmniTrainer(PPOTrainer):
         return batch
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        self.updates: list[RankUpdate] = self.actor_rollout_wg.update_policy(
-            [batch.keys[row] for row in self.scored.scored], batch.partition_id, self.advantages, self.global_steps
-        )
+        keys, update = [batch.keys[row] for row in self.scored.scored], self.actor_rollout_wg.update_policy
+        self.updates: list[RankUpdate] = update(keys, batch.partition_id, self.advantages, self.global_steps)
         self.sampled_by = self.weights.digest
         return batch
 
@@ -219,10 +218,9 @@ class OmniTrainer(PPOTrainer):
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
         if averages or self.algorithm.samples_with_old:
             self._publish()
-        metrics |= guarded
         if not self.global_steps:
-            self.sight.log(0, metrics, evaluation=self.images)
-        return metrics
+            self.sight.log(0, metrics | guarded, evaluation=self.images)
+        return metrics | guarded
 
     def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage], Samples]:
         requests = self.collator.evaluation(self.evaluation_prompts, self.run.evaluation, name)
@@ -240,8 +238,7 @@ class OmniTrainer(PPOTrainer):
     ) -> None:
         """Adds this step's numbers, as the embedded trainer has them, to what verl logs, and writes them to the run folder."""
         evaluated = {key: value for key, value in metrics.items() if key.startswith(("evaluation/", "guard/"))}
-        samples, scored, first = self.samples, self.scored, self.updates[0]
-        rewards = scored.of(scored.scored)
+        samples, scored, first, rewards = self.samples, self.scored, self.updates[0], self.scored.of(self.scored.scored)
         ours = step_metrics(
             merged([rank.update for rank in self.updates]),
             rewards=rewards.total,
