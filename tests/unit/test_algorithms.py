@@ -34,10 +34,6 @@ from omni_rollout.diffusion.sde import gaussian_kl, sde_step, step_coefficients
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
 from omni_rollout.launch.validate import validate
-<<<<<<< HEAD
-=======
-from omni_rollout.monitor.suggested import train_command
->>>>>>> d91ec534ed37eb334bc99547fdc48b3d2481f8f7
 
 SHAPE = (5, 3)
 ALL = [algorithm_class(name)() for name in names()]
