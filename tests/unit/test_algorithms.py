@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omni_rollout.monitor.commands import train_command
 
 from omni_rollout.algorithms import algorithm_class, get_algorithm, names, rollout_correction, source_name
 from omni_rollout.algorithms.awm import AWM
@@ -34,6 +33,7 @@ from omni_rollout.diffusion.sde import gaussian_kl, sde_step, step_coefficients
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
 from omni_rollout.launch.validate import validate
+from omni_rollout.monitor.suggested import train_command
 
 SHAPE = (5, 3)
 ALL = [algorithm_class(name)() for name in names()]
