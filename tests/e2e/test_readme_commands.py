@@ -31,6 +31,8 @@ PLACEHOLDERS = {  # what a reader puts in their place
     "prompts=FILE": "prompts=recipes/nano/data/heldout.jsonl",
     "experiment=...": "experiment=nano_ocr",
     "--out DIR": "--out made",
+    "checkpoint=RUN": "checkpoint=runs/mine",
+    "export RUN": "export runs/mine",
 }
 
 
@@ -67,6 +69,7 @@ class NotRun:
     check: Callable[[str], None]
 
 
+A_RUN = "needs a run; docs/start.md has the like, which is run"
 NOT_RUN = {  # as it is printed, with its placeholders filled in -> why not, and what is checked instead
     "make demo": NotRun("installs, then trains for minutes", makes),
     "make test": NotRun("runs this test", makes),
@@ -85,6 +88,12 @@ NOT_RUN = {  # as it is printed, with its placeholders filled in -> why not, and
     "omni-rollout train experiment=qwen_image_ocr prompts=recipes/nano/data/heldout.jsonl": NotRun(
         "needs GPUs, and Qwen-Image", composes
     ),
+    "omni-rollout rollout checkpoint=runs/mine prompts=recipes/nano/data/heldout.jsonl out=sampled": NotRun(A_RUN, parses),
+    "omni-rollout evaluate checkpoint=runs/mine out=evaluated": NotRun(A_RUN, parses),
+    "omni-rollout export runs/mine --to pipeline --out exported": NotRun(A_RUN, parses),
+    "omni-rollout serve model=nano": NotRun("serves until it is stopped: test_serve.py", parses),
+    "omni-rollout train experiment=nano_ocr rollout.url=http://127.0.0.1:8091": NotRun("needs the server", composes),
+    "omni-rollout reward serve mine.py:bright --port 8300": NotRun("serves until it is stopped: test_extending.py", parses),
     "omni-rollout nano build --out made": NotRun("trains for half an hour", parses),
     "omni-rollout doctor --fix": NotRun("may uninstall packages of the environment that these tests run in", parses),
     "omni-rollout parity model=nano": NotRun("minutes; it is run with both options", parses),
