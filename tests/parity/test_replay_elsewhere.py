@@ -82,7 +82,7 @@ def own(foreign: Path, checkpoint: str, tmp_path_factory: pytest.TempPathFactory
     trajectory = load_capsule(foreign)
     config = TrainConfig()
     config.model.path = checkpoint
-    scorer = Scorer(config, "bfloat16", "exact")
+    scorer = Scorer(config, "bfloat16")
     fingerprint = {**trajectory.fingerprint, "machine": scorer.machine}
     path = tmp_path_factory.mktemp("own") / "own.safetensors"
     save_capsule(replace(trajectory, log_probs=scorer._log_probs(trajectory), fingerprint=fingerprint), path)

@@ -38,7 +38,10 @@ MINE = """
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    # Another test's module of the same name may have been imported, and its folder be on the path.
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not (Path(entry) / "mine.py").exists()])
+    for module in ("mine", "helper"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     (tmp_path / "helper.py").write_text("NOTHING = 0\n")
     (tmp_path / "mine.py").write_text(textwrap.dedent(MINE))
     return tmp_path / "mine.py"
