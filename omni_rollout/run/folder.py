@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 from omni_rollout.errors import UserError
 from omni_rollout.policy.state import RunState, verify
 
+_NAME = re.compile(r"step_[0-9]+")
 ORIGIN = "origin"  # in a run folder: the checkpoint of another run that it went on from
 
 
 def checkpoint_folders(run_dir: str | Path) -> list[Path]:
     """Newest first, complete ones alone; whether they are whole is for `policy.state.verify` to say."""
-    return sorted(Path(run_dir).glob("checkpoints/step_*"), key=step_of, reverse=True)
+    found = [path for path in Path(run_dir).glob("checkpoints/step_*") if _NAME.fullmatch(path.name)]  # no copy, no backup
+    return sorted(found, key=step_of, reverse=True)
 
 
 def candidates(run_dir: str | Path) -> list[Path]:

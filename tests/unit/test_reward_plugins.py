@@ -73,6 +73,7 @@ def test_an_entry_point_of_another_package(tmp_path: Path, mine: Path, monkeypat
         ("{folder}/mine.py:dark", "no such name in"),
         ("{folder}/other.py:bright", "no such file"),
         ("{folder}/broken.py:bright", "raised as it was read: ZeroDivisionError"),
+        ("{folder}/ending.py:bright", "raised as it was read: SystemExit: 7"),
         ("{folder}/broken.py", "expected package.module:function or path/to/file.py:function"),
         ("nowhere.at.all:bright", "raised as it was read: ModuleNotFoundError"),
         ("{folder}/mine:bright", "neither a module nor a file that ends in .py"),
@@ -82,6 +83,7 @@ def test_an_entry_point_of_another_package(tmp_path: Path, mine: Path, monkeypat
 )
 def test_what_is_not_there_is_said_with_its_key(mine: Path, source: str, message: str) -> None:
     (mine.parent / "broken.py").write_text("1 / 0\n")
+    (mine.parent / "ending.py").write_text("import sys\nsys.exit(7)\n")
     with pytest.raises(UserError, match=rf"reward\.source\.bright=.*{message}"):
         summed(source.format(folder=mine.parent))
 
@@ -99,6 +101,26 @@ def test_a_source_without_a_weight_and_a_file_that_is_not_there_are_found_before
     ]
     config.reward.source = {"bright": "http://somewhere"}
     assert list(reward_problems(config)) == []
+    config.reward.model = {"brigth": "folder"}
+    assert list(reward_problems(config)) == [
+        "reward.model.brigth=folder: nothing uses it; give reward.weights.brigth, or evaluation.reward.weights"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("[a.txt,b.txt]", "prompts=['a.txt', 'b.txt']: expected a file, a folder or a function; of several, {SOURCE: WEIGHT"),
+        ("3", "prompts=3: expected a file"),
+        ("null", "prompts=None: expected a file"),
+        ("{}", "prompts={}: no source in it"),
+        ("{a.txt: 0}", "prompts: a.txt has the weight 0; expected a number above 0"),
+    ],
+)
+def test_what_is_no_source_of_prompts_is_said(prompts: str, message: str) -> None:
+    from omni_rollout.launch.sources import prompt_problems
+
+    assert next(prompt_problems(compose(["model=nano", f"prompts={prompts}"]))).startswith(message)
 
 
 def plain(images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Any]) -> list[float]:
@@ -147,6 +169,7 @@ def divide(_: Any) -> list[float]:
         ("7", "gave '7', expected a number"),
         (RewardError("cannot see"), "cannot see"),
         (divide, "ZeroDivisionError: division by zero"),
+        (lambda images: sys.exit(3), "it called sys.exit(3)"),
         (lambda images: [], "gave 0 scores for 1 images"),
         (lambda images: 3.0, "gave float for 1 images"),
     ],

@@ -59,6 +59,8 @@ def within(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any
         try:
             value = function(*arguments)
             result.set_result(asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value)
+        except SystemExit as error:  # would end the run without a word
+            result.set_exception(RuntimeError(f"it called sys.exit({error.code!r})"))
         except BaseException as error:
             result.set_exception(error)
 
