@@ -9,14 +9,12 @@ from pathlib import Path
 from omni_rollout.errors import UserError
 from omni_rollout.policy.state import RunState, verify
 
-_NAME = re.compile(r"step_[0-9]+")
 ORIGIN = "origin"  # in a run folder: the checkpoint of another run that it went on from
 
 
 def checkpoint_folders(run_dir: str | Path) -> list[Path]:
     """Newest first, complete ones alone; whether they are whole is for `policy.state.verify` to say."""
-    found = [path for path in Path(run_dir).glob("checkpoints/step_*") if _NAME.fullmatch(path.name)]  # no copy, no backup
-    return sorted(found, key=step_of, reverse=True)
+    return sorted(filter(is_step, Path(run_dir).glob("checkpoints/step_*")), key=step_of, reverse=True)
 
 
 def candidates(run_dir: str | Path) -> list[Path]:
@@ -33,6 +31,11 @@ def newest_whole(folders: list[Path]) -> tuple[Path, RunState] | None:
         except UserError as error:
             print(f"checkpoint {folder.name} is passed over, for the one before it: {error}", file=sys.stderr, flush=True)
     return None
+
+
+def is_step(folder: Path) -> bool:
+    """Whether a checkpoint has the name that a run gives; a copy beside it, such as step_00010.bak, has not."""
+    return re.fullmatch(r"step_[0-9]+", folder.name) is not None
 
 
 def step_of(folder: Path) -> int:

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omni_rollout.cli import main
 from omni_rollout.config import RewardConfig, RewardNormalise
 from omni_rollout.errors import UserError
 from omni_rollout.launch import plugins
@@ -160,6 +161,10 @@ def divide(_: Any) -> list[float]:
     return [1 / 0]
 
 
+def boom(_: Any) -> list[float]:
+    raise RuntimeError("boom \x1b[31m\nsecond line " + "x" * 5000)
+
+
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
@@ -169,6 +174,7 @@ def divide(_: Any) -> list[float]:
         ("7", "gave '7', expected a number"),
         (RewardError("cannot see"), "cannot see"),
         (divide, "ZeroDivisionError: division by zero"),
+        (boom, "boom \\x1b[31m second line xxx"),
         (lambda images: sys.exit(3), "it called sys.exit(3)"),
         (lambda images: [], "gave 0 scores for 1 images"),
         (lambda images: 3.0, "gave float for 1 images"),
@@ -178,6 +184,7 @@ def test_one_image_that_cannot_be_scored_is_lost_alone(how: Any, reason: str) ->
     values, failures = scores("mine", failing(how, at=3), SHADES, PROMPTS, 10)
     assert values == [None if shade == 3 else 10.0 * shade for shade in range(8)]
     assert len(failures) == 1 and failures[0].startswith("mine: prompt 'shade 3': ") and reason in failures[0]
+    assert failures[0].isprintable() and len(failures[0]) < 400
 
 
 def test_a_reward_that_is_late_loses_its_images_and_nobody_waits_for_it() -> None:
@@ -255,3 +262,10 @@ def test_evaluation_goes_on_without_what_fails_and_measures_what_is_not_trained(
 def test_a_registered_reward_needs_no_file_in_configs() -> None:
     assert compose(["model=nano", "prompts=p.txt", "reward=motion"]).reward.weights == {"motion": 1.0}
     assert get_reward("motion").kinds == {"video"}  # type: ignore[attr-defined]
+
+
+def test_a_port_that_is_none_is_said(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reward", "serve", f"{mine}:bright", "--port", "99999"]) == 2
+    assert "--port 99999: cannot listen there" in capsys.readouterr().err
+    assert main(["serve", "model=nano", "serve.port=99999"]) == 2
+    assert "serve.port=99999: expected 0 to 65535" in capsys.readouterr().err
