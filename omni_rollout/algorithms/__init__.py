@@ -65,8 +65,8 @@ def _of_source(source: str) -> type[Algorithm]:
     where = f"algorithm.source={source}"
     path, _, name = source.partition(":")
     try:
-        module = _file_module(Path(path)) if path.endswith(".py") else import_module(path)
-    except Exception as error:  # whatever a user's file may raise
+        module = _file_module(Path(path)) if path.endswith(".py") else _path_module(path)
+    except (Exception, SystemExit) as error:  # whatever a user's file may raise
         raise UserError(f"{where}: cannot be imported, {type(error).__name__}: {error}") from error
     if name:
         kind = getattr(module, name, None)
@@ -84,6 +84,12 @@ def _file_module(path: Path) -> ModuleType:
     sys.modules[name] = module  # a dataclass looks its annotations up there
     spec.loader.exec_module(module)
     return module
+
+
+def _path_module(name: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path:  # looked in last, as for rewards and prompts
+        sys.path.append(str(Path.cwd()))
+    return import_module(name)
 
 
 def _only_algorithm(module: ModuleType, where: str) -> type[Algorithm]:

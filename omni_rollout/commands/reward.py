@@ -42,7 +42,7 @@ def run(parsed: argparse.Namespace) -> int:
     reward = get_reward(name, parsed.threads, parsed.name if is_function else None, model=parsed.model)
     try:
         listening = socket.create_server((parsed.host, parsed.port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the latter: of a port that is none
         raise UserError(
             f"--host {parsed.host} --port {parsed.port}: cannot listen there ({error}); give another port"
         ) from error

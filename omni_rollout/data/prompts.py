@@ -84,7 +84,7 @@ def _function_rows(source: str) -> Iterator[tuple[str, Any]]:
         rows = list(plugins.load_function("prompts", source)())
     except UserError:
         raise
-    except Exception as error:  # whatever the function of somebody else raises
+    except (Exception, SystemExit) as error:  # whatever the function of somebody else raises
         raise UserError(f"prompts={source}: raised {type(error).__name__}: {error}") from error
     for number, row in enumerate(rows, start=1):
         where = f"{source}, row {number}"

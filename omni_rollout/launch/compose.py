@@ -142,6 +142,7 @@ def _with_algorithm(composed: Any) -> DictConfig:
     section = values["algorithm"]
     source = section.get("source")
     if source is not None:
+        source = section["source"] = str(source)
         path, colon, kind = source.partition(":")
         if path.endswith(".py"):  # another process may have another working directory
             source = section["source"] = f"{Path(path).absolute()}{colon}{kind}"

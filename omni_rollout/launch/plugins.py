@@ -57,7 +57,7 @@ def load_function(key: str, source: str) -> Callable[..., Any]:
     place, _, name = source.rpartition(":")
     try:
         module = _from_file(Path(place).absolute()) if place.endswith(".py") else _from_path(place)
-    except Exception as error:  # whatever the file of somebody else raises
+    except (Exception, SystemExit) as error:  # whatever the file of somebody else raises
         raise UserError(f"{key}={source}: {place} raised as it was read: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):

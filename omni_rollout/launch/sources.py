@@ -28,6 +28,9 @@ def reward_problems(config: TrainConfig) -> Iterator[str]:
             yield f"reward.source.{name}={source}: nothing uses it; give reward.weights.{name}, or evaluation.reward.weights"
         elif not plugins.is_address(source) and (problem := plugins.function_problem(source)) is not None:
             yield f"reward.source.{name}={source}: {problem}, or an http(s) address"
+    for name, model in config.reward.model.items():
+        if name not in weights and name not in untrained:
+            yield f"reward.model.{name}={model}: nothing uses it; give reward.weights.{name}, or evaluation.reward.weights"
     if not 0 <= config.reward.max_failed < 1:
         yield f"reward.max_failed={config.reward.max_failed}: expected a share, at least 0 and below 1"
     if not any(weights.values()):
@@ -35,7 +38,12 @@ def reward_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def prompt_problems(config: TrainConfig) -> Iterator[str]:
+    if not isinstance(config.prompts, str | dict):
+        yield f"prompts={config.prompts}: expected a file, a folder or a function; of several, {{SOURCE: WEIGHT, ...}}"
+        return
     given = config.prompts if isinstance(config.prompts, dict) else {config.prompts: 1.0}
+    if not given:
+        yield "prompts={}: no source in it; give {SOURCE: WEIGHT}, or one file"
     for source, weight in given.items():
         if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             yield f"prompts: {source} has the weight {weight}; expected a number above 0"

@@ -86,7 +86,8 @@ def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None], *, p
 
 
 def validate_serving(config: TrainConfig) -> None:
-    _raise([*_numbers(config), *_sampling(config.sampling), *_model(config)])
+    port = [] if config.serve.port < 2**16 else [f"serve.port={config.serve.port}: expected 0 to 65535"]
+    _raise([*_numbers(config), *_sampling(config.sampling), *_model(config), *port])
 
 
 def validate_plan(config: TrainConfig) -> None:

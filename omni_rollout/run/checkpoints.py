@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import RunFailedError
-from omni_rollout.run.folder import candidates, checkpoint_folders, step_of
+from omni_rollout.run.folder import candidates, checkpoint_folders, is_step, step_of
 from omni_rollout.trajectories.journal import Journal
 
 
@@ -77,5 +77,8 @@ class Checkpoints:
 
 def how_to_go_on(run_dir: str | Path) -> str:
     newest = candidates(run_dir)
-    where = f"after step {step_of(newest[0])}" if newest else "from the beginning, for there is no checkpoint yet"
+    if not newest:
+        where = "from the beginning, for there is no checkpoint yet,"
+    else:  # another run's may have any name
+        where = f"after step {step_of(newest[0])}" if is_step(newest[0]) else f"from {newest[0]}"
     return f"go on {where} with the same command and trainer.resume=auto run_dir={run_dir}"

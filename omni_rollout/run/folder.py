@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ ORIGIN = "origin"  # in a run folder: the checkpoint of another run that it went
 
 def checkpoint_folders(run_dir: str | Path) -> list[Path]:
     """Newest first, complete ones alone; whether they are whole is for `policy.state.verify` to say."""
-    return sorted(Path(run_dir).glob("checkpoints/step_*"), key=step_of, reverse=True)
+    return sorted(filter(is_step, Path(run_dir).glob("checkpoints/step_*")), key=step_of, reverse=True)
 
 
 def candidates(run_dir: str | Path) -> list[Path]:
@@ -30,6 +31,11 @@ def newest_whole(folders: list[Path]) -> tuple[Path, RunState] | None:
         except UserError as error:
             print(f"checkpoint {folder.name} is passed over, for the one before it: {error}", file=sys.stderr, flush=True)
     return None
+
+
+def is_step(folder: Path) -> bool:
+    """Whether a checkpoint has the name that a run gives; a copy beside it, such as step_00010.bak, has not."""
+    return re.fullmatch(r"step_[0-9]+", folder.name) is not None
 
 
 def step_of(folder: Path) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from omni_rollout.algorithms import algorithm_class
 from omni_rollout.config import TrainConfig
 from omni_rollout.data.prompts import prompts_digest
 from omni_rollout.errors import UserError
@@ -63,6 +64,7 @@ def check_fits(config: TrainConfig, run: RunState) -> None:
         for key in MUST_BE_EQUAL
         if key in changed
     ]
+    problems += _other_sampler(config, run)
     if prompts_digest(config.prompts) != run.prompts:
         problems.append(
             f"prompts={config.prompts}: not the file that the checkpoint of step {run.step} was trained on (sha256 "
@@ -70,6 +72,23 @@ def check_fits(config: TrainConfig, run: RunState) -> None:
         )
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _other_sampler(config: TrainConfig, run: RunState) -> Iterator[str]:
+    """DiffusionNFT and its like sample with an old policy, which another algorithm does not have."""
+    name, source = run.config.get("algorithm.name", config.algorithm.name), run.config.get("algorithm.source")
+    if (name, source) == (config.algorithm.name, config.algorithm.source):
+        return
+    try:
+        before, now = algorithm_class(name, source), algorithm_class(config.algorithm.name, config.algorithm.source)
+    except UserError:  # of a file that has moved: the weights' digest will tell
+        return
+    if before.samples_with_old and not now.samples_with_old:
+        yield (
+            f"algorithm.name={config.algorithm.name}: the checkpoint of step {run.step} is of {name}, which samples with an "
+            f"old policy that {config.algorithm.name} does not have; give that, or start a new run from what this one trained: "
+            "omni-rollout export RUN --to pipeline --out FOLDER, then model.path=FOLDER"
+        )
 
 
 def changed_keys(config: TrainConfig, before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

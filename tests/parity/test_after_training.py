@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,20 @@ def test_capsules_of_a_checkpoint_hold_with_it_alone(
     other = replace(exact, model=replace(exact.model, path=str(folder / "other")))
     with pytest.raises(UserError, match="is another than the run was started from; give that one"):
         put_into(engine, other, source_of(saved))
+
+
+def test_a_run_that_sampled_with_its_old_policy_is_shown_as_what_it_trained(
+    engine: Any, config: TrainConfig, saved: Path, tmp_path: Path
+) -> None:
+    """DiffusionNFT's: the digest in the checkpoint is of the old policy, for that is what the engine held."""
+    exact = replace(config, parity=type(config.parity)["exact"])
+    trained, old = (restored_policy(exact, source_of(saved, weights)) for weights in ("policy", "ema"))
+    factors = [{name: value.detach() for name, value in one.named_parameters() if ".lora_" in name} for one in (trained, old)]
+    digests = [combined_digest(tensor_digests(effective_weights(one, torch.float32))) for one in (trained, old)]
+    for written, fits in ((digests[1], True), ("0" * 64, False)):
+        state = run_state(config, step=2, weights=written, wandb_id=None, lines={})
+        folder = tmp_path / written / "checkpoints/step_00002"
+        save_policy(folder, trained, factors[0], run=state, optimizer={"step": torch.tensor(0)}, old=factors[1])
+        with nullcontext() if fits else pytest.raises(UserError, match="another than the run was started from"):
+            put_into(engine, exact, source_of(tmp_path / written))
+        assert engine.weights_digest == digests[0] != digests[1]

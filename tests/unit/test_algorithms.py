@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from omni_rollout.algorithms import algorithm_class, get_algorithm, names, rollout_correction, source_name
@@ -417,6 +418,7 @@ def test_defaults_are_the_papers() -> None:
     rejection=st.sampled_from([None, *rollout_correction.REJECTIONS]),
     bound=st.sampled_from(["2.0", "1.1"]),
 )
+@example(gaps=[0.0, 2.0, 0.0, 0.0], level=None, threshold="2.0", rejection="token_k2", bound="2.0")  # at the bound
 def test_rollout_correction_is_verls(gaps: list[float], level: str, threshold: str, rejection: str, bound: str) -> None:
     helper = pytest.importorskip("verl.trainer.ppo.rollout_corr_helper")
     rollout = torch.linspace(-1, 1, len(gaps))
@@ -424,13 +426,13 @@ def test_rollout_correction_is_verls(gaps: list[float], level: str, threshold: s
     keys = FlowGRPO(
         rollout_is=level, rollout_is_threshold=threshold, rollout_rs=rejection, rollout_rs_threshold=bound
     )  # fmt: skip
-    log_ratio = (old - rollout)[None]
+    log_ratio = (old.double() - rollout.double())[None]  # rounded to fp32 it may lie on the other side of a bound
     weights, kept = rollout_correction.weights(keys, rollout, old), rollout_correction.kept(keys, rollout, old)
     if level is None:
         assert torch.equal(weights, torch.ones(len(gaps)))
     elif weights.any():  # verl 0.9.1 divides by the sum of all
         theirs, _ = helper.compute_rollout_correction_weights(log_ratio, mask, level, threshold)
-        torch.testing.assert_close(weights, theirs[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weights, theirs[0].float(), rtol=1e-5, atol=1e-6)
     if rejection is None:
         assert kept == [True] * len(gaps)
     else:
@@ -470,6 +472,7 @@ def composed(*overrides: str) -> Any:
         (["algorithm=awm", "algorithm.times=often"], "algorithm.times=often: .*often"),
         (["algorithm.kl_coef=much"], "algorithm.kl_coef=much: expected float"),
         (["algorithm.source=nowhere.py"], "algorithm.source=.*nowhere.py: cannot be imported, FileNotFoundError"),
+        (["algorithm.source=3"], "algorithm.source=3: cannot be imported, ModuleNotFoundError"),
         (["algorithm.source=nowhere"], "algorithm.source=nowhere: cannot be imported, ModuleNotFoundError"),
         (["algorithm.source=json"], "algorithm.source=json: expected one class that subclasses Coupled or Forward, found none"),
         (["algorithm.source=json:loads"], "algorithm.source=json:loads: json has no class loads that is an algorithm"),
@@ -531,7 +534,11 @@ def test_an_algorithm_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     steps = a_step(0.1).steps
     expected = -(steps.advantages * (steps.log_probs - steps.old_log_probs)).mean() / 4
     torch.testing.assert_close(again.loss(steps).loss, expected)  # type: ignore[attr-defined]
-    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "ending.py").write_text("import sys\nsys.exit(7)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(UserError, match=r"ending\.py: cannot be imported, SystemExit: 7"):
+        composed("algorithm.source=ending.py")
     assert composed("algorithm.source=squared").name == composed("algorithm.source=squared:Squared").name == "squared"
     with pytest.raises(UserError, match=r"squared has no such key; did you mean algorithm\.temperature"):
         composed("algorithm.source=squared", "algorithm.temperatur=1")

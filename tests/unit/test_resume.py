@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from omni_rollout.config import DType, ModelConfig, TrainConfig, TrainerConfig
+from omni_rollout.config import AlgorithmConfig, DType, ModelConfig, TrainConfig, TrainerConfig
 from omni_rollout.errors import RunFailedError, UserError
 from omni_rollout.policy import checkpoint
-from omni_rollout.run.checkpoints import Checkpoints
+from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.folder import checkpoint_folders, step_of
 from omni_rollout.run.resume import check_weights, enter, run_state
 from omni_rollout.run.start import Start, find_start
@@ -129,6 +130,26 @@ def test_what_would_make_it_another_run_is_refused_by_name(tmp_path, change, mes
         config = replace(config, trainer=replace(config.trainer, **change))
     with pytest.raises(UserError, match=message):
         find_start(config)
+
+
+def test_an_algorithm_that_does_not_sample_with_the_old_policy_is_refused(tmp_path):
+    plain = lived(tmp_path, saved=[1], logged=1)
+    lagging = replace(plain, algorithm=AlgorithmConfig(name="diffusion_nft"))
+    assert find_start(resumed(lagging, "auto")).step == 1, "it starts as its own old policy"
+    write(Path(plain.run_dir) / "checkpoints" / "step_00001", lagging, 1)
+    assert find_start(resumed(lagging, "auto")).step == 1
+    with pytest.raises(
+        UserError, match=r"algorithm\.name=flow_grpo: the checkpoint of step 1 is of diffusion_nft, which samples"
+    ):
+        find_start(resumed(plain, "auto"))
+
+
+def test_a_named_checkpoint_may_have_any_name(tmp_path):
+    config = lived(tmp_path, saved=[1], logged=1)
+    shutil.copytree(Path(config.run_dir) / "checkpoints" / "step_00001", tmp_path / "best")
+    other = replace(resumed(config, tmp_path / "best"), run_dir=str(tmp_path / "other"))
+    enter(other, find_start(other))
+    assert how_to_go_on(other.run_dir).startswith(f"go on from {tmp_path / 'best'} with the same command")
 
 
 def test_what_changed_is_told_and_another_model_is_noticed(tmp_path, capsys):

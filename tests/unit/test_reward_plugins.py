@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omni_rollout.cli import main
 from omni_rollout.config import RewardConfig, RewardNormalise
 from omni_rollout.errors import UserError
 from omni_rollout.launch import plugins
@@ -76,6 +77,7 @@ def test_an_entry_point_of_another_package(tmp_path: Path, mine: Path, monkeypat
         ("{folder}/mine.py:dark", "no such name in"),
         ("{folder}/other.py:bright", "no such file"),
         ("{folder}/broken.py:bright", "raised as it was read: ZeroDivisionError"),
+        ("{folder}/ending.py:bright", "raised as it was read: SystemExit: 7"),
         ("{folder}/broken.py", "expected package.module:function or path/to/file.py:function"),
         ("nowhere.at.all:bright", "raised as it was read: ModuleNotFoundError"),
         ("{folder}/mine:bright", "neither a module nor a file that ends in .py"),
@@ -85,6 +87,7 @@ def test_an_entry_point_of_another_package(tmp_path: Path, mine: Path, monkeypat
 )
 def test_what_is_not_there_is_said_with_its_key(mine: Path, source: str, message: str) -> None:
     (mine.parent / "broken.py").write_text("1 / 0\n")
+    (mine.parent / "ending.py").write_text("import sys\nsys.exit(7)\n")
     with pytest.raises(UserError, match=rf"reward\.source\.bright=.*{message}"):
         summed(source.format(folder=mine.parent))
 
@@ -102,6 +105,26 @@ def test_a_source_without_a_weight_and_a_file_that_is_not_there_are_found_before
     ]
     config.reward.source = {"bright": "http://somewhere"}
     assert list(reward_problems(config)) == []
+    config.reward.model = {"brigth": "folder"}
+    assert list(reward_problems(config)) == [
+        "reward.model.brigth=folder: nothing uses it; give reward.weights.brigth, or evaluation.reward.weights"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("[a.txt,b.txt]", "prompts=['a.txt', 'b.txt']: expected a file, a folder or a function; of several, {SOURCE: WEIGHT"),
+        ("3", "prompts=3: expected a file"),
+        ("null", "prompts=None: expected a file"),
+        ("{}", "prompts={}: no source in it"),
+        ("{a.txt: 0}", "prompts: a.txt has the weight 0; expected a number above 0"),
+    ],
+)
+def test_what_is_no_source_of_prompts_is_said(prompts: str, message: str) -> None:
+    from omni_rollout.launch.sources import prompt_problems
+
+    assert next(prompt_problems(compose(["model=nano", f"prompts={prompts}"]))).startswith(message)
 
 
 def plain(images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Any]) -> list[float]:
@@ -141,6 +164,10 @@ def divide(_: Any) -> list[float]:
     return [1 / 0]
 
 
+def boom(_: Any) -> list[float]:
+    raise RuntimeError("boom \x1b[31m\nsecond line " + "x" * 5000)
+
+
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
@@ -150,6 +177,8 @@ def divide(_: Any) -> list[float]:
         ("7", "gave '7', expected a number"),
         (RewardError("cannot see"), "cannot see"),
         (divide, "ZeroDivisionError: division by zero"),
+        (boom, "boom \\x1b[31m second line xxx"),
+        (lambda images: sys.exit(3), "it called sys.exit(3)"),
         (lambda images: [], "gave 0 scores for 1 images"),
         (lambda images: 3.0, "gave float for 1 images"),
     ],
@@ -158,6 +187,7 @@ def test_one_image_that_cannot_be_scored_is_lost_alone(how: Any, reason: str) ->
     values, failures = scores("mine", failing(how, at=3), SHADES, PROMPTS, 10)
     assert values == [None if shade == 3 else 10.0 * shade for shade in range(8)]
     assert len(failures) == 1 and failures[0].startswith("mine: prompt 'shade 3': ") and reason in failures[0]
+    assert failures[0].isprintable() and len(failures[0]) < 400
 
 
 def test_a_reward_that_is_late_loses_its_images_and_nobody_waits_for_it() -> None:
@@ -235,3 +265,10 @@ def test_evaluation_goes_on_without_what_fails_and_measures_what_is_not_trained(
 def test_a_registered_reward_needs_no_file_in_configs() -> None:
     assert compose(["model=nano", "prompts=p.txt", "reward=motion"]).reward.weights == {"motion": 1.0}
     assert get_reward("motion").kinds == {"video"}  # type: ignore[attr-defined]
+
+
+def test_a_port_that_is_none_is_said(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reward", "serve", f"{mine}:bright", "--port", "99999"]) == 2
+    assert "--port 99999: cannot listen there" in capsys.readouterr().err
+    assert main(["serve", "model=nano", "serve.port=99999"]) == 2
+    assert "serve.port=99999: expected 0 to 65535" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ def test_a_run_is_its_newest_whole_checkpoint_and_a_step_is_itself(tmp_path: Pat
     found = find_source(str(run))
     assert found is not None and found.run.step == 3
     (run / "checkpoints/step_00003/weights").write_text("damaged")
+    for copied in ("step_00009.bak", "step_best"):
+        shutil.copytree(run / "checkpoints/step_00001", run / "checkpoints" / copied)
     found = find_source(str(run))
     assert found is not None and found.run.step == 2 and "step_00003 is passed over" in capsys.readouterr().err
     named = find_source(str(run / "checkpoints/step_00001"))

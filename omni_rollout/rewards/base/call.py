@@ -16,6 +16,8 @@ import numpy as np
 from omni_rollout.rewards.base.contract import Reward, texts_and_columns
 from omni_rollout.types import Prompt
 
+_LONGEST = 300  # characters of an error that are shown
+
 
 def scores(
     name: str, reward: Reward, images: Sequence[np.ndarray], prompts: Sequence[Prompt], timeout: float
@@ -59,6 +61,8 @@ def within(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any
         try:
             value = function(*arguments)
             result.set_result(asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value)
+        except SystemExit as error:  # would end the run without a word
+            result.set_exception(RuntimeError(f"it called sys.exit({error.code!r})"))
         except BaseException as error:
             result.set_exception(error)
 
@@ -110,5 +114,8 @@ def _number(value: Any) -> float | Exception:
 
 
 def _reason(error: float | Exception) -> str:
-    text = str(error) or type(error).__name__
+    """One line that a terminal can be shown, whatever somebody else's reward or server has put into its error."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line[:_LONGEST])
+    text += f"... ({len(line)} characters)" if len(line) > _LONGEST else ""
     return text if isinstance(error, _LateError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
