@@ -11,6 +11,7 @@ from typing import Any
 
 Line = Mapping[str, Any]  # of metrics.jsonl
 TRAINED, HELD_OUT = "critic/rewards/mean", "evaluation/reward"
+NORMAL_95 = 1.96  # standard errors
 BELIEVED = 2.0  # standard errors of a difference from which on it is called one
 
 
@@ -31,6 +32,18 @@ def verdict(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
     if compared:
         held = sum(line["parity/bitwise_equal_fraction"] == 1.0 for line in compared)
         yield "parity", f"engine and trainer agreed bit for bit in {held} of {len(compared)} steps"
+
+
+def paired(pairs: Sequence[tuple[float, float]]) -> str:
+    """Before against after of the same images (prompt and seed), so what differs between images is no noise; 95 % interval."""
+    changes = [after - before for before, after in pairs]
+    better, worse = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
+    told = f"{fmean(changes):+.3f}"
+    if len(changes) > 1:
+        half = NORMAL_95 * stdev(changes) / math.sqrt(len(changes))
+        chance = ", which holds 0: no more than chance" if abs(fmean(changes)) <= half else ""
+        told += f", 95 % interval {fmean(changes) - half:+.3f} to {fmean(changes) + half:+.3f}{chance}"
+    return f"{told}; better in {better}, worse in {worse}, equal in {len(changes) - better - worse} of {len(changes)} images"
 
 
 def _trained(rewards: Sequence[float]) -> str:
