@@ -119,6 +119,12 @@ def html_of(*folders: Path) -> str:
     return html
 
 
+def parts_of(folder: Path) -> str:
+    """The text of all that is read from the steps; what is read from config.yaml composes it, and is slow."""
+    found = read_run(folder)
+    return "".join(Page(part(found)).text for title, part in page.SECTIONS if title != "How to run it again")
+
+
 def test_the_command_writes_a_page_that_needs_nothing_else(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run)]) == 0
     html = (run / "report.html").read_text()
@@ -149,11 +155,12 @@ def test_the_paired_interval_is_that_of_the_differences() -> None:
     mean = sum(changes) / 4
     half = 1.96 * math.sqrt(sum((change - mean) ** 2 for change in changes) / 3 / 4)
     told = paired(pairs)
-    assert told.startswith(
-        f"{mean:+.3f}, 95 % interval {mean - half:+.3f} to {mean + half:+.3f}, which holds 0: no more than chance"
-    )
-    assert told.endswith("better in 2, worse in 1, equal in 1 of 4 images")
-    assert "chance" not in paired([(0.0, 0.9), (0.0, 1.0), (0.1, 1.0)])
+    assert told.startswith(f"{mean:+.3f}, 95 % interval {mean - half:+.3f} to {mean + half:+.3f}, no more than chance")
+    assert told.endswith("better in 2, worse in 1, equal in 1 of 4 images (sign test p = 1)")
+    assert paired([(0.0, 1.0)] * 4 + [(0.0, 0.0)] * 20).endswith("of 24 images (sign test p = 0.12)"), "2 / 2**4"
+    assert paired([(0.0, 1.0)] * 5 + [(1.0, 0.0)]).endswith("(sign test p = 0.22)"), "2 * (1 + 6) / 2**6"
+    assert "chance" not in paired([(0.0, 0.9), (0.0, 1.0), (0.1, 1.0)] * 2)
+    assert "chance" in paired([(0.0, 0.9), (0.0, 1.0), (0.1, 1.0)]), "three of three: p = 0.25"
     assert paired([(0.0, 1.0)]).startswith("+1.000; better in 1")
 
 
@@ -332,7 +339,7 @@ LACKS = [
 @pytest.mark.parametrize("change", LACKS, ids=lambda change: change.__name__)
 def test_what_a_run_lacks_is_said(run: Path, change: Any) -> None:
     expected = change(run)
-    assert expected in Page(html_of(run)).text
+    assert expected in parts_of(run)
 
 
 def test_side_by_side(run: Path, tmp_path: Path) -> None:
@@ -376,9 +383,6 @@ def test_whatever_the_files_hold_there_is_a_page(run: Path, rows: list[Any]) -> 
     before = [(run / name).read_text() for name in names]
     for name, own in zip(names, before, strict=True):
         (run / name).write_text(own + text)
-    found = read_run(run)
-    for title, part in page.SECTIONS:
-        if title != "How to run it again":  # reads config.yaml, and is slow
-            Page(part(found))
+    parts_of(run)
     for name, own in zip(names, before, strict=True):
         (run / name).write_text(own)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 210, 52, 10, 10, 24  # pixels of a plot, and of its margins
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 210, 66, 10, 10, 24  # pixels of a plot, and of its margins
 COLOURS = 8  # classes c0 to c7 of the page
 BARS = 60  # at most; of more steps each bar is a mean over some
 

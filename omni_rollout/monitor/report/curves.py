@@ -16,6 +16,7 @@ from omni_rollout.monitor.report.read import Run
 from omni_rollout.monitor.verdict import HELD_OUT
 
 GUARD = "guard/"
+DISTANCES = ("guard/start_distance", "guard/start_colour_distance")  # shares of full scale, 0 at the start
 TIMES, WHOLE = "timing_s/", "timing_s/step"
 HIGHEST = 200.0  # percent: a share that was nearly 0 at the start would hide all other lines
 _LARGEST = {"largest |KL| per element": "parity/ppo_kl_mb0", "largest gap, in clip ranges": "parity/over_clip"}
@@ -35,10 +36,10 @@ def guards(run: Run) -> str:
     if not names:
         return sentence("no guards were measured: they are part of every evaluation, and this run has none")
     keys = [HELD_OUT, *(name for name in names if name != HELD_OUT)]
+    lines = {key: (percent if key in DISTANCES else relative)(run.points(key)) for key in keys}
     series = [
         Series(name=key.partition("/")[2], points=points, colour=number, strong=key == HELD_OUT)
-        for number, key in enumerate(keys)
-        if (points := relative(run.points(key)))
+        for number, (key, points) in enumerate(lines.items())
     ]
     rows = []
     for key in keys:
@@ -48,10 +49,10 @@ def guards(run: Run) -> str:
     lost = [f"step {line['step']}: {line['guard/lost']}" for line in run.lines if "guard/lost" in line]
     told = "".join(sentence(f"Lost while the reward rose, {each}") for each in lost)
     none = sentence("At no evaluation did a guard fall beyond its noise while the reward rose.")
-    chart = line_chart("Change since the first evaluation, of its own value then", series, unit="%")
+    chart = line_chart("Change since the first evaluation", series, unit="%")
     axis = (
-        f"One axis for all: percent of the value at the first evaluation, cut at {HIGHEST:g} %. A rising dark_share is a loss, "
-        "and so is a fall of any other."
+        f"One axis for all: percent of the value at the first evaluation, cut at {HIGHEST:g} %; of the distances from the "
+        "start's images, percent of the largest there can be. A rising dark_share or distance is a loss, and so is a fall of any other."
     )
     return f'{told or none}<div class="charts">{chart}</div>{sentence(axis)}{table(["", "first", "last"], rows)}'
 
@@ -65,6 +66,10 @@ def relative(points: Points) -> list[tuple[int, float | None]]:
         (step, None if value is None else max(min(100 * (value - start) / abs(start), HIGHEST), -HIGHEST))
         for step, value in points
     ]
+
+
+def percent(points: Points) -> list[tuple[int, float | None]]:
+    return [(step, None if value is None else 100 * value) for step, value in points]
 
 
 def parity(run: Run) -> str:

@@ -36,7 +36,8 @@ stroke:var(--rule)}.legend{display:flex;flex-wrap:wrap;gap:.1rem .9rem;font-size
 width:10px;height:10px}polyline,svg line{fill:none;stroke-width:1.5}.strong{stroke-width:3}.scroll{overflow-x:auto;
 max-width:100%}table{border-collapse:collapse;font-size:.9rem;margin:.5rem 0;font-variant-numeric:tabular-nums}td,th{
 padding:.2rem .6rem .2rem 0;text-align:right;vertical-align:top;border-bottom:1px solid var(--rule)}td.text,th.text{
-text-align:left;min-width:6rem}.verdict{padding:.6rem 1rem;border-radius:6px;font-weight:600}.good{background:var(--good)}
+text-align:left;min-width:6rem}td:first-child,td:not(.text){overflow-wrap:break-word}
+.verdict{padding:.6rem 1rem;border-radius:6px;font-weight:600}.good{background:var(--good)}
 .bad{background:var(--bad)}.note p{color:var(--soft)}pre{white-space:pre-wrap;background:var(--card);padding:.6rem;
 border-radius:6px;font-size:.85rem}.strip{margin:.5rem 0}.strip>p{color:var(--soft);margin:0}.frames{display:flex;gap:.5rem;
 overflow-x:auto}.frames figure{flex:0 0 auto;width:128px;font-size:.8rem}.frames img{width:128px;height:auto;display:block;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from html import escape
 
 from omni_rollout.monitor.report.charts import Series, line_chart, sentence, table
 from omni_rollout.monitor.report.read import Run
@@ -20,6 +21,7 @@ def section(run: Run) -> str:
     rows = [[name, told] for name, told in facts(run).items()]
     return "".join(
         [
+            _headline(run),
             table([], rows, text=2),
             *(f'<p class="note">{part}</p>' for part in map(sentence, run.unread)),
             '<div class="charts">',
@@ -39,6 +41,17 @@ def facts(run: Run) -> dict[str, str]:
     if pairs := reward_pairs(run):
         rows["same images"] = f"held-out reward of the same prompts and seeds, before and after: {paired(pairs)}"
     return {"steps": _steps(run), **rows, "alerts": _alerts(run), "evidence": _evidence(run, len(pairs))}
+
+
+def _headline(run: Run) -> str:
+    """One line: held-out reward, parity, alerts. Green where engine and trainer agreed and nothing was alerted."""
+    found, pairs = dict(verdict(run.lines)), reward_pairs(run)
+    change = f"held-out reward {paired(pairs)}" if pairs else found.get("held-out", found.get("reward", ""))
+    alerts = _alerts(run)
+    parts = [change.partition(";")[0], found.get("parity", ""), f"alerts: {alerts}"]
+    shares = run.numbers("parity/bitwise_equal_fraction")
+    kind = "good" if run.lines and alerts == "none" and all(share == 1 for share in shares) else "bad"
+    return f'<p class="{kind} verdict">{escape("; ".join(part for part in parts if part))}</p>' if run.lines else ""
 
 
 def reward_pairs(run: Run) -> list[tuple[float, float]]:
@@ -80,11 +93,8 @@ def _alerts(run: Run) -> str:
 def _evidence(run: Run, images: int) -> str:
     seed = run.config.get("sampling.seed")
     count = images or run.config.get("evaluation.images") or 0
-    what = (
-        f"{count} held-out images, {max(len(run.scores), len(run.numbers(HELD_OUT)))} evaluations"
-        if count
-        else "no held-out images"
-    )
+    evaluations = max(len(run.scores), len(run.numbers(HELD_OUT)))
+    what = f"{count} held-out images, {evaluations} evaluations" if count and evaluations else "no held-out reward"
     return (
         f"{what}; one run, one training seed ({seed}). What another seed would give is not known: repeat with "
         f"sampling.seed={seed + 1 if isinstance(seed, int) else 1} before believing a small difference"
