@@ -203,12 +203,12 @@ def objects() -> dict[str, Any]:
     itself, and as it does in the processes of the verl back end."""
     import ray
 
-    from omni_rollout.integrations.verl.records import NO_TRAINER
+    from omni_rollout.integrations.verl.records import RUNTIME_ENV
 
     start_ray()
     results = {}
     gigabytes = 32 * (16 << 20) / GB
-    for kind, environment in (("by itself", {}), ("verl back end", NO_TRAINER)):
+    for kind, environment in (("by itself", {}), ("verl back end", RUNTIME_ENV)):
         writer: Any = ray.remote(runtime_env=environment)(Process).remote()
         reader: Any = ray.remote(runtime_env=environment)(Process).remote()
         for tensors in (1, 4, 16, 32):
@@ -226,15 +226,15 @@ def transfer() -> dict[str, float]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from omni_rollout.integrations.verl.records import NO_TRAINER
+    from omni_rollout.integrations.verl.records import RUNTIME_ENV
 
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 2 << 30, "resources": {"head": 1}}
     )
     cluster.add_node(num_cpus=2, object_store_memory=2 << 30, resources={"other": 1})
     ray.init(address=cluster.address, log_to_driver=False)
-    writer: Any = ray.remote(runtime_env=NO_TRAINER, resources={"head": 1})(Process).remote()
-    reader: Any = ray.remote(runtime_env=NO_TRAINER, resources={"other": 1})(Process).remote()
+    writer: Any = ray.remote(runtime_env=RUNTIME_ENV, resources={"head": 1})(Process).remote()
+    reader: Any = ray.remote(runtime_env=RUNTIME_ENV, resources={"other": 1})(Process).remote()
     results = {}
     for tensors in (1, 4, 16, 32):
         tries = []

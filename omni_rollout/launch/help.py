@@ -2,7 +2,7 @@
 
 ROLLOUT_KEYS = """
 keys (all of them, with their defaults: omni_rollout/config.py):
-  model=nano|nano_edit|qwen_image|qwen_image_edit|qwen_image_edit_plus|qwen_image_layered
+  model=nano|nano_edit|qwen_image|qwen_image_edit|qwen_image_edit_plus|qwen_image_layered|wan2_2|wan2_2_i2v
                                           a checkpoint with its own sizes, steps, guidance and text width
   model.path=FOLDER                       a checkpoint in diffusers layout; after model=nano, with that one's sizes
   model.dtype=float32|bfloat16            what the transformer computes in

@@ -28,6 +28,9 @@ OWN = {  # what must be said for 5 steps, and what makes a case worth more
 }
 
 
+QUICK = ("dance_grpo", "grpo_guard", "diffusion_nft", "diffusion_dpo")  # what the others need is among what these need
+
+
 def run(model: Path, folder: Path, *more: str) -> list[dict[str, Any]]:
     folder.mkdir(exist_ok=True)
     (folder / "prompts.txt").write_text("a red cat\na blue dog on a table\n")
@@ -57,7 +60,7 @@ def run(model: Path, folder: Path, *more: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names()])
 def test_two_steps(random_checkpoint: Path, tmp_path: Path, name: str) -> None:
     lines = run(random_checkpoint, tmp_path, f"algorithm={name}", *OWN.get(name, []))
     coupled = isinstance(get_algorithm(compose(["model=nano", "prompts=p.txt", f"algorithm={name}"]).algorithm), Coupled)

@@ -87,10 +87,11 @@ def test_wandb_gets_a_file_that_plays(monkeypatch, tmp_path):
     )
     sink = wandb_sink.WandbSink(tmp_path, WandbConfig(mode="disabled"), {}, {})
     sink._wandb, sink._run = fake, SimpleNamespace(log=lambda values, step: logged.update(values))
-    sink.log(1, {}, [("v", video().media), ("i", np.zeros((8, 8, 3), np.uint8)), ("l", np.zeros((2, 8, 8, 4), np.uint8))])
-    ((kind, caption, form, data),) = logged["videos"]
+    media = [("v", video().media), ("i", np.zeros((8, 8, 3), np.uint8)), ("l", np.zeros((2, 8, 8, 4), np.uint8))]
+    sink.log(1, {}, {"training": media})
+    ((kind, caption, form, data),) = logged["videos/training"]
     assert (kind, caption, form) == ("video", "v", "gif") and len(frames_of(io.BytesIO(data))) == 9
-    assert [(caption, array.shape) for _, caption, array in logged["images"]] == [("i", (8, 8, 3)), ("l", (8, 16, 3))]
+    assert [(caption, array.shape) for _, caption, array in logged["images/training"]] == [("i", (8, 8, 3)), ("l", (8, 16, 3))]
 
 
 def test_a_gif_has_every_frame_even_where_two_are_alike():
@@ -115,7 +116,7 @@ def test_the_journal_and_verl_carry_the_pixels_once(tmp_path):
     ((path,),) = ([*tmp_path.rglob("*.safetensors")],)
     rest = trajectory.latents.nbytes + 20_000
     assert pixels < path.stat().st_size < pixels + rest < 2 * pixels
-    sample = agent_loop.to_sample(trajectory, {"reward_score": 0.0, "reward_extra_info": {}}, 1, "train")
+    sample = agent_loop.to_sample(trajectory, {"reward_score": 0.0, "reward_extra_info": {}, "failures": []}, 1, "train")
     assert pixels < len(pickle.dumps(sample)) < pixels + rest + 20_000
 
 
