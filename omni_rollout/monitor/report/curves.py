@@ -52,7 +52,8 @@ def guards(run: Run) -> str:
     chart = line_chart("Change since the first evaluation", series, unit="%")
     axis = (
         f"One axis for all: percent of the value at the first evaluation, cut at {HIGHEST:g} %; of the distances from the "
-        "start's images, percent of the largest there can be. A rising dark_share or distance is a loss, and so is a fall of any other."
+        "start's images, percent of the largest there can be. A rising dark_share or distance is a loss, and so is a fall of "
+        "any other."
     )
     return f'{told or none}<div class="charts">{chart}</div>{sentence(axis)}{table(["", "first", "last"], rows)}'
 
