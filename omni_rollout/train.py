@@ -9,7 +9,6 @@ for step in steps:
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -238,25 +237,24 @@ class Trainer:
         averages = self.learner.ema is not None and self.version > 0
         if self.learner.lags:
             self._sync("policy")
-        metrics, images, trajectories = self._evaluate(name)
+        metrics, rewards, trajectories = self._evaluate(name)
         texts, media = [one.prompt.text for one in trajectories], [one.media for one in trajectories]
-        guarded, lost = self.guards(step, media, texts, metrics.get("evaluation/reward", math.nan))
+        guarded, lost = self.guards(step, media, texts, rewards)
         if averages:
             self._sync("average")
             averaged, _, _ = self._evaluate(f"{name}-ema", "evaluating the average by")
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
         if averages or self.learner.lags:
             self._sync()
-        return metrics | guarded, images, lost
+        return metrics | guarded, captioned(rewards, texts, media), lost
 
-    def _evaluate(self, name: str, what: str = "evaluating") -> tuple[dict[str, float], list[CaptionedImage], list[Trajectory]]:
+    def _evaluate(self, name: str, what: str = "evaluating") -> tuple[dict[str, float], list[float | None], list[Trajectory]]:
         requests = self.collator.evaluation(self.evaluation_prompts, self.config.evaluation, name)
         trajectories = sampled(self.engine, requests, self.progress, self.config.rollout.timeout, what)
         self.progress.stage(f"scoring {len(trajectories)} images", quiet=True)
         media, prompts = [one.media for one in trajectories], [one.prompt for one in trajectories]
         rewards = self.rewards(media, prompts).total
-        metrics = evaluation_metrics(rewards, self.rewards.evaluate(media, prompts))
-        return metrics, captioned(rewards, [prompt.text for prompt in prompts], media), trajectories
+        return evaluation_metrics(rewards, self.rewards.evaluate(media, prompts)), rewards, trajectories
 
 
 @contextmanager

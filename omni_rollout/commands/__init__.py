@@ -12,7 +12,20 @@ from types import ModuleType
 
 from omni_rollout.errors import UserError
 
-ORDER = ("train", "rollout", "serve", "evaluate", "export", "parity", "replay", "plan", "nano", "reward", "doctor")  # of --help
+ORDER = (
+    "train",
+    "rollout",
+    "serve",
+    "evaluate",
+    "report",
+    "export",
+    "parity",
+    "replay",
+    "plan",
+    "nano",
+    "reward",
+    "doctor",
+)  # of --help
 Commands = argparse._SubParsersAction  # argparse has no public name for what `add_subparsers` returns
 
 

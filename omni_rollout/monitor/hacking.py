@@ -7,10 +7,12 @@ and seeds, which are kept in the run folder.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from PIL import Image
@@ -18,6 +20,7 @@ from PIL import Image
 from omni_rollout.trajectories.sheet import flat
 
 FILE = "evaluation_start.npz"  # in the run folder
+PER_IMAGE = "evaluation.jsonl"  # beside it: a line an image and evaluation, for `omni-rollout report`
 SIGMAS = 3.0
 MATERIAL = 0.2  # of the start's mean: a loss that is smaller may be certain, and is no loss to speak of
 SIDE = 256  # pixels of the longer side, to which pictures are reduced before they are compared or kept
@@ -73,13 +76,16 @@ def colour_distance(first: np.ndarray, second: np.ndarray) -> float:
 
 
 class Guards:
-    """Looks at the images of every evaluation; the first it sees in a run folder are the start."""
+    """Looks at the images of every evaluation; the first it sees in a run folder are the start.
+
+    Keeps what it finds of each: `evaluation.jsonl`, lines of `step`, `index`, `prompt`, `reward` (null: not scored), `guards`.
+    """
 
     def __init__(self, run_dir: str | Path) -> None:
-        self._path = Path(run_dir) / FILE
+        self._path, self._per_image = Path(run_dir) / FILE, Path(run_dir) / PER_IMAGE
 
     def __call__(
-        self, step: int, media: Sequence[np.ndarray], prompts: Sequence[str], reward: float
+        self, step: int, media: Sequence[np.ndarray], prompts: Sequence[str], rewards: Sequence[float | None]
     ) -> tuple[dict[str, float], dict[str, str]]:
         """The metrics `guard/*`, and the note `guard/lost` where the reward rose and a guard lost more than its noise.
 
@@ -89,10 +95,12 @@ class Guards:
 
         Args:
             media: see `Trajectory.media`.
-            reward: mean of the trained reward over these images.
+            rewards: the trained reward of each; None could not be scored.
         """
+        reward = fmean(scored) if (scored := [one for one in rewards if one is not None]) else math.nan
         pictures = [flat(prompt, one) for prompt, one in zip(prompts, media, strict=True)]
         own = [of_image(picture) for picture in pictures]
+        self._keep(step, prompts, rewards, own)
         small = [_reduced(picture) for picture in pictures]
         per_image = {name: np.array([one[name] for one in own]) for name in own[0]}
         pairs = list(_pairs(prompts, small))
@@ -116,6 +124,14 @@ class Guards:
                 lost.append(f"{name} {gone.mean():.3g}, where other seeds of the same prompt differ by {noise.mean():.3g}")
         rose = reward > float(start["reward"])
         return metrics, {"guard/lost": "; ".join(lost)} if rose and lost else {}
+
+    def _keep(
+        self, step: int, prompts: Sequence[str], rewards: Sequence[float | None], own: Sequence[Mapping[str, float]]
+    ) -> None:
+        with self._per_image.open("a", encoding="utf-8") as file:
+            for index, (prompt, reward, guards) in enumerate(zip(prompts, rewards, own, strict=True)):
+                line = {"step": step, "index": index, "prompt": prompt, "reward": reward, "guards": guards}
+                file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def _start(
         self, step: int, small: Sequence[np.ndarray], per_image: dict[str, np.ndarray], reward: float

@@ -38,10 +38,10 @@ def _within(key: str, sections: Sequence[str]) -> bool:
 
 def _changed(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """(key, value as an override writes it) of everything that is not the default."""
-    defaults = dict(_flat(_plain(TrainConfig(algorithm=type(config.algorithm)()))))
-    for key, value in _flat(_plain(config)):
+    defaults = dict(flat_values(_plain(TrainConfig(algorithm=type(config.algorithm)()))))
+    for key, value in flat_values(_plain(config)):
         if value != defaults.get(key):
-            yield key, _override_value(value)
+            yield key, override_value(value)
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
@@ -49,24 +49,26 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_values(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of every leaf of a configuration."""
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and name != "reward.weights":  # names of the user's choosing: given as a whole
-            yield from _flat(value, f"{name}.")
+            yield from flat_values(value, f"{name}.")
         else:
             yield name, value
 
 
-def _override_value(value: Any) -> str:
+def override_value(value: Any) -> str:
+    """The value in Hydra's grammar of overrides."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}: {_override_value(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}: {override_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(_override_value(item) for item in value) + "]"
+        return "[" + ",".join(override_value(item) for item in value) + "]"
     text = str(value)
     if not isinstance(value, str) or _PLAIN.fullmatch(text):
         return text

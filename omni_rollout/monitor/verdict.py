@@ -11,6 +11,7 @@ from typing import Any
 
 Line = Mapping[str, Any]  # of metrics.jsonl
 TRAINED, HELD_OUT = "critic/rewards/mean", "evaluation/reward"
+NORMAL_95, CHANCE = 1.96, 0.05  # standard errors, and p, from which on a difference is believed
 BELIEVED = 2.0  # standard errors of a difference from which on it is called one
 
 
@@ -31,6 +32,30 @@ def verdict(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
     if compared:
         held = sum(line["parity/bitwise_equal_fraction"] == 1.0 for line in compared)
         yield "parity", f"engine and trainer agreed bit for bit in {held} of {len(compared)} steps"
+
+
+def paired(pairs: Sequence[tuple[float, float]]) -> str:
+    """Before against after of the same images (prompt and seed), so what differs between images is no noise; 95 % interval.
+
+    Called no more than chance where the interval holds 0, or where the sign test, which asks for no normal distribution, has a
+    p above 0.05: few images that changed make the interval too narrow.
+    """
+    changes = [after - before for before, after in pairs]
+    better, worse = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
+    told, p = f"{fmean(changes):+.3f}", _sign_test(better, worse)
+    if len(changes) > 1:
+        half = NORMAL_95 * stdev(changes) / math.sqrt(len(changes))
+        told += f", 95 % interval {fmean(changes) - half:+.3f} to {fmean(changes) + half:+.3f}"
+        told += ", no more than chance" if abs(fmean(changes)) <= half or p > CHANCE else ""
+    equal = len(changes) - better - worse
+    return f"{told}; better in {better}, worse in {worse}, equal in {equal} of {len(changes)} images (sign test p = {p:.2g})"
+
+
+def _sign_test(better: int, worse: int) -> float:
+    """Chance of a split at least as uneven where better and worse are equally likely, both sides; exact."""
+    count = better + worse
+    tail = sum(math.comb(count, k) for k in range(min(better, worse) + 1)) / 2**count
+    return min(1.0, 2 * tail)
 
 
 def _trained(rewards: Sequence[float]) -> str:

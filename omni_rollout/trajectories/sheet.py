@@ -53,6 +53,24 @@ def image_grid(images: Sequence[CaptionedImage], columns: int | None = None) -> 
     return sheet
 
 
+def cut(sheet: Image.Image, count: int) -> list[Image.Image]:
+    """The images of a sheet that `image_grid` has made of `count` without `columns`, enlarged as they are there.
+
+    Raises:
+        ValueError: it is no such sheet.
+    """
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns) if count else 0
+    if not rows or sheet.width % columns or sheet.height % rows:
+        raise ValueError(f"a sheet of {sheet.width}x{sheet.height} pixels: expected one of {count} images")
+    width, height = sheet.width // columns, sheet.height // rows
+    right, bottom = width - _MARGIN, height - _MARGIN - _LINES * _LINE
+    if right <= _MARGIN or bottom <= _MARGIN:
+        raise ValueError(f"a sheet of {sheet.width}x{sheet.height} pixels: too small for {count} images")
+    places = [(index % columns * width, index // columns * height) for index in range(count)]
+    return [sheet.crop((left + _MARGIN, top + _MARGIN, left + right, top + bottom)) for left, top in places]
+
+
 def kind_of(caption: str, media: np.ndarray) -> Kind:
     """Raises ValueError: what is no media."""
     kind = KINDS.get((media.ndim, media.shape[-1])) if media.dtype == np.uint8 else None

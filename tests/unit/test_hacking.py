@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -97,32 +98,32 @@ LOSSES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 def test_every_loss_is_found_when_the_reward_rose_and_only_then(loss: str, tmp_path: Path) -> None:
     name, change = LOSSES[loss]
     guards = Guards(tmp_path)
-    metrics, notes = guards(0, signs(), PROMPTS, 0.5)
+    metrics, notes = guards(0, signs(), PROMPTS, [0.5] * 30)
     assert not notes and "guard/start_distance" not in metrics
     worse = [change(image) for image in signs()]
-    _, notes = guards(10, worse, PROMPTS, 0.6)
+    _, notes = guards(10, worse, PROMPTS, [0.6] * 30)
     assert name in notes["guard/lost"]
-    assert Guards(tmp_path)(10, worse, PROMPTS, 0.6)[1] == notes, "a resumed run remembers the start"
-    assert guards(10, worse, PROMPTS, 0.4)[1] == {}, "the reward fell, too: no hacking"
-    assert guards(10, worse, PROMPTS, math.nan)[1] == {}
+    assert Guards(tmp_path)(10, worse, PROMPTS, [0.6] * 30)[1] == notes, "a resumed run remembers the start"
+    assert guards(10, worse, PROMPTS, [0.4] * 30)[1] == {}, "the reward fell, too: no hacking"
+    assert guards(10, worse, PROMPTS, [None] * 30)[1] == {}
 
 
 def test_the_same_and_nearly_the_same_images_raise_no_alarm(tmp_path: Path) -> None:
     guards = Guards(tmp_path)
-    guards(0, signs(), PROMPTS, 0.5)
-    metrics, notes = guards(10, signs(), PROMPTS, 0.9)
+    guards(0, signs(), PROMPTS, [0.5] * 30)
+    metrics, notes = guards(10, signs(), PROMPTS, [0.9] * 30)
     assert notes == {} and metrics["guard/start_distance"] == metrics["guard/start_colour_distance"] == 0
     noise = np.random.default_rng(0)
     near = [np.clip(image.astype(int) + noise.integers(-3, 4, image.shape), 0, 255).astype(np.uint8) for image in signs()]
-    assert guards(20, near, PROMPTS, 0.9)[1] == {}
-    assert guards(30, signs(seed=7), PROMPTS, 0.9)[1] == {}, "other seeds of the same policy"
+    assert guards(20, near, PROMPTS, [0.9] * 30)[1] == {}
+    assert guards(30, signs(seed=7), PROMPTS, [0.9] * 30)[1] == {}, "other seeds of the same policy"
 
 
 def test_without_a_start_or_with_another_nothing_is_compared(tmp_path: Path) -> None:
-    assert Guards(tmp_path)(10, signs(), PROMPTS, 0.9)[1] == {}
+    assert Guards(tmp_path)(10, signs(), PROMPTS, [0.9] * 30)[1] == {}
     guards = Guards(tmp_path)
-    guards(0, signs()[:4], PROMPTS[:4], 0.1)
-    metrics, notes = guards(10, [255 - image for image in signs()], PROMPTS, 0.9)
+    guards(0, signs()[:4], PROMPTS[:4], [0.1] * 4)
+    metrics, notes = guards(10, [255 - image for image in signs()], PROMPTS, [0.9] * 30)
     assert notes == {} and "guard/start_distance" not in metrics
 
 
@@ -130,13 +131,23 @@ def test_without_a_start_or_with_another_nothing_is_compared(tmp_path: Path) -> 
 def test_videos_and_layers_are_guarded(shape: Any, tmp_path: Path) -> None:
     media = np.random.default_rng(0).integers(0, 256, (2, *shape), np.uint8)
     guards = Guards(tmp_path)
-    assert guards(0, list(media), ["a", "a"], 0.1)[0]["guard/diversity"] > 0
-    assert guards(1, list(media), ["a", "a"], 0.2)[0]["guard/start_distance"] == 0
+    assert guards(0, list(media), ["a", "a"], [0.1, 0.1])[0]["guard/diversity"] > 0
+    assert guards(1, list(media), ["a", "a"], [0.2, 0.2])[0]["guard/start_distance"] == 0
+
+
+def test_what_is_found_of_each_image_is_kept(tmp_path: Path) -> None:
+    for step, rewards in ((0, [0.5] * 29 + [None]), (10, [0.75] * 30)):
+        Guards(tmp_path)(step, signs(), PROMPTS, rewards)
+    lines = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["index"]) for line in lines] == [(step, index) for step in (0, 10) for index in range(30)]
+    assert [line["reward"] for line in lines] == [0.5] * 29 + [None] + [0.75] * 30
+    assert [line["prompt"] for line in lines] == PROMPTS * 2
+    assert [line["guards"] for line in lines[:30]] == [of_image(image) for image in signs()]
 
 
 def test_large_pictures_are_kept_small(tmp_path: Path) -> None:
     big = np.random.default_rng(0).integers(0, 256, (4, 512, 768, 3), np.uint8)
-    Guards(tmp_path)(0, list(big), ["a", "a", "b", "b"], 0.1)
+    Guards(tmp_path)(0, list(big), ["a", "a", "b", "b"], [0.1] * 4)
     with np.load(tmp_path / "evaluation_start.npz", allow_pickle=False) as kept:
         assert kept["image_0"].shape == (171, 256, 3)
 

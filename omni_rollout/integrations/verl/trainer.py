@@ -10,7 +10,6 @@ _compute_metrics      Monitor.log
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,7 +38,7 @@ from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, Weights, 
 from omni_rollout.integrations.verl.replay_buffer import WatchedReplayBuffer
 from omni_rollout.integrations.verl.reward import RewardWorkers
 from omni_rollout.models import family_module
-from omni_rollout.monitor import CaptionedImage, Guards, Monitor, last_words, step_metrics, step_notes
+from omni_rollout.monitor import Guards, Monitor, last_words, step_metrics, step_notes
 from omni_rollout.policy.learner import Which
 from omni_rollout.policy.recompute import check_machine
 from omni_rollout.rewards import make_rewards
@@ -209,9 +208,10 @@ class OmniTrainer(PPOTrainer):
         averages = self.run.trainer.ema_decay > 0 and self.global_steps > 0
         if self.algorithm.samples_with_old:
             self._publish("policy")
-        metrics, self.images, samples = self._evaluate(name)
+        metrics, scored, samples = self._evaluate(name)
+        self.images = captioned(samples, scored)
         texts = [prompt["text"] for prompt in samples.prompts]
-        guarded, self.lost = self.guards(self.global_steps, samples.media, texts, metrics.get("evaluation/reward", math.nan))
+        guarded, self.lost = self.guards(self.global_steps, samples.media, texts, scored)
         if averages:
             self._publish("average")
             averaged, _, _ = self._evaluate(f"{name}-ema")
@@ -222,7 +222,7 @@ class OmniTrainer(PPOTrainer):
             self.sight.log(0, metrics | guarded, evaluation=self.images)
         return metrics | guarded
 
-    def _evaluate(self, name: str) -> tuple[dict[str, float], list[CaptionedImage], Samples]:
+    def _evaluate(self, name: str) -> tuple[dict[str, float], list[float | None], Samples]:
         requests = self.collator.evaluation(self.evaluation_prompts, self.run.evaluation, name)
         groups = self._submit(requests, "val")
         batch, _ = self.replay_buffer.sample(self.global_steps, "val", groups)
@@ -231,7 +231,7 @@ class OmniTrainer(PPOTrainer):
         tq.kv_clear(keys=batch.keys, partition_id="val")
         scores = self.rewards.evaluate(samples.media, [Prompt.from_json(prompt) for prompt in samples.prompts])
         scored = self.rewards.batch(samples.breakdown, samples.failures).total
-        return evaluation_metrics(scored, scores), captioned(samples, scored), samples
+        return evaluation_metrics(scored, scores), scored, samples
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int

@@ -1,0 +1,1 @@
+"""A run folder as one HTML page: nothing from the network, no script."""
