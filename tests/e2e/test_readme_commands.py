@@ -33,6 +33,7 @@ PLACEHOLDERS = {  # what a reader puts in their place
     "--out DIR": "--out made",
     "checkpoint=RUN": "checkpoint=runs/mine",
     "export RUN": "export runs/mine",
+    "report RUN": "report runs/mine",
 }
 
 
@@ -91,6 +92,7 @@ NOT_RUN = {  # as it is printed, with its placeholders filled in -> why not, and
     "omni-rollout rollout checkpoint=runs/mine prompts=recipes/nano/data/heldout.jsonl out=sampled": NotRun(A_RUN, parses),
     "omni-rollout evaluate checkpoint=runs/mine out=evaluated": NotRun(A_RUN, parses),
     "omni-rollout export runs/mine --to pipeline --out exported": NotRun(A_RUN, parses),
+    "omni-rollout report runs/mine": NotRun(A_RUN, parses),
     "omni-rollout serve model=nano": NotRun("serves until it is stopped: test_serve.py", parses),
     "omni-rollout train experiment=nano_ocr rollout.url=http://127.0.0.1:8091": NotRun("needs the server", composes),
     "omni-rollout reward serve mine.py:bright --port 8300": NotRun("serves until it is stopped: test_extending.py", parses),
