@@ -14,7 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING, ClassVar
 
 from omni_rollout.algorithms import rollout_correction
-from omni_rollout.config import AlgorithmConfig, OldLogProbs, SDETypeName, TrainConfig
+from omni_rollout.config import AlgorithmConfig, OldLogProbs, OnMismatch, SDETypeName, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -209,6 +209,14 @@ class Forward(Algorithm):
                 f"sampling.sde_type={config.sampling.sde_type.value}: {self.name} learns from final latents, which a "
                 "trajectory of the ode holds; give sampling.sde_type=ode"
             )
+        coupled_only = {
+            "trainer.old_log_probs": config.trainer.old_log_probs is OldLogProbs.recompute,
+            "monitor.on_mismatch": config.monitor.on_mismatch is not OnMismatch.alert,
+            "sampling.sde_window_size": config.sampling.sde_window_size is not None,
+        }
+        for key, given in coupled_only.items():
+            if given:
+                yield f"{key}: of no use to {self.name}, which reads no log-probs and draws no noise in steps; leave it out"
         yield from super().problems(config)
 
 
