@@ -124,7 +124,7 @@ class RemoteReward:
                 return _read(answer.raise_for_status().text, len(images))
             except (httpx.HTTPError, ValueError) as error:
                 last = f"{type(error).__name__}: {error}"
-            time.sleep(pause * random.uniform(0.5, 1))
+            time.sleep(min(pause * random.uniform(0.5, 1), max(end - time.monotonic(), 0)))  # what is left is for the reason
             pause = min(2 * pause, LONGEST_PAUSE, self._a_try)
         late = f"{self._address}: no answer that makes sense within {self._timeout * MARGIN:g} s; the last: {last}"
         return [RewardError(late)] * len(images)
