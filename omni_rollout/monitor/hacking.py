@@ -17,10 +17,9 @@ from statistics import fmean
 import numpy as np
 from PIL import Image
 
+from omni_rollout.run.folder import EVALUATIONS, START_IMAGES
 from omni_rollout.trajectories.sheet import flat
 
-FILE = "evaluation_start.npz"  # in the run folder
-PER_IMAGE = "evaluation.jsonl"  # beside it: a line an image and evaluation, for `omni-rollout report`
 SIGMAS = 3.0
 MATERIAL = 0.2  # of the start's mean: a loss that is smaller may be certain, and is no loss to speak of
 SIDE = 256  # pixels of the longer side, to which pictures are reduced before they are compared or kept
@@ -82,7 +81,7 @@ class Guards:
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        self._path, self._per_image = Path(run_dir) / FILE, Path(run_dir) / PER_IMAGE
+        self._path, self._per_image = Path(run_dir) / START_IMAGES, Path(run_dir) / EVALUATIONS
 
     def __call__(
         self, step: int, media: Sequence[np.ndarray], prompts: Sequence[str], rewards: Sequence[float | None]

@@ -9,6 +9,8 @@ from pathlib import Path
 from omni_rollout.errors import UserError
 from omni_rollout.policy.state import RunState, verify
 
+START_IMAGES = "evaluation_start.npz"  # in a run folder: the starting policy's images, see `monitor.hacking`
+EVALUATIONS = "evaluation.jsonl"  # a line an image and evaluation
 ORIGIN = "origin"  # in a run folder: the checkpoint of another run that it went on from
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from omni_rollout.config import TrainConfig
 from omni_rollout.data.prompts import prompts_digest
 from omni_rollout.errors import UserError
 from omni_rollout.policy.state import RunState
-from omni_rollout.run.folder import ORIGIN
+from omni_rollout.run.folder import EVALUATIONS, ORIGIN, START_IMAGES
 from omni_rollout.run.start import NOT_KEPT, Start, changed_keys, flat, run_dir_of
 from omni_rollout.trajectories.journal import Journal
 
@@ -33,6 +34,7 @@ def enter(config: TrainConfig, start: Start) -> None:
     logged = max((line["step"] for line in _json_lines(source / "metrics.jsonl")), default=0)
     for name in FILES:
         _keep_lines(source / name, run_dir / name, start.run.lines.get(name, 0) if start.run is not None else 0)
+    _bring_evaluations(source, run_dir, start)
     repeated, kept = max(logged - start.step, 0), Journal(run_dir).count(after=start.step)
     what = f"{kept} finished trajectories kept, {repeated} steps to repeat"
     if start.run is not None:
@@ -57,6 +59,15 @@ def check_weights(start: Start, digest: str) -> None:
             f"{start.checkpoint} gives weights {digest[:16]}, but {start.run.weights[:16]} were saved: the model at model.path "
             "is another than the run was started from; give that model"
         )
+
+
+def _bring_evaluations(source: Path, run_dir: Path, start: Start) -> None:
+    """What later evaluations are compared with, and how the images of earlier ones were scored."""
+    first = source / START_IMAGES
+    if start.run is not None and source != run_dir.absolute() and first.is_file():
+        shutil.copyfile(first, run_dir / START_IMAGES)
+    before = (line for line in _json_lines(source / EVALUATIONS) if start.run is not None and line["step"] <= start.step)
+    _keep_lines(source / EVALUATIONS, run_dir / EVALUATIONS, sum(1 for _ in before))
 
 
 def _keep_lines(source: Path, target: Path, number: int) -> None:

@@ -152,6 +152,19 @@ def test_a_named_checkpoint_may_have_any_name(tmp_path):
     assert how_to_go_on(other.run_dir).startswith(f"go on from {tmp_path / 'best'} with the same command")
 
 
+def test_evaluations_up_to_the_checkpoint_come_along_with_the_images_that_later_ones_are_compared_with(tmp_path):
+    config = lived(tmp_path, saved=[1], logged=2)
+    here = Path(config.run_dir)
+    (here / "evaluation_start.npz").write_bytes(b"images of the start")
+    lines = [f'{{"step": {step}, "index": {index}}}\n' for step in (0, 1, 2) for index in (0, 1)]
+    (here / "evaluation.jsonl").write_text("".join(lines))
+    other = replace(resumed(config, str(here / "checkpoints" / "step_00001")), run_dir=str(tmp_path / "other"))
+    for again in (other, resumed(config, "auto")):
+        enter(again, find_start(again))
+        assert (Path(again.run_dir) / "evaluation_start.npz").read_bytes() == b"images of the start"
+        assert (Path(again.run_dir) / "evaluation.jsonl").read_text() == "".join(lines[:4])
+
+
 def test_what_changed_is_told_and_another_model_is_noticed(tmp_path, capsys):
     config = resumed(lived(tmp_path, saved=[1], logged=1), "auto")
     config = replace(config, trainer=replace(config.trainer, learning_rate=1e-5, steps=20))

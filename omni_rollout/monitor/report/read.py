@@ -11,10 +11,10 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from omni_rollout.errors import UserError
-from omni_rollout.monitor.hacking import PER_IMAGE
 from omni_rollout.monitor.pairs import PPO_KL_COMPARES
 from omni_rollout.monitor.suggested import flat_values
 from omni_rollout.policy.state import STATE
+from omni_rollout.run.folder import EVALUATIONS
 from omni_rollout.trajectories import strict_json
 
 Line = dict[str, Any]
@@ -73,7 +73,7 @@ def read_run(folder: Path) -> Run:
     lines = [cast(Line, line) for line in _records(folder / "metrics.jsonl", _is_line, unread)]
     steps = {line["step"] for line in lines}
     scores: dict[int, dict[int, Score]] = {}
-    for each in _records(folder / PER_IMAGE, _is_score, unread):  # of a step that was repeated, the last holds
+    for each in _records(folder / EVALUATIONS, _is_score, unread):  # of a step that was repeated, the last holds
         if each["step"] in steps:
             score = Score(prompt=each["prompt"], reward=each["reward"], guards=each["guards"])
             scores.setdefault(each["step"], {})[each["index"]] = score
