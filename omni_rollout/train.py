@@ -33,7 +33,7 @@ from omni_rollout.rewards import make_rewards
 from omni_rollout.rollout.choice import open_engine
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.evaluate import sampled
-from omni_rollout.run.evaluation import captioned, evaluation_metrics
+from omni_rollout.run.evaluation import captioned, evaluated
 from omni_rollout.run.resume import check_weights, enter, run_state
 from omni_rollout.run.start import Start, find_start
 from omni_rollout.run.stop import StopFlag
@@ -76,8 +76,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> None:
 def _loop(config: TrainConfig, start: Start, trainer: Trainer, sight: Monitor, stop: StopFlag) -> Checkpoints:
     checkpoints = Checkpoints(config, trainer.journal)
     if config.evaluation.images and not start.step:
-        metrics, images, _ = trainer.evaluate(0)
-        sight.log(0, metrics, evaluation=images)
+        metrics, images, notes = trainer.evaluate(0)
+        sight.log(0, metrics, notes=notes, evaluation=images)
     for step in range(start.step + 1, config.trainer.steps + 1):
         stop.stepping()
         evaluation: list[CaptionedImage] = []
@@ -232,29 +232,31 @@ class Trainer:
 
     def evaluate(self, step: int) -> tuple[dict[str, float], list[CaptionedImage], dict[str, str]]:
         """Deterministic (ode) images from fixed seeds; with an average kept, metrics of the averaged policy as well; and, as
-        notes, what the guards found."""
+        notes, what the guards found and what could not be scored."""
         name = f"step_{step:05d}" if step else "before"
         averages = self.learner.ema is not None and self.version > 0
         if self.learner.lags:
             self._sync("policy")
-        metrics, rewards, trajectories = self._evaluate(name)
+        metrics, notes, rewards, trajectories = self._evaluate(name)
         texts, media = [one.prompt.text for one in trajectories], [one.media for one in trajectories]
         guarded, lost = self.guards(step, media, texts, rewards)
         if averages:
             self._sync("average")
-            averaged, _, _ = self._evaluate(f"{name}-ema", "evaluating the average by")
+            averaged, *_ = self._evaluate(f"{name}-ema", "evaluating the average by")
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
         if averages or self.learner.lags:
             self._sync()
-        return metrics | guarded, captioned(rewards, texts, media), lost
+        return metrics | guarded, captioned(rewards, texts, media), notes | lost
 
-    def _evaluate(self, name: str, what: str = "evaluating") -> tuple[dict[str, float], list[float | None], list[Trajectory]]:
+    def _evaluate(
+        self, name: str, what: str = "evaluating"
+    ) -> tuple[dict[str, float], dict[str, str], list[float | None], list[Trajectory]]:
         requests = self.collator.evaluation(self.evaluation_prompts, self.config.evaluation, name)
         trajectories = sampled(self.engine, requests, self.progress, self.config.rollout.timeout, what)
         self.progress.stage(f"scoring {len(trajectories)} images", quiet=True)
         media, prompts = [one.media for one in trajectories], [one.prompt for one in trajectories]
-        rewards = self.rewards(media, prompts).total
-        return evaluation_metrics(rewards, self.rewards.evaluate(media, prompts)), rewards, trajectories
+        batch = self.rewards(media, prompts)
+        return *evaluated(self.rewards, media, prompts, batch), batch.total, trajectories
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def _held_out(before: Line, after: Line) -> str:
     others = [
         f"{key.removeprefix('evaluation/')} {before[key]:.3f} -> {after[key]:.3f}"
         for key in before
-        if key.startswith("evaluation/") and not key.startswith(HELD_OUT) and after.get(key) is not None
+        if key.startswith("evaluation/") and not key.startswith(HELD_OUT) and None not in (before[key], after.get(key))
     ]
     return "; ".join([f"{told}: {_difference(after[HELD_OUT] - before[HELD_OUT], error)}", *others])
 

@@ -69,7 +69,7 @@ class Judge:
         try:
             return _score(kept.read_text(encoding="utf-8")) / BEST
         except (OSError, ValueError):
-            pass
+            pass  # not kept yet, or cut off: asked (again)
         last = ""
         for attempt in range(TRIES):
             if attempt:

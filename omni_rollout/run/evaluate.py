@@ -25,7 +25,7 @@ from omni_rollout.models import family_module
 from omni_rollout.rewards import RewardBatch, make_rewards
 from omni_rollout.rollout.choice import Engine
 from omni_rollout.rollout.to_folder import ON_SHEET, engine_of
-from omni_rollout.run.evaluation import captioned, evaluation_metrics
+from omni_rollout.run.evaluation import captioned, evaluated
 from omni_rollout.run.restore import put_into
 from omni_rollout.run.source import Source
 from omni_rollout.trajectories.media import save_media
@@ -56,7 +56,9 @@ def evaluate(config: TrainConfig, out: Path, progress: Progress, source: Source 
     progress.stage(f"scoring {len(requests)} images by {', '.join(config.reward.weights)}")
     media, asked = [one.media for one in trajectories], [one.prompt for one in trajectories]
     scored = rewards(media, asked)
-    metrics = evaluation_metrics(scored.total, rewards.evaluate(media, asked))
+    metrics, notes = evaluated(rewards, media, asked, scored)
+    for note in notes.values():
+        progress.say(f"not scored: {note}")
     about = {"checkpoint": None if source is None else source.name, "model": config.model.path}
     _write(out, trajectories, scored, metrics, about)
     return metrics

@@ -8,9 +8,24 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from omni_rollout.rewards import RewardBatch, WeightedSum
 from omni_rollout.trajectories.sheet import CaptionedImage
+from omni_rollout.types import Prompt
 
 PREFIX = "evaluation/"
+NAMED = 5  # failures
+
+
+def evaluated(
+    rewards: WeightedSum, media: Sequence[np.ndarray], prompts: Sequence[Prompt], batch: RewardBatch
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Metrics of one evaluation; and as the note `rewards/not_measured` what could not be measured, five at most.
+
+    Args:
+        batch: the images' rewards, as training has them.
+    """
+    own, failures = rewards.evaluate(media, prompts, batch)
+    return evaluation_metrics(batch.total, own), {"rewards/not_measured": "; ".join(failures[:NAMED])} if failures else {}
 
 
 def evaluation_metrics(rewards: Sequence[float | None], own: Mapping[str, float]) -> dict[str, float]:

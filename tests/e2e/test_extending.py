@@ -101,7 +101,7 @@ def test_an_image_without_a_reward_leaves_its_group_and_the_run_goes_on(folder: 
     some = [*given, 'reward.source.failing="failing.py:some"', "reward.max_failed=0.2", "trainer.steps=2"]
     train(compose(some))
     before, *steps = metrics(folder / "run")
-    assert before["evaluation/failed"] == 1
+    assert before["evaluation/failed"] == 1 and "gave None" in str(before["rewards/not_measured"])
     for step in steps:
         assert step["critic/rewards/failed"] == 1 and step["alerts/names"] == "rewards_missing"
         assert "gave None, expected a number" in str(step["rewards/not_scored"])

@@ -115,7 +115,8 @@ def test_evaluation_tells_the_two_factors_apart(tmp_path: Path) -> None:
     one = edit()
     prompt = asks(tmp_path, one.source, text="42", color="blue")
     images = [render.draw(one.target), render.draw(one.source), render.draw(replace(one.target, text="43"))]
-    found = WeightedSum({"recolour": 1.0}).evaluate(images, [prompt] * 3)
+    rewards, prompts = WeightedSum({"recolour": 1.0}), [prompt] * 3
+    found, _ = rewards.evaluate(images, prompts, rewards(images, prompts))
     share = recolour.color_share(images[2], prompt.text, columns_of(prompt))
     assert 0.3 < share < 1 and set(found) == {"recolour", "color_share", "exact_match"}
     assert found["recolour"] == pytest.approx(1 / 3) and found["exact_match"] == pytest.approx(2 / 3)

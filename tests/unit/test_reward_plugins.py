@@ -252,14 +252,39 @@ def test_evaluation_goes_on_without_what_fails_and_measures_what_is_not_trained(
     rewards = WeightedSum(
         {"jpeg_compressibility": 1.0}, settings=RewardConfig(weights={}, source=source), untrained={"bright": 0.5}
     )
-    found = rewards.evaluate(SHADES[:3], PROMPTS[:3])
-    assert found["bright"] == 10.0 and found["untrained"] == 5.0 and "jpeg_compressibility" in found
+
+    def evaluated(shades: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> tuple[dict[str, float], list[str]]:
+        return rewards.evaluate(shades, prompts, rewards(shades, prompts))
+
+    found, failures = evaluated(SHADES[:3], PROMPTS[:3])
+    assert found["bright"] == 10.0 and found["untrained"] == 5.0 and "jpeg_compressibility" in found and not failures
     assert set(rewards(SHADES[:1], PROMPTS[:1]).breakdown) == {"jpeg_compressibility"}, "it is not part of the reward"
     rewards.rewards["bright"] = failing(None, at=1)
-    found = rewards.evaluate(SHADES[:3], PROMPTS[:3])
-    assert (found["bright"], found["failed"]) == (10.0, 1.0)
+    found, failures = evaluated(SHADES[:3], PROMPTS[:3])
+    assert (found["bright"], found["failed"]) == (10.0, 1.0) and "bright: prompt 'shade 1'" in failures[0]
     rewards.rewards["bright"] = failing(divide, at=1)
-    assert rewards.evaluate(SHADES[1:2], PROMPTS[1:2]).keys() == {"jpeg_compressibility", "failed"}
+    assert evaluated(SHADES[1:2], PROMPTS[1:2])[0].keys() == {"jpeg_compressibility", "failed"}
+
+
+def test_an_evaluation_scores_nothing_twice_and_says_what_a_rewards_own_evaluation_raises(mine: Path) -> None:
+    class Counting:
+        calls = 0
+
+        def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Any]) -> list[float]:
+            self.calls += 1
+            return [1.0 for _ in images]
+
+    rewards, counting = summed(f"{mine}:bright"), Counting()
+    rewards.rewards["bright"] = counting
+    batch = rewards(SHADES, PROMPTS)
+    assert rewards.evaluate(SHADES, PROMPTS, batch) == ({"bright": 1.0}, []) and counting.calls == 1
+
+    def evaluate(*_: Any) -> dict[str, float]:
+        raise ValueError("no page to read")
+
+    counting.evaluate = evaluate  # type: ignore[attr-defined]
+    found, failures = rewards.evaluate(SHADES, PROMPTS, batch)
+    assert found == {"bright": 1.0, "failed": 1.0} and failures == ["bright: its own evaluation: no page to read"]
 
 
 def test_a_registered_reward_needs_no_file_in_configs() -> None:

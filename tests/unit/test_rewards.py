@@ -171,7 +171,8 @@ def test_evaluation_gives_the_means_of_all_rewards() -> None:
     rewards = WeightedSum({"ocr": 2.0, "jpeg_compressibility": 0.5})
     jpeg = jpeg_compressibility.make(1)(images, *texts_and_columns(prompts))
     expected = {"exact_match": 0.5, "ocr": 2.5 / 4, "jpeg_compressibility": sum(jpeg) / 4}
-    assert rewards.evaluate(images, prompts) == pytest.approx(expected)
+    found, failures = rewards.evaluate(images, prompts, rewards(images, prompts))
+    assert found == pytest.approx(expected) and not failures
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,13 @@ def test_the_verdict_by_hand() -> None:
     }
 
 
+def test_a_verdict_leaves_out_what_was_no_number_on_one_side() -> None:
+    first = {"step": 0, "evaluation/reward": 0.4, "evaluation/reward_se": 0.0, "evaluation/ocr": None, "evaluation/color": 0.5}
+    last = {"step": 3, "evaluation/reward": 0.6, "evaluation/reward_se": 0.0, "evaluation/ocr": 0.5, "evaluation/color": 0.7}
+    told = dict(verdict([first, *lines([0.6, 0.7]), last]))["held-out"]
+    assert "color 0.500 -> 0.700" in told and "ocr" not in told
+
+
 def test_a_verdict_does_not_call_noise_a_gain() -> None:
     told = dict(verdict([{"step": 0, "evaluation/reward": 0.42, "evaluation/reward_se": 0.03}, *lines([0.6, 0.7])]))
     assert told["reward"].endswith("first against last step of 2: too few to tell") and "held-out" not in told

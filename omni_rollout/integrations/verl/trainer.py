@@ -43,7 +43,7 @@ from omni_rollout.policy.learner import Which
 from omni_rollout.policy.recompute import check_machine
 from omni_rollout.rewards import make_rewards
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
-from omni_rollout.run.evaluation import evaluation_metrics
+from omni_rollout.run.evaluation import evaluated
 from omni_rollout.run.resume import check_weights, enter, run_state
 from omni_rollout.run.start import find_start
 from omni_rollout.run.stop import StopFlag
@@ -208,30 +208,31 @@ class OmniTrainer(PPOTrainer):
         averages = self.run.trainer.ema_decay > 0 and self.global_steps > 0
         if self.algorithm.samples_with_old:
             self._publish("policy")
-        metrics, scored, samples = self._evaluate(name)
+        metrics, notes, scored, samples = self._evaluate(name)
         self.images = captioned(samples, scored)
         texts = [prompt["text"] for prompt in samples.prompts]
-        guarded, self.lost = self.guards(self.global_steps, samples.media, texts, scored)
+        guarded, lost = self.guards(self.global_steps, samples.media, texts, scored)
+        self.lost = notes | lost
         if averages:
             self._publish("average")
-            averaged, _, _ = self._evaluate(f"{name}-ema")
+            averaged, *_ = self._evaluate(f"{name}-ema")
             metrics |= {f"{key}_ema": value for key, value in averaged.items()}
         if averages or self.algorithm.samples_with_old:
             self._publish()
         if not self.global_steps:
-            self.sight.log(0, metrics | guarded, evaluation=self.images)
+            self.sight.log(0, metrics | guarded, notes=self.lost, evaluation=self.images)
         return metrics | guarded
 
-    def _evaluate(self, name: str) -> tuple[dict[str, float], list[float | None], Samples]:
+    def _evaluate(self, name: str) -> tuple[dict[str, float], dict[str, str], list[float | None], Samples]:
         requests = self.collator.evaluation(self.evaluation_prompts, self.run.evaluation, name)
         groups = self._submit(requests, "val")
         batch, _ = self.replay_buffer.sample(self.global_steps, "val", groups)
         batch = self._balance_batch(batch, {})
         samples = self._samples(batch)
         tq.kv_clear(keys=batch.keys, partition_id="val")
-        scores = self.rewards.evaluate(samples.media, [Prompt.from_json(prompt) for prompt in samples.prompts])
-        scored = self.rewards.batch(samples.breakdown, samples.failures).total
-        return evaluation_metrics(scored, scores), scored, samples
+        prompts = [Prompt.from_json(prompt) for prompt in samples.prompts]
+        scored = self.rewards.batch(samples.breakdown, samples.failures)
+        return *evaluated(self.rewards, samples.media, prompts, scored), scored.total, samples
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int

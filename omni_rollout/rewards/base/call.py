@@ -37,7 +37,7 @@ def scores(
         found = [error] if len(images) == 1 else _alone(reward, images, prompts, timeout)
     values = [value if isinstance(value, float) else None for value in found]
     failures = [
-        f"{name}: prompt {prompt.text[:60]!r}: {_reason(value)}"
+        f"{name}: prompt {prompt.text[:60]!r}: {reason(value)}"
         for prompt, value in zip(prompts, found, strict=True)
         if not isinstance(value, float)
     ]
@@ -113,7 +113,7 @@ def _number(value: Any) -> float | Exception:
     return float(value) if math.isfinite(value) else ValueError(f"gave {float(value)}, expected a finite number")
 
 
-def _reason(error: float | Exception) -> str:
+def reason(error: float | Exception) -> str:
     """One line that a terminal can be shown, whatever somebody else's reward or server has put into its error."""
     line = " ".join(str(error).split()) or type(error).__name__
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line[:_LONGEST])

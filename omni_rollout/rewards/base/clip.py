@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,12 @@ from omni_rollout.types import Kind
 BATCH = 16
 
 
+@cache  # a run makes its rewards twice: to check them before the engine starts, and to use them
+def _loaded(model: str) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
+    network = CLIPModel.from_pretrained(model).eval().to(compute_device())  # pyright: ignore[reportArgumentType]
+    return network, CLIPTokenizer.from_pretrained(model), CLIPImageProcessorPil.from_pretrained(model)
+
+
 class Clip:
     """Image and text embeddings of unit length.
 
@@ -30,9 +37,7 @@ class Clip:
 
     def __init__(self, name: str, model: str) -> None:
         try:
-            self.model = CLIPModel.from_pretrained(model).eval().to(compute_device())  # pyright: ignore[reportArgumentType]
-            self._tokenizer = CLIPTokenizer.from_pretrained(model)
-            self._processor = CLIPImageProcessorPil.from_pretrained(model)
+            self.model, self._tokenizer, self._processor = _loaded(model)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"reward {name}: no CLIP model in {model} ({str(error).splitlines()[0]}); give reward.model.{name}=FOLDER"

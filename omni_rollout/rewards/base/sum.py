@@ -140,31 +140,35 @@ class WeightedSum:
         normalised = {name: in_group(values, group_ids) for name, values in scores.breakdown.items()}
         return [sum(w * normalised[name][row] for name, w in self.weights.items()) for row in range(len(group_ids))]
 
-    def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict[str, float]:
-        """The evaluation metrics of all rewards, side by side; `untrained`: the weighted sum of those nothing is trained on,
-        and `failed`: images that a reward could not score, where there are such. A reward that could score none has no metric.
+    def evaluate(
+        self, images: Sequence[np.ndarray], prompts: Sequence[Prompt], batch: RewardBatch
+    ) -> tuple[dict[str, float], list[str]]:
+        """The evaluation metrics of all rewards, side by side, and a sentence for everything that could not be measured.
+
+        `untrained` is the weighted sum of the rewards that nothing is trained on; `failed` counts the sentences, where there
+        are any. A reward that could score no image has no metric.
+
+        Args:
+            batch: what `__call__` gave for these images; nothing is scored a second time.
         """
         metrics: dict[str, float] = {}
-        failed: list[str] = []
+        failures = list(batch.failures)
         for name, reward in self.rewards.items():
-            evaluate = getattr(reward, "evaluate", None)
-            try:
-                found = (
-                    None
-                    if evaluate is None
-                    else call.within(self.settings.timeout, evaluate, list(images), *texts_and_columns(prompts))
-                )
-            except Exception:
-                found = None  # image by image then
-            if found is None:
-                values, failures = call.scores(name, reward, images, prompts, self.settings.timeout)
-                good = [value for value in values if value is not None]
-                failed += failures
-                found = {name: fmean(good)} if good else {}
-            metrics |= found
+            if (evaluate := getattr(reward, "evaluate", None)) is not None:
+                try:
+                    metrics |= call.within(self.settings.timeout, evaluate, list(images), *texts_and_columns(prompts))
+                    continue
+                except Exception as error:
+                    failures.append(f"{name}: its own evaluation: {call.reason(error)}")
+            values = batch.breakdown.get(name)
+            if values is None:
+                values, failed = call.scores(name, reward, images, prompts, self.settings.timeout)
+                failures += failed
+            if good := [value for value in values if value is not None]:
+                metrics[name] = fmean(good)
         if self.untrained and set(self.untrained) <= set(metrics):
             metrics["untrained"] = sum(weight * metrics[name] for name, weight in self.untrained.items())
-        return {**metrics, "failed": float(len(failed))} if failed else metrics
+        return {**metrics, "failed": float(len(failures))} if failures else metrics, failures
 
 
 def in_group(values: Sequence[float], group_ids: Sequence[str]) -> list[float]:
