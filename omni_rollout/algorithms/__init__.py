@@ -1,4 +1,6 @@
-"""Algorithms: one file each, found by the file's name; others by `algorithm.source`, or by an entry point of this group.
+"""Algorithms: one file each, found by the file's name; others by `algorithm.source`, or by an entry point.
+
+An entry point of the group `omni_rollout.algorithms` is NAME = "package.module" or "package.module:Class".
 
 An algorithm is a dataclass: its fields are the keys of the section `algorithm`, its methods are the formulas.
 """
@@ -6,28 +8,23 @@ An algorithm is a dataclass: its fields are the keys of the section `algorithm`,
 from __future__ import annotations
 
 import difflib
-import importlib.util
-import pkgutil
-import sys
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from omni_rollout import plugins
 from omni_rollout.algorithms.base import Algorithm, Coupled, Forward
 from omni_rollout.config import AlgorithmConfig
 from omni_rollout.errors import UserError
 
-GROUP = "omni_rollout.algorithms"  # of entry points: NAME = "package.module" or "package.module:Class"
 _SHARED = ("base", "rollout_correction")
 
 
 def names() -> list[str]:
     """Of all that need no source; imports none of them."""
-    own = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED]
-    return sorted({*own, *(point.name for point in entry_points(group=GROUP))})
+    return plugins.registered("algorithms", _SHARED)
 
 
 def algorithm_class(name: str, source: str | None = None) -> type[Algorithm]:
@@ -43,9 +40,9 @@ def algorithm_class(name: str, source: str | None = None) -> type[Algorithm]:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"algorithm.name={name}: {hint}expected one of {', '.join(known)}, or algorithm.source=FILE.py")
-    for point in entry_points(group=GROUP):
-        if point.name == name:
-            return _of_source(point.value)
+    point = plugins.entry("omni_rollout.algorithms", name)
+    if point is not None:
+        return _of_source(point.value)
     return _only_algorithm(import_module(f"{__name__}.{name}"), f"algorithm.name={name}")
 
 
@@ -65,7 +62,7 @@ def _of_source(source: str) -> type[Algorithm]:
     where = f"algorithm.source={source}"
     path, _, name = source.partition(":")
     try:
-        module = _file_module(Path(path)) if path.endswith(".py") else _path_module(path)
+        module = plugins.load_module(path)
     except (Exception, SystemExit) as error:  # whatever a user's file may raise
         raise UserError(f"{where}: cannot be imported, {type(error).__name__}: {error}") from error
     if name:
@@ -74,22 +71,6 @@ def _of_source(source: str) -> type[Algorithm]:
             raise UserError(f"{where}: {path} has no class {name} that is an algorithm; subclass Coupled or Forward")
         return _as_dataclass(kind)
     return _only_algorithm(module, where)
-
-
-def _file_module(path: Path) -> ModuleType:
-    name = f"omni_rollout_algorithm_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # a dataclass looks its annotations up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def _path_module(name: str) -> ModuleType:
-    if str(Path.cwd()) not in sys.path:  # looked in last, as for rewards and prompts
-        sys.path.append(str(Path.cwd()))
-    return import_module(name)
 
 
 def _only_algorithm(module: ModuleType, where: str) -> type[Algorithm]:

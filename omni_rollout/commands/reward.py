@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from omni_rollout import plugins
 from omni_rollout.commands import Commands, add_command
-from omni_rollout.launch import plugins
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:

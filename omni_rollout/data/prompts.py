@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omni_rollout import plugins
 from omni_rollout.errors import UserError
-from omni_rollout.launch import plugins
 from omni_rollout.models.base.images import describe
 from omni_rollout.trajectories import strict_json
 from omni_rollout.types import InputImage, Prompt
@@ -29,7 +29,7 @@ def load_prompts(source: str | Path | Mapping[str, float], split: str = "train")
     a list of paths from the file's folder (or from `images/` in it), are the prompt's input images.
 
     A folder has such a file named `SPLIT` or `SPLIT_metadata` (flow_grpo's and Flow-Factory's layout), or is a dataset that
-    Hugging Face's `datasets` saved to disk, with or without splits. A function (`launch.plugins`) gives the rows: texts, or
+    Hugging Face's `datasets` saved to disk, with or without splits. A function (`plugins`) gives the rows: texts, or
     what a line of jsonl holds; the same ones each time, for a resumed run asks again. A mapping: all of its sources.
 
     Raises:

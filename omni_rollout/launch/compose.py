@@ -19,10 +19,11 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from omni_rollout import plugins
 from omni_rollout.algorithms import algorithm_class, names, source_name
 from omni_rollout.config import AlgorithmConfig, RewardConfig, TrainConfig
 from omni_rollout.errors import UserError
-from omni_rollout.launch import aliases, plugins
+from omni_rollout.launch import aliases
 from omni_rollout.launch.paths import config_dir, recipe_dir
 
 
@@ -162,9 +163,7 @@ def _with_algorithm(composed: Any) -> DictConfig:
 def _reward_by_name(override: str) -> str:
     """`reward=NAME` needs no file in `configs/reward`: a reward of that name will do."""
     key, _, name = override.partition("=")
-    plain = (
-        key == "reward" and name in plugins.registered("rewards") and not (config_dir() / "reward" / f"{name}.yaml").is_file()
-    )
+    plain = key == "reward" and name in plugins.registered("rewards") and name not in _files(key)
     return f"reward.weights={{{name}: 1.0}}" if plain else override
 
 
@@ -257,13 +256,13 @@ def _nearest(given: str, choices: Sequence[str], *, prefix: str = "") -> str:
 
 
 def _choices(group: str) -> list[str]:
-    return sorted({*_files(group), *names()}) if group == "algorithm" else _files(group)
+    without = names() if group == "algorithm" else plugins.registered("rewards") if group == "reward" else []
+    return sorted({*_files(group), *without})
 
 
 def _files(group: str) -> list[str]:
     folder = config_dir() / group
-    files = [path.stem for path in folder.glob("*.yaml")] if group and folder.is_dir() else []
-    return sorted({*files, *(plugins.registered("rewards") if group == "reward" else ())})
+    return sorted(path.stem for path in folder.glob("*.yaml")) if group and folder.is_dir() else []
 
 
 def _kind(key: str) -> Any:

@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from omni_rollout import plugins
 from omni_rollout.config import TrainConfig
-from omni_rollout.launch import plugins
 
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 

@@ -554,6 +554,14 @@ def test_the_name_of_a_source(source: str, name: str) -> None:
     assert source_name(source) == name
 
 
+def test_a_file_may_import_what_lies_beside_it_and_is_one_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "beside_it.py").write_text("WARMTH = 4.0\n")
+    (tmp_path / "mine.py").write_text("from beside_it import WARMTH\n" + OWN)
+    source = f"algorithm.source={tmp_path / 'mine.py'}"
+    assert type(composed(source)) is type(composed(source, "algorithm.temperature=3"))
+
+
 def test_an_entry_point_is_an_algorithm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "squared.py").write_text(OWN)
     (tmp_path / "squared-1.dist-info").mkdir()

@@ -17,10 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omni_rollout import plugins
 from omni_rollout.cli import main
 from omni_rollout.config import RewardConfig, RewardNormalise
 from omni_rollout.errors import UserError
-from omni_rollout.launch import plugins
 from omni_rollout.launch.compose import compose
 from omni_rollout.rewards import RewardBatch, RewardError, WeightedSum, get_reward
 from omni_rollout.rewards.base.call import scores

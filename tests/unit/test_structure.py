@@ -18,7 +18,7 @@ MAX_FILE, MAX_FUNCTION, MAX_TOP = 300, 60, 7
 # The rooms, left to right, the way the data flows: a module imports only what stands in rows above its own, or its own room.
 STAGES = (
     ("errors",),
-    ("types", "config"),
+    ("types", "config", "plugins"),
     ("algorithms",),  # formulas and their keys, of plain records: what a configuration is checked against
     ("diffusion",),
     ("models",),

@@ -14,13 +14,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ray.exceptions import RayTaskError
 from verl.plugin.platform import PlatformRegistry, get_platform
 
+from omni_rollout import plugins
 from omni_rollout.config import TrainConfig
 from omni_rollout.diffusion.machine import WORKSPACE
 from omni_rollout.errors import RunFailedError, UserError
 from omni_rollout.integrations.verl import NAME
 from omni_rollout.integrations.verl.deaths import DEATHS, cause_of, describe, note_restart
 from omni_rollout.integrations.verl.records import to_section
-from omni_rollout.launch import plugins
 from omni_rollout.run.checkpoints import how_to_go_on
 from omni_rollout.run.start import find_start
 from omni_rollout.run.stop import StopFlag

@@ -11,9 +11,9 @@ from statistics import fmean, pstdev
 
 import numpy as np
 
+from omni_rollout import plugins
 from omni_rollout.config import RewardConfig, RewardNormalise, TrainConfig
 from omni_rollout.errors import UserError
-from omni_rollout.launch import plugins
 from omni_rollout.rewards.base import call
 from omni_rollout.rewards.base.contract import Reward, RewardBatch, RewardError, texts_and_columns
 from omni_rollout.rewards.base.http import RemoteReward
@@ -32,7 +32,7 @@ def get_reward(
     """The reward of this name, which may use `threads` CPU threads.
 
     Args:
-        source: where it is: a function's name (see `launch.plugins`), or the http(s) address of a server. None: a file in
+        source: where it is: a function's name (see `omni_rollout.plugins`), or the http(s) address of a server. None: a file in
             `omni_rollout/rewards/`, or what another package registered in the entry point group `omni_rollout.rewards`.
         model: folder, hub id or address, for a reward of this package that is read off a model.
 

@@ -1,4 +1,4 @@
-"""What others bring along: functions named `package.module:function` or `path/to/file.py:function`, and entry points."""
+"""What others bring along: modules named `package.module` or `path/to/file.py`, functions in them, and entry points."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -43,8 +43,7 @@ def function_problem(source: str) -> str | None:
 
 
 def load_function(key: str, source: str) -> Callable[..., Any]:
-    """The function that `source` names. Its file's folder, or the current one, can be imported from afterwards, at the end of
-    the search path: nothing installed is hidden by it.
+    """The function that `source` names, see `load_module`.
 
     Args:
         key: of the configuration, for the error.
@@ -56,7 +55,7 @@ def load_function(key: str, source: str) -> Callable[..., Any]:
         raise UserError(f"{key}={source}: {problem}")
     place, _, name = source.rpartition(":")
     try:
-        module = _from_file(Path(place).absolute()) if place.endswith(".py") else _from_path(place)
+        module = load_module(place)
     except (Exception, SystemExit) as error:  # whatever the file of somebody else raises
         raise UserError(f"{key}={source}: {place} raised as it was read: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
@@ -71,13 +70,20 @@ def entry(group: str, name: str) -> EntryPoint | None:
     return next(iter(entry_points(group=group, name=name)), None)
 
 
-def registered(room: str, but: str = "base") -> list[str]:
+def registered(room: str, but: Container[str] = ("base",)) -> list[str]:
     """The files of one of this package's folders, and the entry points of `omni_rollout.ROOM`; nothing of them is imported."""
-    files = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / room)]) if module.name != but]
+    files = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / room)]) if module.name not in but]
     return sorted({*files, *(point.name for point in entry_points(group=f"omni_rollout.{room}"))})
 
 
-def _from_file(path: Path) -> ModuleType:
+def load_module(place: str) -> ModuleType:
+    """A file's module, read once, or one by its dotted name. The file's folder, or the current one, can be imported from
+    afterwards, at the end of the search path: nothing installed is hidden by it. Raises what the module raises.
+    """
+    if not place.endswith(".py"):
+        _look_in(Path.cwd())
+        return import_module(place)
+    path = Path(place).absolute()
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # two files may have one name
     if name in sys.modules:
         return sys.modules[name]
@@ -91,11 +97,6 @@ def _from_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _from_path(module: str) -> ModuleType:
-    _look_in(Path.cwd())
-    return import_module(module)
 
 
 def _look_in(folder: Path) -> None:
