@@ -142,7 +142,7 @@ def test_steps_of_one_trajectory_are_batched_by_expert(child: str) -> None:
 
 
 def test_the_velocity_of_two_experts(child: str) -> None:
-    """The first is guided, in one pass, the second not; both see the condition; nothing is renormalised; the target comes out."""
+    """The first is guided, in one pass, the second not; both see the condition; the target alone comes out."""
     row = base_policy.conditioning(trajectory(child), torch.device("cpu"))
     calls: list[dict[str, Any]] = []
 

@@ -6,6 +6,8 @@ with. Left out, an image takes a third of the arithmetic, and differs from the V
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
@@ -18,7 +20,7 @@ class FrameConv(QwenImageCausalConv3d):
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         if x.shape[2] > 1 or cache_x is not None:
             return super().forward(x, cache_x)
-        columns, _, rows, _, _, _ = self._padding
+        columns, _, rows, *_ = cast(tuple[int, ...], self._padding)
         return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=(rows, columns)).unsqueeze(2)
 
 
