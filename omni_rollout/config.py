@@ -252,5 +252,7 @@ class TrainConfig:
     # .txt (one a line), .jsonl or .parquet with `prompt` and metadata, a folder, a dataset, a function; or {SOURCE: WEIGHT}
     prompts: Any = MISSING
     threads: int | None = None  # of torch; None: torch's own choice
+    profile: bool = False  # of one step: a torch trace and a table by stage, in run_dir/profile
+    profile_step: int = 2  # which, counted from where the run starts or goes on; the first is slower than the others
     run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
     experiment: Any = None  # set by `experiment=NAME`; the name is kept in the run's config.yaml

@@ -35,6 +35,7 @@ TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   run_dir=FOLDER                          config.yaml, metrics.jsonl, images/, checkpoints/
   trainer.save_every, .keep_checkpoints   steps between checkpoints, and how many stay
   trainer.resume=none|auto|FOLDER         go on from run_dir's newest checkpoint, or from one that is named
+  profile=true                            of step 2 (profile_step=N): a torch trace and a table by stage, in run_dir/profile
   dry_run=true [gpus=8x80]                check paths, prompts, rewards and memory, say what would be trained, and stop
 
 examples:

@@ -132,6 +132,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "launch.cpus_per_task": (config.launch.cpus_per_task, 1),
         "launch.object_store_mb": (config.launch.object_store_mb, 128),
         "threads": (config.threads, 1),
+        "profile_step": (config.profile_step, 1),
         "serve.port": (config.serve.port, 0),
         **{f"serve.{name}": (value, 1) for name, value in vars(config.serve).items() if name.startswith("max_")},
     }
@@ -249,6 +250,8 @@ def _processes(config: TrainConfig) -> Iterator[str]:
     for key, number in (("rollout.workers", config.rollout.workers), ("trainer.ranks", config.trainer.ranks)):
         if number > 1 and config.backend is Backend.embedded:
             yield f"{key}={number}: backend=embedded is one process; give backend=verl"
+    if config.profile and config.backend is Backend.verl:
+        yield "profile=true: backend=verl takes a step in several processes, and a profile is of one; give backend=embedded"
     url = config.rollout.url
     if url is not None and not re.fullmatch(r"https?://[^/\s,]+/?(,https?://[^/\s,]+/?)*", url):
         yield f"rollout.url={url}: expected http://HOST:PORT, as omni-rollout serve prints it; of several, a comma between them"
