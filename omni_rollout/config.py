@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+AUTO = "auto"  # of a number: to be measured
+
 
 class Backend(Enum):
     embedded = "embedded"  # engine, trainer and loop in one process
@@ -110,7 +112,7 @@ class SamplingConfig:
 class RolloutConfig:
     group_size: int = 8  # images per prompt, among which advantages are taken
     prompts_per_step: int = 4
-    max_num_seqs: int = 8  # requests denoised together
+    max_num_seqs: Any = 8  # requests denoised together; auto: what an engine in this process measures as it starts
     workers: int = 1  # engines; more than one with backend=verl
     timeout: float = 600.0  # seconds without a finished image after which an engine is taken for dead
     keep_finished: bool = True  # trajectories on disk until a checkpoint holds what was learned from them

@@ -57,8 +57,7 @@ class Sweeper(Ours):
     def changed(self, number: int, changes: dict[str, int]) -> None:
         """A round of the shape with `changes`; other requests in flight than the engine was made for are fewer."""
         shape = replace(self.shape, **changes)
-        engine: Any = self.engine
-        engine._engine.scheduler.max_num_running_reqs = shape.in_flight
+        self.engine.max_num_seqs = shape.in_flight
         assert sum(1 for _ in self.engine.generate(requests(shape, number))) == shape.images
 
     def memory(self, batches: int) -> list[float]:

@@ -11,7 +11,7 @@ keys (all of them, with their defaults: omni_rollout/config.py):
   sampling.num_inference_steps, .true_cfg_scale, .negative_prompt, .seed
   sampling.sde_type=sde|cps|dance_sde|ode, .noise_level, .sde_window_size, .sde_window_range
   rollout.group_size                      images per prompt: 1 for rollout, 8 for train
-  rollout.max_num_seqs                    images denoised together
+  rollout.max_num_seqs=N|auto             images denoised together; auto: the number that is fastest here, measured at the start
 """
 CHECKPOINT_KEYS = """\
   checkpoint=RUN|STEP                     a run folder (its newest checkpoint) or one of its checkpoints/step_...,

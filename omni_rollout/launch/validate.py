@@ -14,6 +14,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from omni_rollout.algorithms import algorithm_class, get_algorithm
 from omni_rollout.config import (
+    AUTO,
     Backend,
     Offload,
     OldLogProbs,
@@ -44,7 +45,7 @@ def validate(config: TrainConfig) -> None:
     """
     common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *prompt_problems(config)]
     own = [*_learning(config), *reward_problems(config), *_trainer(config), *_guard(config), *_processes(config)]
-    _raise([*common, *own, *_folder("run_dir", config.run_dir)])
+    _raise([*common, *own, *_measured(config), *_folder("run_dir", config.run_dir)])
 
 
 def validate_rollout(config: TrainConfig, out: str) -> None:
@@ -101,6 +102,9 @@ def _raise(problems: list[str]) -> None:
 
 
 def _numbers(config: TrainConfig) -> Iterator[str]:
+    in_flight = config.rollout.max_num_seqs
+    if in_flight != AUTO and (not isinstance(in_flight, int) or isinstance(in_flight, bool)):
+        yield f"rollout.max_num_seqs={in_flight}: expected a whole number of at least 1, or auto"
     at_least: dict[str, tuple[float | None, float]] = {
         "collate.prompt_width": (config.collate.prompt_width, 1),
         "collate.negative_prompt_width": (config.collate.negative_prompt_width, 1),
@@ -109,7 +113,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "sampling.sde_window_size": (config.sampling.sde_window_size, 1),
         "rollout.group_size": (config.rollout.group_size, 1),
         "rollout.prompts_per_step": (config.rollout.prompts_per_step, 1),
-        "rollout.max_num_seqs": (config.rollout.max_num_seqs, 1),
+        "rollout.max_num_seqs": (in_flight if isinstance(in_flight, int) else None, 1),
         "rollout.workers": (config.rollout.workers, 1),
         "algorithm.kl_coef": (config.algorithm.kl_coef, 0),
         "reward.threads": (config.reward.threads, 1),
@@ -257,6 +261,15 @@ def _processes(config: TrainConfig) -> Iterator[str]:
         yield f"rollout.url={url}: expected http://HOST:PORT, as omni-rollout serve prints it; of several, a comma between them"
     if url is not None and config.backend is Backend.verl:
         yield f"rollout.url={url}: backend=verl has engines of its own; give backend=embedded"
+
+
+def _measured(config: TrainConfig) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.max_num_seqs == AUTO and (rollout.url is not None or config.backend is Backend.verl):
+        yield (
+            "rollout.max_num_seqs=auto: only an engine in this process can be measured; "
+            "give a number, or backend=embedded without rollout.url"
+        )
 
 
 def _model(config: TrainConfig) -> Iterator[str]:
