@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 
@@ -102,9 +103,7 @@ def _raise(problems: list[str]) -> None:
 
 
 def _numbers(config: TrainConfig) -> Iterator[str]:
-    in_flight = config.rollout.max_num_seqs
-    if in_flight != AUTO and (not isinstance(in_flight, int) or isinstance(in_flight, bool)):
-        yield f"rollout.max_num_seqs={in_flight}: expected a whole number of at least 1, or auto"
+    yield from _in_flight(config.rollout.max_num_seqs)
     at_least: dict[str, tuple[float | None, float]] = {
         "collate.prompt_width": (config.collate.prompt_width, 1),
         "collate.negative_prompt_width": (config.collate.negative_prompt_width, 1),
@@ -113,7 +112,6 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "sampling.sde_window_size": (config.sampling.sde_window_size, 1),
         "rollout.group_size": (config.rollout.group_size, 1),
         "rollout.prompts_per_step": (config.rollout.prompts_per_step, 1),
-        "rollout.max_num_seqs": (in_flight if isinstance(in_flight, int) else None, 1),
         "rollout.workers": (config.rollout.workers, 1),
         "algorithm.kl_coef": (config.algorithm.kl_coef, 0),
         "reward.threads": (config.reward.threads, 1),
@@ -164,6 +162,11 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
     ):
         if not math.isfinite(value):
             yield f"{key}={value}: expected a finite number"
+
+
+def _in_flight(number: Any) -> Iterator[str]:
+    if number != AUTO and (not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= _LARGEST):
+        yield f"rollout.max_num_seqs={number}: expected at least 1 and at most {_LARGEST}, or auto"
 
 
 def _sampling(sampling: SamplingConfig) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from transformers import AutoTokenizer
 from vllm_omni.platforms import current_omni_platform
@@ -84,4 +85,5 @@ def _seconds(engine: RolloutEngine, request: RolloutRequest, number: int) -> flo
 
 def _held() -> int:
     """Bytes, at most since the process started."""
-    return current_omni_platform.max_memory_reserved()
+    platform: Any = current_omni_platform
+    return platform.max_memory_reserved()
