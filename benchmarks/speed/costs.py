@@ -20,6 +20,7 @@ FIELDS = {
     "text width": "prompt_width",
     "pixels": "pixels",
 }
+UNSEEN = 110  # a round that has prompts of its own: caches hold none of them
 LINEAR = ("images", "steps")  # in which the cost must be
 
 
@@ -92,7 +93,7 @@ def costs(shape: Shape, effort: Effort) -> dict[str, Any]:
         process.ask("round", 0)
         for name, values in effort.sweeps.items():
             found["sweeps"][name] = _sweep(process, shape, name, values, effort.rounds)
-        found["encoder"] = process.ask("encoder_calls", 50)[0]
+        found["encoder"] = process.ask("encoder_calls", UNSEEN)[0]
         found["memory_mb"] = process.ask("memory", effort.batches)[0]
     found["load"] = os.getloadavg()[0]
     return found

@@ -9,6 +9,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 GROUP = 8  # images of one prompt, as a GRPO step has them
 NEGATIVE = " "
+COLOURS = ("red", "blue", "green", "black", "orange", "purple")  # each a token of the nano model: all prompts are as long
 
 # name -> sizes of a random model, or None: the trained one of recipes/nano
 MODELS: dict[str, dict[str, int] | None] = {
@@ -48,7 +49,12 @@ class Shape:
 def prompts(shape: Shape, number: int) -> list[str]:
     """Of round `number`, an image each. Every round has its own, so no cache holds them from the round before."""
     groups = -(-shape.images // GROUP)
-    return [f'a red sign that says "{(number * groups + index // GROUP) % 100:02d}"' for index in range(shape.images)]
+    return [_prompt(number * groups + index // GROUP) for index in range(shape.images)]
+
+
+def _prompt(number: int) -> str:
+    colour = COLOURS[number // 100 % len(COLOURS)]
+    return f'a {colour} sign that says "{number % 100:02d}"'
 
 
 def seed(number: int, index: int) -> int:

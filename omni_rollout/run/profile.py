@@ -135,10 +135,8 @@ class StepProfile:
                 self._path(".md").write_text(f"{text}\n", encoding="utf-8")
         except OSError as error:
             self._failure = str(error)
-        where = (
-            f"not written: {self._failure}" if self._failure else f"{self._path('.trace.json.gz')} (ui.perfetto.dev shows it)"
-        )
-        progress.result(f"profile of step {step}, under torch's profiler; trace: {where}\n{text}")
+        where = f"not written: {self._failure}" if self._failure else f"{self._path('.trace.json.gz')}, for ui.perfetto.dev"
+        progress.result(f"profile of step {step}, made under torch's profiler; its trace: {where}\n{text}")
 
     def _path(self, suffix: str) -> Path:
         return self._folder / f"step_{self.step:05d}{suffix}"

@@ -47,8 +47,10 @@ def test_a_line_is_found_and_a_curve_is_not_taken_for_one() -> None:
 
 def test_prompts_of_a_round_are_a_group_each_and_not_those_of_the_next() -> None:
     shape = shapes.SHAPES["nano-32"]
-    first, second = (shapes.prompts(shape, number) for number in (1, 2))
+    first, second, unseen = (shapes.prompts(shape, number) for number in (1, 2, costs.UNSEEN))
     assert len(first) == 32 and len(set(first)) == 4 and not set(first) & set(second)
+    earlier = {text for number in range(100) for text in shapes.prompts(shape, number)}
+    assert not set(unseen) & earlier
 
 
 def result() -> dict[str, Any]:
