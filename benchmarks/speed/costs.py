@@ -146,7 +146,7 @@ def spread(shape: Shape, number: int) -> dict[str, Any]:
 
 
 def starts(shape: Shape, number: int) -> list[float]:
-    """Seconds from nothing to an engine that has sampled its first image, imports included."""
+    """Seconds from nothing to an engine that is loaded, warm and has passed its self-check, imports included."""
     found = []
     for _ in range(number):
         start = time.perf_counter()

@@ -102,7 +102,7 @@ def _spread(found: Sequence[Results]) -> Iterator[str]:
 
 def _starts(found: Sequence[float]) -> Iterator[str]:
     each = ", ".join(f"{seconds:.1f}" for seconds in found)
-    yield f"**Start** of the engine, from a new process to a first image, imports included, nano: {each} s."
+    yield f"**Start**, from a new process to an engine that may be asked, imports included, nano: {each} s."
 
 
 def _band(ratio: Mapping[str, float]) -> str:
