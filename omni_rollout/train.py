@@ -83,7 +83,7 @@ def _loop(config: TrainConfig, start: Start, trainer: Trainer, sight: Monitor, s
         stop.stepping()
         evaluation: list[CaptionedImage] = []
         with monitor.last_words(sight, step):
-            with profile.watching(step, trainer.engine, trainer.learner):
+            with profile.watching(step, trainer.engine, trainer.learner, trainer.rewards):
                 report = trainer.step(step)
             if trainer.evaluation_due(step):
                 evaluated, evaluation, lost = trainer.evaluate(step)

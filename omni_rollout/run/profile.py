@@ -21,19 +21,21 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from omni_rollout.config import TrainConfig
 from omni_rollout.launch.progress import Progress
 from omni_rollout.policy.learner import Learner
+from omni_rollout.rewards.base.sum import WeightedSum
 from omni_rollout.rollout.choice import Engine
 from omni_rollout.rollout.engine import RolloutEngine
 
 FOLDER = "profile"
-ENGINE_STAGES = {  # method of the pipeline -> what it is called; all but `decode` run in the engine's own thread
+ENGINE_STAGES = {  # method of the pipeline -> what it is called
     "encoded": "encode",
     "call": "transformer",
     "denoise_step": "around the transformer",
     "step_scheduler": "SDE",
     "decode": "decode",
 }
+BESIDE = ("decode", "scoring")  # in the main thread, and in one of its own: while the engine's goes on
 INSIDE = {  # stage that the loop times -> what is found inside
-    "rollout": ("encode", "transformer", "around the transformer", "SDE", "decode"),
+    "rollout": ("encode", "transformer", "around the transformer", "SDE", *BESIDE),
     "old_log_probs": ("forward without gradients",),
     "update": ("forward", "backward", "optimizer"),
 }
@@ -106,7 +108,7 @@ class StepProfile:
         self._stages, self._failure = Stages(), ""
 
     @contextmanager
-    def watching(self, step: int, engine: Engine, learner: Learner) -> Iterator[None]:
+    def watching(self, step: int, engine: Engine, learner: Learner, rewards: WeightedSum) -> Iterator[None]:
         """Around the step. An engine of another process shows as a wait."""
         if step != self.step:
             yield
@@ -115,6 +117,7 @@ class StepProfile:
             if isinstance(engine, RolloutEngine):
                 for method, stage in ENGINE_STAGES.items():
                     wrapped.enter_context(self._stages.of(engine.pipeline, method, stage))
+            wrapped.enter_context(self._stages.of(type(rewards), "__call__", "scoring"))  # Python looks for it in the class
             wrapped.enter_context(self._stages.of(learner.engine.module, "forward", _forward))
             wrapped.enter_context(self._stages.of(learner.engine, "backward", "backward"))
             wrapped.enter_context(self._stages.of(learner.engine, "step", "optimizer"))
@@ -145,7 +148,8 @@ class StepProfile:
 def table(spent: Mapping[str, Spent], metrics: Mapping[str, float]) -> str:
     """Stages of the loop, which add up to the step; below each what was found inside it.
 
-    Inside the rollout two threads work at once, so those lines may add up to more than the rollout.
+    Inside the rollout threads work side by side, so those lines may add up to more than it; what is left of it is what the
+    engine's own thread has not accounted for.
     """
     step, lines = metrics["timing_s/step"], [HEAD]
     whole = {key.removeprefix("timing_s/"): value for key, value in metrics.items() if key.startswith("timing_s/")}
@@ -157,8 +161,7 @@ def table(spent: Mapping[str, Spent], metrics: Mapping[str, float]) -> str:
             own, calls = spent[name].seconds, spent[name].calls
             lines.append(f"| {name} | {own:.3f} | {own / step:.1%} | {calls} | {1000 * own / calls:.2f} |")
         if inside:
-            # Decoding has the main thread, beside the engine's: it is no part of what the engine's thread leaves.
-            rest = seconds - sum(spent[name].seconds for name in inside if name != "decode")
+            rest = seconds - sum(spent[name].seconds for name in inside if name not in BESIDE)
             lines.append(f"| what is left of it | {rest:.3f} | {rest / step:.1%} | | |")
     lines.append(f"| **step** | {step:.3f} | 100.0% | | |")
     return "\n".join(lines)
