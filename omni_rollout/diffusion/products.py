@@ -4,12 +4,16 @@ A library chooses a kernel, its blocking of the sum and its sharing out among th
 multiplied in a call of 300 rows has other bits than the same row in a call of 20. Here rows are packed into blocks of a number
 that the layer alone decides, the last one padded; within a block, neither a row's position nor its neighbours touch its bits
 (`self_check` proves it on the device at hand). Every product of the forward pass goes through `exact_linear`, on both sides.
+
+Where `self_check` finds that calls of other numbers of rows compute the very bits of those blocks, in every row, they are taken
+as well: large ones for many rows, small ones for few. Where it was not asked or finds none, the blocks remain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +27,9 @@ WIDE = 2**20  # weights of a wide layer, at least
 # rows of a layer with 3072 features make 8 x 12 = 96 tiles, 73% of a round; with 12288, 384 tiles, 97% of three rounds. 2048
 # rows of the former fill two rounds to the same 73% and pad twice as much; 512 rows fill one to 36%.
 CUDA_ROWS = 1024
+# Numbers of rows that may turn out to have a block's bits, on a CPU; a GPU's were not looked at.
+CANDIDATES, WIDE_CANDIDATES, CONDITIONING_CANDIDATES = (16, 32, 64, 128, 256, 512, 1024), (64, 128, 256, 512), (16, 32, 64)
+PADDED = 1.25  # up to this many times the rows that are left are multiplied in one call; else in a full call and a rest
 ALIGNMENT = 256  # bytes: cuBLAS chooses by the alignment of pointers too, up to this
 
 
@@ -34,6 +41,8 @@ class Calls(Enum):
 
 
 _calls = Calls.blocks
+# (what a call depends on beside its rows) -> numbers of rows that were found to give one and the same bits, ascending
+_equal: dict[tuple[Any, ...], tuple[int, ...]] = {}
 
 
 def calls() -> Calls:
@@ -53,6 +62,28 @@ def block_rows(out_features: int, in_features: int, *, conditioning: bool, devic
     if device == "cuda":
         return CUDA_ROWS
     return WIDE_ROWS if out_features * in_features >= WIDE else NARROW_ROWS
+
+
+def candidates(out_features: int, in_features: int, *, conditioning: bool, device: str) -> tuple[int, ...]:
+    """Numbers of rows beside `block_rows` that are worth a look on a device of this type."""
+    if device != "cpu":
+        return ()
+    if conditioning:
+        return CONDITIONING_CANDIDATES
+    return WIDE_CANDIDATES if out_features * in_features >= WIDE else CANDIDATES
+
+
+def set_equal_rows(weight: torch.Tensor, rows: Sequence[int], *, conditioning: bool) -> None:
+    """Of products with a bias and a weight of this shape, in this thread: what `self_check` found to give a block's bits."""
+    _equal[_kind(weight, conditioning)] = tuple(sorted(rows))
+
+
+def forget_equal_rows() -> None:
+    _equal.clear()
+
+
+def _kind(weight: torch.Tensor, conditioning: bool) -> tuple[Any, ...]:
+    return *weight.shape, weight.dtype, weight.device.type, conditioning, torch.get_num_threads()
 
 
 def exact_linear(
@@ -76,29 +107,53 @@ def exact_linear(
         return torch.cat([exact_linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     conditioning = x.dim() == 2
-    call = block_rows(*weight.shape, conditioning=conditioning, device=weight.device.type)
-    if _calls is Calls.samples:
-        sample = 1 if conditioning else x.shape[-2]
-        call = max(sample, CONDITIONING_ROWS)
-    else:
-        sample = call
+    cuts = _cuts_by_sample(x) if _calls is Calls.samples else _cuts(len(rows), _sizes(weight, bias, conditioning))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weight, bias)):
-        product = _Product.apply(rows, weight, bias, sample, call)
+        product = _Product.apply(rows, weight, bias, cuts)
         assert isinstance(product, torch.Tensor)
     else:
-        product = _multiply(rows, weight, bias, sample, call)
+        product = _multiply(rows, weight, bias, cuts)
     return product.view(*x.shape[:-1], weight.shape[0])
 
 
-def _multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sample: int, call: int) -> torch.Tensor:
-    """`sample` rows after `sample` rows, each portion in a call of `call` rows."""
+def _sizes(weight: torch.Tensor, bias: torch.Tensor | None, conditioning: bool) -> tuple[int, ...]:
+    """Numbers of rows that calls may have, ascending."""
+    found = None if bias is None else _equal.get(_kind(weight, conditioning))
+    return found or (block_rows(*weight.shape, conditioning=conditioning, device=weight.device.type),)
+
+
+Cuts = Sequence[tuple[int, int, int]]  # (first row, row after the last, rows of the call)
+
+
+def _cuts_by_sample(x: torch.Tensor) -> Cuts:
+    sample = 1 if x.dim() == 2 else x.shape[-2]
+    number = x.numel() // x.shape[-1]
+    return [(start, start + sample, max(sample, CONDITIONING_ROWS)) for start in range(0, number, sample)]
+
+
+@cache
+def _cuts(number: int, sizes: tuple[int, ...]) -> Cuts:
+    """Few calls, little padding: the smallest that holds what is left if it is nearly full, else the largest that is full."""
+    cuts: list[tuple[int, int, int]] = []
+    start = 0
+    while start < number:
+        left = number - start
+        full, enough = [size for size in sizes if size <= left], [size for size in sizes if size >= left]
+        call = enough[0] if enough and (not full or enough[0] <= PADDED * left) else full[-1]
+        cuts.append((start, min(start + call, number), call))
+        start += call
+    return cuts
+
+
+def _multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cuts: Cuts) -> torch.Tensor:
     out = rows.new_empty(rows.shape[0], weight.shape[0])
-    for portion, place in zip(rows.split(sample), out.split(sample), strict=True):
-        if len(portion) == call:
+    for start, stop, call in cuts:
+        portion, place = rows[start:stop], out[start:stop]
+        if stop - start == call:
             _call(portion, weight, bias, place)
         else:
-            padded = F.pad(portion, (0, 0, 0, call - len(portion)))
-            place.copy_(_call(padded, weight, bias, rows.new_empty(call, weight.shape[0]))[: len(portion)])
+            padded = F.pad(portion, (0, 0, 0, call - (stop - start)))
+            place.copy_(_call(padded, weight, bias, rows.new_empty(call, weight.shape[0]))[: stop - start])
     return out
 
 
@@ -128,12 +183,11 @@ class _Product(torch.autograd.Function):
         rows: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        sample: int,
-        call: int,
+        cuts: Cuts,
     ) -> torch.Tensor:
         of_rows, of_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(rows if of_weight else None, weight if of_rows else None)
-        return _multiply(rows, weight, bias, sample, call)
+        return _multiply(rows, weight, bias, cuts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -144,6 +198,5 @@ class _Product(torch.autograd.Function):
             None if weight is None else gradient @ weight,
             None if rows is None else gradient.t() @ rows,
             gradient.sum(0) if of_bias else None,
-            None,
             None,
         )

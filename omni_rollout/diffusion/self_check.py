@@ -127,7 +127,29 @@ def _first_inexact(layers: list[Layer], values: _Values, digest: Any) -> Layer |
         for shape in ((3, tokens, layer.in_features), (5, layer.in_features)):
             if not _exact(product, values(*shape), digest):
                 return layer
+            if products.calls() is Calls.blocks:
+                _find_equal_rows(weight, bias, values, conditioning=len(shape) == 2)
     return None
+
+
+def _find_equal_rows(weight: torch.Tensor, bias: torch.Tensor, values: _Values, *, conditioning: bool) -> None:
+    """Which other numbers of rows give the bits of this layer's blocks, in every row and wherever it stands."""
+    device = values.device.type
+    block = block_rows(*weight.shape, conditioning=conditioning, device=device)
+    others = products.candidates(*weight.shape, conditioning=conditioning, device=device)
+    if not others:
+        return
+    products.set_equal_rows(weight, [block], conditioning=conditioning)
+    most = max(others)
+    x = values(most, weight.shape[1]) if conditioning else values(1, most, weight.shape[1])
+    moved = x.roll(5, -2)
+    expected = exact_linear(x, weight, bias).roll(5, -2)
+    equal = [block]
+    for rows in others:
+        products.set_equal_rows(weight, [rows], conditioning=conditioning)
+        if rows != block and torch.equal(exact_linear(moved, weight, bias), expected):
+            equal.append(rows)
+    products.set_equal_rows(weight, equal, conditioning=conditioning)
 
 
 def _operators(values: _Values, heads: int, head_dim: int) -> Iterator[tuple[str, Callable[..., torch.Tensor], torch.Tensor]]:

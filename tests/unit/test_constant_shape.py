@@ -26,6 +26,7 @@ SHAPES = ((64, 64), (256, 1024), (1024, 256), (512, 512), (768, 3072))  # (K, N)
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
     threads = torch.get_num_threads()
+    products.forget_equal_rows()  # of models that other tests have loaded
     yield
     torch.set_num_threads(threads)
     set_calls(Calls.blocks)
@@ -103,6 +104,29 @@ def test_every_call_of_a_layer_has_the_shape_that_the_layer_decides(monkeypatch)
     assert seen == {(products.NARROW_ROWS, 64), (products.CONDITIONING_ROWS, 64)}
     assert block_rows(3072, 3072, conditioning=False, device="cpu") == products.WIDE_ROWS
     assert block_rows(3072, 3072, conditioning=True, device="cpu") == products.CONDITIONING_ROWS
+
+
+@given(
+    number=st.integers(0, 5000),
+    sizes=st.sets(st.sampled_from([16, 32, 64, 128, 256, 512, 1024]), min_size=1).map(lambda sizes: tuple(sorted(sizes))),
+)
+@settings(deadline=None, max_examples=200)
+def test_cuts_hold_every_row_once_in_calls_of_the_given_sizes(number, sizes):
+    cuts = products._cuts(number, sizes)
+    assert [start for start, _, _ in cuts] == [0, *(stop for _, stop, _ in cuts)][: len(cuts)]
+    assert (cuts[-1][1] if cuts else 0) == number and all(0 < stop - start <= call for start, stop, call in cuts)
+    assert all(call in sizes for _, _, call in cuts)
+    assert all(stop - start == call for start, stop, call in cuts[:-1]), "the last one alone is padded"
+    padded = sum(call for _, _, call in cuts)
+    assert padded < number + sizes[0] or padded <= products.PADDED * number
+
+
+def test_few_calls_with_little_padding():
+    sizes = (16, 128, 256, 1024)
+    assert [call for _, _, call in products._cuts(128, sizes)] == [128]
+    assert [call for _, _, call in products._cuts(210, sizes)] == [256], "nearly full"
+    assert [call for _, _, call in products._cuts(1300, sizes)] == [1024, 256, 16, 16]
+    assert [call for _, _, call in products._cuts(300, (256,))] == [256, 256]
 
 
 def test_one_sample_a_call_needs_no_equal_positions(monkeypatch):

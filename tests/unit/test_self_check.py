@@ -16,7 +16,7 @@ from omni_rollout.diffusion import machine as machine_module
 from omni_rollout.diffusion import products
 from omni_rollout.diffusion import self_check as module
 from omni_rollout.diffusion.machine import differences, machine, pin_switches, pin_thread
-from omni_rollout.diffusion.products import Calls, set_calls
+from omni_rollout.diffusion.products import Calls, exact_linear, set_calls
 from omni_rollout.diffusion.self_check import Layer, self_check
 from omni_rollout.errors import PinnedKnobError
 
@@ -28,9 +28,11 @@ LAYERS = [Layer("blocks.0.to_q", 64, 64), Layer("blocks.0.mlp", 256, 64), Layer(
 def as_before() -> Iterator[None]:
     threads = torch.get_num_threads()
     module._checked.clear()
+    products.forget_equal_rows()
     pin_switches()
     yield
     module._checked.clear()
+    products.forget_equal_rows()
     set_calls(Calls.blocks)
     torch.set_num_threads(threads)
     pin_switches()
@@ -66,6 +68,48 @@ def test_bits_that_hang_on_the_position_in_a_call_lead_to_one_sample_a_call(monk
     )
     assert check()["calls"] == "samples" and products.calls() is Calls.samples
     assert check()["calls"] == "samples", "remembered"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("conditioning", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_calls_of_other_sizes_that_were_found_have_the_bits_of_the_blocks(dtype, conditioning, threads):
+    torch.set_num_threads(threads)
+    layers = [Layer("to_q", 768, 192), Layer("mlp", 192, 768), Layer("wide", 3072, 768)]
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers:
+        weight = torch.randn(layer.out_features, layer.in_features, generator=generator).to(dtype)
+        bias = torch.randn(layer.out_features, generator=generator).to(dtype)
+        x = torch.randn(1500, layer.in_features, generator=generator).to(dtype)
+        cases = [x[:number] if conditioning else x[None, :number] for number in (1, 16, 40, 128, 300, 777, 1500)]
+        products.forget_equal_rows()
+        in_blocks = [exact_linear(case, weight, bias) for case in cases]
+        module._checked.clear()
+        pin_thread(threads)
+        check(dtype, layers)
+        assert products._equal, "looked for"
+        for case, expected in zip(cases, in_blocks, strict=True):
+            assert torch.equal(exact_linear(case, weight, bias), expected), products._equal
+
+
+@pytest.mark.parametrize("place", [0, 63, 500])
+def test_a_size_of_which_one_row_has_other_bits_is_not_taken(place, monkeypatch):
+    def found() -> set[int]:
+        module._checked.clear()
+        check(layers=[Layer("to_q", 64, 64)])
+        return {size for key, sizes in products._equal.items() for size in sizes if not key[4]}  # of tokens
+
+    before, call = found(), products._call
+    assert 512 in before, "on every machine seen so far"
+
+    def otherwise(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+        made = call(x, w, b, out)
+        if len(x) == 512:
+            made[place, 5] *= 1 + 2.0**-20
+        return made
+
+    monkeypatch.setattr(products, "_call", otherwise)
+    assert found() == before - {512}
 
 
 def test_what_no_call_makes_exact_is_refused_by_the_layers_name(monkeypatch):
