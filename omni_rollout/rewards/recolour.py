@@ -85,14 +85,14 @@ def _check(prompt: str, columns: Columns) -> None:
         raise UserError(f"{where}: metadata `color` is {columns['color']!r}; expected one of {', '.join(HUES)}")
     image = images[0]
     try:
-        _text_pixels(image, image.height, image.width)
+        text_pixels(image, image.height, image.width)
     except RequestError as error:
         raise UserError(f"{where}: {error}") from error
 
 
 def color_share(made: np.ndarray, prompt: str, columns: Columns) -> float:
     """Of the text's pixels in the input image, the share that have the colour asked for in `made`, uint8 [H, W, 3]."""
-    text = _text_pixels(input_images(columns)[0], *made.shape[:2])
+    text = text_pixels(input_images(columns)[0], *made.shape[:2])
     return float((colors(made[text]) == list(HUES).index(columns["color"])).mean())
 
 
@@ -111,7 +111,7 @@ def colors(pixels: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def _text_pixels(image: InputImage, height: int, width: int) -> np.ndarray:
+def text_pixels(image: InputImage, height: int, width: int) -> np.ndarray:
     """bool [height, width], where the text stands in the input image scaled to this size.
 
     Raises:
