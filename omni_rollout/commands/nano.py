@@ -15,6 +15,7 @@ NANO_BUILDS = {
     "qwen_image": "omni_rollout.nano.build",
     "qwen_image_edit": "omni_rollout.nano.edit.build",
     "qwen_image_layered": "omni_rollout.nano.layered.build",
+    "wan2_2": "omni_rollout.nano.wan.build",
 }
 
 
@@ -34,7 +35,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "--family",
         choices=sorted(NANO_BUILDS),
         default="qwen_image",
-        help="qwen_image from nothing; its relatives from recipes/nano (default: %(default)s)",
+        help="qwen_image from nothing; the others from recipes/nano (default: %(default)s)",
     )
     build.add_argument("--threads", type=int, default=1, help="of torch; the weights depend on it (default: %(default)s)")
     random = add_command(

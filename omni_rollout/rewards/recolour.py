@@ -118,9 +118,15 @@ def text_pixels(image: InputImage, height: int, width: int) -> np.ndarray:
         RequestError: the file cannot be read, is another one, or shows no text.
     """
     scaled = open_image(image).resize((width, height), Image.Resampling.LANCZOS)
-    pixels = np.asarray(scaled).astype(np.float64)
+    text = ink(np.asarray(scaled))
+    if not text.any():
+        raise RequestError(f"image {image.path} shows no text on a plain background: no pixel stands out from its border")
+    return text
+
+
+def ink(pixels: np.ndarray) -> np.ndarray:
+    """bool [H, W] of a picture uint8 [H, W, 3]: what stands out from the border's colour; nothing, where little does."""
+    pixels = pixels.astype(np.float64)
     border = np.concatenate([pixels[:BORDER], pixels[-BORDER:]]).reshape(-1, 3)
     distance = np.linalg.norm(pixels - np.median(border, axis=0), axis=-1)
-    if distance.max() < LEAST_CONTRAST:
-        raise RequestError(f"image {image.path} shows no text on a plain background: no pixel stands out from its border")
-    return distance > TEXT_ABOVE * distance.max()
+    return (distance > TEXT_ABOVE * distance.max()) & (distance.max() >= LEAST_CONTRAST)

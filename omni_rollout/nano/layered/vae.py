@@ -37,7 +37,7 @@ class LayeredVaeSettings:
 def grown(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
     """The same function of red, green and blue, with a fourth channel that it does not look at and draws opaque."""
     config: dict[str, Any] = {**vae.config, "input_channels": CHANNELS}
-    wider = AutoencoderKLQwenImage.from_config(config)
+    wider: Any = AutoencoderKLQwenImage.from_config(config)
     weights = vae.state_dict()
     into, out, bias = "encoder.conv_in.weight", "decoder.conv_out.weight", "decoder.conv_out.bias"
     weights[into] = torch.cat([weights[into], torch.zeros_like(weights[into][:, :1])], dim=1)
