@@ -28,7 +28,7 @@ class WanSettings(TrainingSettings):
     heads: int = 4
     head_dim: int = 32
     joint_dim: int = 64
-    scenes: int = 3000
+    scenes: int = 1500
     batch: int = 32
     """Of each expert."""
     max_steps: int = 4000

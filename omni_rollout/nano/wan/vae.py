@@ -27,7 +27,7 @@ CROP = 32
 
 @dataclass(frozen=True)
 class WanVaeSettings:
-    steps: int = 600
+    steps: int = 400
     batch: int = 4
     learning_rate: float = 1e-3
     warmup_steps: int = 50
