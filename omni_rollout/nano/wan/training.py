@@ -31,7 +31,7 @@ class WanSettings(TrainingSettings):
     scenes: int = 1500
     batch: int = 32
     """Of each expert."""
-    max_steps: int = 4000
+    max_steps: int = 900
     cosine_steps: int = 4600
     evaluate_from: int = 300
     evaluate_every: int = 150
