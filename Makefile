@@ -42,8 +42,9 @@ faults: $(INSTALLED)
 simulation: $(INSTALLED)
 	$(BIN)/python -m benchmarks.simulation
 
+# Diffusers, stock vllm-omni, the bare transformer and ours, in turns: rewrites the tables and plots of docs/performance.md.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/parity_cost.py --model recipes/nano/checkpoint
+	$(BIN)/python -m benchmarks.speed
 
 doctor: $(INSTALLED)
 	$(BIN)/omni-rollout doctor

@@ -8,7 +8,7 @@ from math import prod
 from types import ModuleType
 
 from omni_rollout.algorithms import get_algorithm
-from omni_rollout.config import DType, Offload, TrainConfig, TrainerEngineName
+from omni_rollout.config import AUTO, DType, Offload, TrainConfig, TrainerEngineName
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sizes import Pass, Sizes, decode_rows
 from omni_rollout.types import Layout, SamplingSpec
@@ -192,7 +192,9 @@ def start_parts(run: Run) -> list[Part]:
 
 def engine_parts(run: Run) -> list[Part]:
     """On the GPU of one rollout engine, with `rollout.max_num_seqs` images in flight."""
-    sizes, model, spec, rows = run.sizes, run.sizes.transformer, run.spec, run.config.rollout.max_num_seqs
+    asked = run.config.rollout.max_num_seqs
+    rows = 1 if asked == AUTO else asked  # no more in flight than there is room for
+    sizes, model, spec = run.sizes, run.sizes.transformer, run.spec
     kept = len(spec.step_indices) + 1
     image = run.passes(1)[0].image_tokens
     latents = rows * (image * model.channels * 4 * (kept + 1) + run.conditions * run.item)

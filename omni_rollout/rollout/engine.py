@@ -231,6 +231,15 @@ class RolloutEngine:
         }
 
     @property
+    def max_num_seqs(self) -> int:
+        """Requests denoised together at most; may be set between calls, to no more than the engine was made for."""
+        return self._engine.scheduler.max_num_running_reqs
+
+    @max_num_seqs.setter
+    def max_num_seqs(self, number: int) -> None:
+        self._engine.scheduler.max_num_running_reqs = number
+
+    @property
     def weights_digest(self) -> str:
         return self._fingerprint["weights"]
 

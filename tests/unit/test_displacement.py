@@ -52,6 +52,8 @@ def test_tricks_are_worth_nothing() -> None:
         "there at the end": [np.concatenate([empty[:1], video[1:]]) for video, empty in zip(FILMS, blank, strict=True)],
         "another digit": [film(replace(scene, digit=str((int(scene.digit) + 5) % 10))) for scene in SCENES],
         "a blot that moves": [_blot(scene) for scene in SCENES],
+        "dissolves": [np.concatenate([video[:-1], _blot(scene)[-1:]]) for video, scene in zip(FILMS, SCENES, strict=True)],
+        "takes shape": [np.concatenate([_blot(scene)[:1], video[1:]]) for video, scene in zip(FILMS, SCENES, strict=True)],
     }
     assert {name: max(scores(made)) for name, made in tricks.items()} == dict.fromkeys(tricks, 0.0)
 
