@@ -11,7 +11,12 @@ from omni_rollout.errors import UserError
 from omni_rollout.launch.outputs import folder_problem
 from omni_rollout.models import families
 
-NANO_BUILDS = {"qwen_image": "omni_rollout.nano.build", "qwen_image_edit": "omni_rollout.nano.edit.build"}
+NANO_BUILDS = {
+    "qwen_image": "omni_rollout.nano.build",
+    "qwen_image_edit": "omni_rollout.nano.edit.build",
+    "qwen_image_layered": "omni_rollout.nano.layered.build",
+    "wan2_2": "omni_rollout.nano.wan.build",
+}
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -30,7 +35,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "--family",
         choices=sorted(NANO_BUILDS),
         default="qwen_image",
-        help="qwen_image from nothing; qwen_image_edit from recipes/nano (default: %(default)s)",
+        help="qwen_image from nothing; the others from recipes/nano (default: %(default)s)",
     )
     build.add_argument("--threads", type=int, default=1, help="of torch; the weights depend on it (default: %(default)s)")
     random = add_command(

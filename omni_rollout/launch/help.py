@@ -2,7 +2,8 @@
 
 ROLLOUT_KEYS = """
 keys (all of them, with their defaults: omni_rollout/config.py):
-  model=nano|nano_edit|qwen_image|qwen_image_edit|qwen_image_edit_plus|qwen_image_layered|wan2_2|wan2_2_i2v
+  model=nano|nano_edit|nano_layered|nano_wan|qwen_image|qwen_image_edit|qwen_image_edit_plus|qwen_image_layered|wan2_2
+       |wan2_2_i2v
                                           a checkpoint with its own sizes, steps, guidance and text width
   model.path=FOLDER                       a checkpoint in diffusers layout; after model=nano, with that one's sizes
   model.dtype=float32|bfloat16            what the transformer computes in
@@ -20,7 +21,7 @@ CHECKPOINT_KEYS = """\
 """
 TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   rollout.prompts_per_step
-  reward=ocr|recolour|jpeg_compressibility|recomposition
+  reward=ocr|recolour|matte|displacement|jpeg_compressibility|recomposition
                                           any reward's name; or reward.weights={{NAME: WEIGHT}}, and for one of your own
                                           reward.source.NAME=module:function|file.py:function|http://...: docs/extending.md
   reward.normalise=none|group, .timeout, .max_failed; evaluation.reward.weights={{NAME: WEIGHT}}

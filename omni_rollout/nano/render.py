@@ -52,7 +52,7 @@ def prompt_for(text: str, color: str) -> str:
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def typeface(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError(
@@ -73,7 +73,7 @@ def sample_sign(rng: random.Random, text: str, color: str) -> Sign:
     level = rng.randint(226, 250)
     background = (level + rng.randint(-5, 5), level + rng.randint(-5, 5), level + rng.randint(-5, 5))
     font_size = rng.randint(low, high)
-    left, top, right, bottom = _font(font_size).getbbox(text, anchor="mm", stroke_width=STROKE_WIDTH)
+    left, top, right, bottom = typeface(font_size).getbbox(text, anchor="mm", stroke_width=STROKE_WIDTH)
     room_x = max(0, min(4, int(IMAGE_SIZE - (right - left)) // 2 - 2))
     room_y = max(0, min(6, int(IMAGE_SIZE - (bottom - top)) // 2 - 2))
     shift = (rng.randint(-room_x, room_x), rng.randint(-room_y, room_y))
@@ -82,7 +82,7 @@ def sample_sign(rng: random.Random, text: str, color: str) -> Sign:
 
 def draw(sign: Sign) -> np.ndarray:
     """uint8 RGB image, shape (IMAGE_SIZE, IMAGE_SIZE, 3)."""
-    font = _font(sign.font_size)
+    font = typeface(sign.font_size)
     left, top, right, bottom = font.getbbox(sign.text, anchor="mm", stroke_width=STROKE_WIDTH)
     middle = IMAGE_SIZE // 2
     corner = (middle + sign.shift[0] - round((left + right) / 2), middle + sign.shift[1] - round((top + bottom) / 2))

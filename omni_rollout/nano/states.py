@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import QwenImageTransformer2DModel
-
 from omni_rollout.nano.transformer import TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -50,14 +48,18 @@ class States:
         self,
         folder: Path,
         settings: TrainingSettings,
-        look: Callable[[QwenImageTransformer2DModel, int, int], dict[str, Any]],
+        look: Callable[[Any, int, int], dict[str, Any]],
         measure: str = EXACT_MATCH,
     ) -> None:
-        """`look(transformer, images, seed)` measures so many images of held-out numbers; `measure` is its entry that counts."""
+        """`measure`: the entry of what `look` returns that counts.
+
+        Args:
+            look: `look(transformer, images, seed)` measures so many images of held-out numbers.
+        """
         self.folder, self.settings, self.look, self.measure = folder, settings, look, measure
         self.evaluations: list[dict[str, Any]] = []
 
-    def keep(self, step: int, averaged: QwenImageTransformer2DModel) -> bool:
+    def keep(self, step: int, averaged: Any) -> bool:
         """Whether the state to ship is there, or lies behind."""
         settings, (low, high) = self.settings, self.settings.window
         averaged.save_pretrained(self.folder / state_name(step))

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
@@ -142,15 +143,16 @@ def flow_matching_loss(
 
 
 def train_transformer(
-    transformer: QwenImageTransformer2DModel,
+    transformer: torch.nn.Module,
     loss_of: Callable[[torch.Generator], torch.Tensor],
     settings: TrainingSettings,
     seed: int,
-    keep: Callable[[int, QwenImageTransformer2DModel], bool],
+    keep: Callable[[int, Any], bool],
 ) -> None:
     """Train in place.
 
     Args:
+        transformer: one, or a model's experts together.
         loss_of: the loss on one batch that the generator draws.
         keep: every evaluation calls `keep(step, averaged)` with the averaged weights; True ends the training.
     """

@@ -141,19 +141,20 @@ def train_vae(settings: VaeSettings, seed: int) -> AutoencoderKLQwenImage:
             optimizer.param_groups[0]["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps) * cosine
             crop = step < settings.crop_steps
             images = _crops(rng, settings.crop_batch) if crop else _batch(rng, settings.full_batch)
-            error, color_error, kl = losses = _losses(vae, images)
+            error, color_error, kl = parts = losses(vae, images)
             optimizer.zero_grad()
             (error + settings.color_weight * color_error + settings.kl_weight * kl).backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
             if (step + 1) % 100 == 0:
-                logger.info("VAE step %d of %d: error %.4f, colour %.4f, KL %.2f", step + 1, steps, *(x.item() for x in losses))
+                logger.info("VAE step %d of %d: error %.4f, colour %.4f, KL %.2f", step + 1, steps, *(x.item() for x in parts))
         vae.eval().requires_grad_(False)
         _measure_latents(vae, settings.statistics_images, rng)
     return vae
 
 
-def _losses(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def losses(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of one batch [B, channels, 1, H, W] in [-1, 1]: squared error of pixels, of 8x8 pixel means, and the posterior's KL."""
     mean, log_variance = encode_frame(vae, images)
     latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
     difference = (decode_frame(vae, latents) - images)[:, :, 0]

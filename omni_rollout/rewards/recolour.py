@@ -85,14 +85,14 @@ def _check(prompt: str, columns: Columns) -> None:
         raise UserError(f"{where}: metadata `color` is {columns['color']!r}; expected one of {', '.join(HUES)}")
     image = images[0]
     try:
-        _text_pixels(image, image.height, image.width)
+        text_pixels(image, image.height, image.width)
     except RequestError as error:
         raise UserError(f"{where}: {error}") from error
 
 
 def color_share(made: np.ndarray, prompt: str, columns: Columns) -> float:
     """Of the text's pixels in the input image, the share that have the colour asked for in `made`, uint8 [H, W, 3]."""
-    text = _text_pixels(input_images(columns)[0], *made.shape[:2])
+    text = text_pixels(input_images(columns)[0], *made.shape[:2])
     return float((colors(made[text]) == list(HUES).index(columns["color"])).mean())
 
 
@@ -111,16 +111,22 @@ def colors(pixels: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def _text_pixels(image: InputImage, height: int, width: int) -> np.ndarray:
+def text_pixels(image: InputImage, height: int, width: int) -> np.ndarray:
     """bool [height, width], where the text stands in the input image scaled to this size.
 
     Raises:
         RequestError: the file cannot be read, is another one, or shows no text.
     """
     scaled = open_image(image).resize((width, height), Image.Resampling.LANCZOS)
-    pixels = np.asarray(scaled).astype(np.float64)
+    text = ink(np.asarray(scaled))
+    if not text.any():
+        raise RequestError(f"image {image.path} shows no text on a plain background: no pixel stands out from its border")
+    return text
+
+
+def ink(pixels: np.ndarray) -> np.ndarray:
+    """bool [H, W] of a picture uint8 [H, W, 3]: what stands out from the border's colour; nothing, where little does."""
+    pixels = pixels.astype(np.float64)
     border = np.concatenate([pixels[:BORDER], pixels[-BORDER:]]).reshape(-1, 3)
     distance = np.linalg.norm(pixels - np.median(border, axis=0), axis=-1)
-    if distance.max() < LEAST_CONTRAST:
-        raise RequestError(f"image {image.path} shows no text on a plain background: no pixel stands out from its border")
-    return distance > TEXT_ABOVE * distance.max()
+    return (distance > TEXT_ABOVE * distance.max()) & (distance.max() >= LEAST_CONTRAST)
