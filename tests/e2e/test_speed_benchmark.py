@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.speed.contenders import FLOOR, NAMES, SERIAL
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_quick_benchmark_measures_everybody_and_writes_the_page(tmp_path: Path) -> None:
     page, found = tmp_path / "performance.md", tmp_path / "found.json"
     page.write_text("# Performance\n\n<!-- make bench: begin -->\n<!-- make bench: end -->\n")

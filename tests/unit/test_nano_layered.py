@@ -131,6 +131,7 @@ def test_the_loss_is_the_error_of_the_velocity(pipeline: Any) -> None:
     assert layered_loss(network, data, TINY, torch.Generator().manual_seed(5)) == 0.0  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_build_leaves_a_whole_checkpoint_and_repeats_itself(random_checkpoint: Path, tmp_path: Path) -> None:
     weights = []
     for name in ("first", "second"):

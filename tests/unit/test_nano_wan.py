@@ -129,6 +129,7 @@ def test_the_answer_hangs_on_the_words(pipeline: Any) -> None:
     assert answers[0].shape == latents.shape and not torch.equal(*answers)
 
 
+@pytest.mark.slow
 def test_build_leaves_a_whole_checkpoint_and_repeats_itself(random_checkpoint: Path, tmp_path: Path) -> None:
     weights, parts = [], ("vae", *EXPERTS)
     for name in ("first", "second"):
