@@ -84,6 +84,7 @@ def measure(model: Path, overrides: Sequence[str]) -> dict[str, int]:
     from omni_rollout.train import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "run").mkdir()
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("a red cat\n")
         given = (f"model.path={model}", f"prompts={prompts}", f"run_dir={folder}/run", *SETTINGS, *overrides)

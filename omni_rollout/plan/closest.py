@@ -16,7 +16,7 @@ from omni_rollout.launch.outputs import file_problem
 from omni_rollout.launch.validate import trainer_engine, validate_plan
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sizes import Sizes
-from omni_rollout.plan.memory import total
+from omni_rollout.plan.parts import total
 from omni_rollout.plan.report import show
 from omni_rollout.plan.split import Gpus, Plan, make_plan, make_run
 
@@ -53,7 +53,9 @@ def closest(config: TrainConfig, sizes: Sizes, gpus: Gpus) -> list[tuple[str, Pl
     for number in range(1, MOST_CHANGES + 1):
         found = list(_fitting(config, sizes, gpus, number))
         if found:
-            return sorted(found, key=lambda one: (one[1].ranks, one[1].rank_bytes))[:SHOWN]
+            return sorted(
+                found, key=lambda one: (one[1].ranks, one[1].together_bytes if gpus.count == 1 else one[1].rank_bytes)
+            )[:SHOWN]
     return []
 
 
@@ -108,6 +110,7 @@ def as_json(made: Plan, better: Sequence[tuple[str, Plan]]) -> dict[str, Any]:
         "fits": made.fits,
         "fits_together": made.fits_together,
         "rank_bytes": made.rank_bytes,
+        "together_bytes": made.together_bytes,
         "engine_bytes": total(made.engine),
         "changes": [
             {"overrides": text, "ranks": one.ranks, "engines": one.engines, "rank_bytes": one.rank_bytes}
