@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HEADS, HEAD_DIM = 12, 128
@@ -110,7 +111,7 @@ def watched(watch: Watch, owner: object, name: str) -> None:
     setattr(owner, name, call)
 
 
-def row(model: Path, overrides: Sequence[str]) -> dict[str, int]:
+def in_a_process(model: Path, overrides: Sequence[str]) -> dict[str, int]:
     """`measure` in a fresh process."""
     code = "import json, sys; from pathlib import Path; from benchmarks.memory import measure; "
     code += "print(json.dumps(measure(Path(sys.argv[1]), sys.argv[2:])))"
@@ -118,28 +119,66 @@ def row(model: Path, overrides: Sequence[str]) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def derived(model: Path, overrides: Sequence[str]) -> int:
+    """What `omni-rollout plan` says of one process with it, in bytes, without its guess of what CUDA takes."""
+    from omni_rollout.launch.compose import compose
+    from omni_rollout.models import family_module
+    from omni_rollout.plan.memory import RESERVE_BYTES, process_parts
+    from omni_rollout.plan.parts import total
+    from omni_rollout.plan.split import make_run
+
+    config = compose([f"model.path={model}", *SETTINGS, *overrides], unused=["prompts"])
+    return total(process_parts(make_run(config, family_module("qwen_image", "sizes").read_sizes(str(model))))) - RESERVE_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """In bytes."""
+
+    weights: int  # of the transformer's files
+    phases: dict[str, int]  # peak of each
+    derived: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+def rows(sizes: Sequence[float], overrides: Sequence[str]) -> Iterator[Row]:
+    """Of a transformer of next to nothing, then of those of about as many parameters."""
+    for parameters in (0, *sizes):
+        with tempfile.TemporaryDirectory() as folder:
+            model = build(Path(folder) / "model", round(parameters / OF_BLOCK))
+            weights = sum(path.stat().st_size for path in (model / "transformer").glob("*.safetensors"))
+            yield Row(weights=weights, phases=in_a_process(model, overrides), derived=derived(model, overrides))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, nargs="+", default=[0.3e9, 1e9])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("overrides", nargs="*", default=["trainer.lora_rank=16"])
+    parser.add_argument("overrides", nargs="*", default=["trainer.lora_rank=32"])
     arguments = parser.parse_args()
-    rows = []
-    for parameters in [0, *arguments.parameters]:
-        with tempfile.TemporaryDirectory() as folder:
-            model = build(Path(folder) / "model", round(parameters / OF_BLOCK))
-            weights = sum(path.stat().st_size for path in (model / "transformer").glob("*.safetensors"))
-            rows.append({"weights": weights, **row(model, arguments.overrides)})
-            constant = max(value for key, value in rows[0].items() if key != "weights") - rows[0]["weights"]
-            peak = max(value for key, value in rows[-1].items() if key != "weights")
-            phases = ", ".join(f"{key} {value / 2**20:.0f}" for key, value in rows[-1].items())
-            ratio = f"{(peak - constant) / weights:.2f} x weights + " if parameters else ""
-            print(
-                f"{' '.join(arguments.overrides)}: peak {peak / 2**20:.0f} MiB = {ratio}{constant / 2**20:.0f} MiB ({phases})",
-                flush=True,
-            )
+    print(" ".join(arguments.overrides))
+    first, *others = made = list(rows(arguments.parameters, arguments.overrides))
+    print(f"constant {mib(first.peak - first.weights)}: {phases(first)}")
+    for one in others:
+        more = one.peak - first.peak
+        print(
+            f"{mib(one.weights)} of weights: peak {mib(one.peak)} = "
+            f"{more / (one.weights - first.weights):.2f} x weights + constant; "
+            f"the plan says {mib(one.derived - first.derived)} more than the constant's row, it was {mib(more)}: {phases(one)}"
+        )
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        arguments.json.write_text(json.dumps([asdict(one) for one in made], indent=2) + "\n")
+
+
+def mib(number: int) -> str:
+    return f"{number / 2**20:.0f} MiB"
+
+
+def phases(row: Row) -> str:
+    return ", ".join(f"{name} {mib(peak)}" for name, peak in row.phases.items())
 
 
 if __name__ == "__main__":
