@@ -19,6 +19,7 @@ from omni_rollout.config import (
     OldLogProbs,
     OnMismatch,
     Parity,
+    Reduce,
     SamplingConfig,
     SDETypeName,
     TrainConfig,
@@ -225,6 +226,8 @@ def trainer_engine(trainer: TrainerConfig) -> Iterator[str]:
         yield f"trainer.zero_stage={stage}: expected 0, 1, 2 or 3"
     if engine is TrainerEngineName.fsdp2 and trainer.ranks == 1:
         yield "trainer.engine=fsdp2: one rank has nothing to cut; give trainer.ranks (backend=verl), or trainer.engine=torch"
+    if trainer.reduce is Reduce.backward and engine is not TrainerEngineName.fsdp2:
+        yield "trainer.reduce=backward: needs trainer.engine=fsdp2; of deepspeed, trainer.zero_stage=2 and 3 do so anyway"
     if offload is Offload.optimizer and not (deepspeed and stage > 0):
         yield "trainer.offload=optimizer: needs trainer.engine=deepspeed and trainer.zero_stage of 1, 2 or 3"
     if offload is Offload.all and not (engine is TrainerEngineName.fsdp2 or (deepspeed and stage == 3)):

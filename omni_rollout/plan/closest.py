@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from omni_rollout.config import Backend, DType, Offload, TrainConfig, TrainerEngineName
+from omni_rollout.config import Backend, DType, Offload, Reduce, TrainConfig, TrainerEngineName
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
 from omni_rollout.launch.outputs import file_problem
@@ -35,6 +35,7 @@ def changes() -> list[Change]:
         trainer("trainer.gradient_checkpointing=true", gradient_checkpointing=True),
         trainer("trainer.micro_batch_size=1", micro_batch_size=1),
         trainer("trainer.engine=fsdp2", engine=TrainerEngineName.fsdp2),
+        trainer("trainer.engine=fsdp2 trainer.reduce=backward", engine=TrainerEngineName.fsdp2, reduce=Reduce.backward),
         trainer("trainer.engine=deepspeed trainer.zero_stage=2", engine=TrainerEngineName.deepspeed, zero_stage=2),
         trainer("trainer.engine=deepspeed trainer.zero_stage=3", engine=TrainerEngineName.deepspeed, zero_stage=3),
         trainer("trainer.offload=optimizer", offload=Offload.optimizer),

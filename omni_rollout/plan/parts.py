@@ -8,7 +8,7 @@ from enum import StrEnum
 from math import prod
 from types import ModuleType
 
-from omni_rollout.config import DType, TrainConfig, TrainerEngineName
+from omni_rollout.config import DType, Reduce, TrainConfig, TrainerEngineName
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sizes import Pass, Sizes
 from omni_rollout.types import Layout, SamplingSpec
@@ -105,8 +105,8 @@ class Sharing:
     @classmethod
     def of(cls, config: TrainConfig, ranks: int) -> Sharing:
         engine, stage = config.trainer.engine, config.trainer.zero_stage
-        if engine is TrainerEngineName.fsdp2:  # sums over the ranks once an update: gradients are whole until then
-            return cls(weights=ranks, gradients=1, moments=ranks)
+        if engine is TrainerEngineName.fsdp2:
+            return cls(weights=ranks, gradients=ranks if config.trainer.reduce is Reduce.backward else 1, moments=ranks)
         if engine is TrainerEngineName.torch:
             return cls(weights=1, gradients=1, moments=1)
         return cls(weights=ranks if stage == 3 else 1, gradients=ranks if stage >= 2 else 1, moments=ranks if stage >= 1 else 1)
