@@ -162,6 +162,7 @@ def part(plan: Plan, name: str) -> int:
     [
         (["trainer.engine=torch"], 1, 1, 1),
         (["trainer.engine=fsdp2"], 7, 1, 7),
+        (["trainer.engine=fsdp2", "trainer.reduce=backward"], 7, 7, 7),
         (["trainer.engine=deepspeed", "trainer.zero_stage=1"], 1, 1, 7),
         (["trainer.engine=deepspeed", "trainer.zero_stage=2"], 1, 7, 7),
         (["trainer.engine=deepspeed", "trainer.zero_stage=3"], 7, 7, 7),
