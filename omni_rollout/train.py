@@ -29,7 +29,7 @@ from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Guards, Monitor
 from omni_rollout.policy.learner import Learner, Which
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
-from omni_rollout.rewards import make_rewards
+from omni_rollout.rewards import Meanwhile, make_rewards
 from omni_rollout.rollout.choice import held_here, open_engine
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.evaluate import sampled
@@ -147,21 +147,21 @@ class Trainer:
     def step(self, step: int) -> StepReport:
         """Step 1, 2, ...: one rollout, one update, one weight sync."""
         config, timings = self.config, dict[str, float]()
-        with timed(timings, "step"):
+        requests = self.collator.groups(self.stream.batch(step), step, config.rollout.group_size)
+        with timed(timings, "step"), Meanwhile(self.rewards, requests) as rewards:
             with self._timed(timings, "rollout", step):
-                requests = self.collator.groups(self.stream.batch(step), step, config.rollout.group_size)
                 reused = self.seeds.record(requests)
-                kept, trajectories = self._rollout(requests, step)
+                kept, trajectories = self._rollout(requests, step, rewards)
                 reused += self.seeds.record_noise(trajectories)
             for trajectory in trajectories:
                 check_fingerprint(trajectory, self.expected)
             monitor.check_finite(step, trajectories)
-            with self._timed(timings, "reward", step):
-                images = [trajectory.media for trajectory in trajectories]
-                scored = self.rewards(images, [trajectory.prompt for trajectory in trajectories])
+            with self._timed(timings, "reward", step):  # what is left of it
+                scored = rewards.result(trajectories)
             self.rewards.require(scored)
+            images = len(trajectories)
             trajectories = [trajectories[row] for row in scored.scored]  # the others leave their groups
-            rewards, group_ids = scored.of(scored.scored), [trajectory.group_id for trajectory in trajectories]
+            scores, group_ids = scored.of(scored.scored), [trajectory.group_id for trajectory in trajectories]
             compared = torch.tensor(self.rewards.compared(scored, group_ids), dtype=torch.float32)
             advantages = self.algorithm.advantages(compared, group_ids)
             with self._timed(timings, "old_log_probs", step):
@@ -175,9 +175,9 @@ class Trainer:
                 self._sync()
         metrics = monitor.step_metrics(
             update,
-            rewards=rewards.total,
-            breakdown=rewards.breakdown,
-            failed=len(images) - len(trajectories),
+            rewards=scores.total,
+            breakdown=scores.breakdown,
+            failed=images - len(trajectories),
             group_ids=group_ids,
             elements=trajectories[0].latents[0].numel(),
             clip_range=config.trainer.clip_range,
@@ -189,7 +189,7 @@ class Trainer:
             drift=self.learner.drift.value,
         )
         texts, media = [one.prompt.text for one in trajectories], [one.media for one in trajectories]
-        shown = captioned(rewards.total, texts, media)
+        shown = captioned(scores.total, texts, media)
         notes = monitor.step_notes(
             update,
             sampled_by=sampled_by,
@@ -206,13 +206,16 @@ class Trainer:
         with timed(timings, stage):
             yield
 
-    def _rollout(self, requests: Sequence[RolloutRequest], step: int) -> tuple[int, list[Trajectory]]:
+    def _rollout(self, requests: Sequence[RolloutRequest], step: int, rewards: Meanwhile) -> tuple[int, list[Trajectory]]:
         """How many had been finished before the run was stopped, and all of them in the order of their ids."""
         trajectories, left = self.journal.take(step, requests, self.expected, self.version)
         kept = len(trajectories)
+        for trajectory in trajectories:
+            rewards.add(trajectory)
         for trajectory in self.engine.generate(left, timeout=self.config.rollout.timeout):
             self.journal.keep(step, trajectory)
             trajectories.append(trajectory)
+            rewards.add(trajectory)
         return kept, sorted(trajectories, key=lambda trajectory: trajectory.request_id)
 
     def saver(self, step: int, sight: Monitor) -> Callable[[Path], None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -88,9 +88,30 @@ def exact_rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
         x: [B, S, H, D].
         freqs: [S, D/2] complex64.
     """
-    cos, sin = (part.to(x.dtype)[None, :, None, :] for part in (freqs.real, freqs.imag))
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    rotated = _Rotation.apply(x, freqs)
+    assert isinstance(rotated, torch.Tensor)
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """(even, odd) -> (even cos - odd sin, odd cos + even sin), each product and sum rounded; the way back turns back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(freqs)
+        return _rotate(x, freqs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (freqs,) = ctx.saved_tensors
+        return _rotate(gradients[0], freqs.conj()), None
+
+
+def _rotate(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    cos, sin = (part.to(x.dtype)[:, None, :] for part in (freqs.real, freqs.imag))
+    signed = torch.stack((-sin, sin), dim=-1).flatten(-2)  # what each place takes its neighbour with
+    neighbours = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x * cos.repeat_interleave(2, dim=-1)).add_(neighbours.mul_(signed))
 
 
 def install_linears(module: nn.Module, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version as package_version
 from typing import Any
 
@@ -25,8 +25,8 @@ from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobErro
 from omni_rollout.models import family_module
 from omni_rollout.rollout.architecture import register
 from omni_rollout.rollout.decoding import DecodeError, Decoder
+from omni_rollout.rollout.delivery import OnError, Result, delivered
 from omni_rollout.rollout.guards import (
-    OnError,
     check_alone,
     check_distinct,
     check_pinned,
@@ -41,6 +41,7 @@ from omni_rollout.trajectories.digest import buckets, combined_digest, tensor_di
 from omni_rollout.types import RolloutRequest, Trajectory
 
 PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")
+IN_HAND_BYTES = 32 << 20  # of new weights that are not yet in the engine, at a time
 LIVENESS_SECONDS = 5.0  # between looks at whether the engine's thread still runs
 Record = dict[str, Any]  # of one image, as `RolloutMixin.post_decode` makes it
 Deliver = Callable[[Trajectory | Exception], None]
@@ -127,30 +128,21 @@ class RolloutEngine:
             check_threads(self.threads)
         requests = list(requests)
         check_distinct(requests)
-        finished: asyncio.Queue[tuple[RolloutRequest, Trajectory | Exception]] = asyncio.Queue()
+        yield from delivered(self._results(requests, timeout), len(requests), on_error)
+
+    def _results(self, requests: Sequence[RolloutRequest], timeout: float | None) -> Iterator[Result]:
+        finished: asyncio.Queue[Result] = asyncio.Queue()
         for request in requests:
             self.submit(request, lambda result, request=request: finished.put_nowait((request, result)))
-        failures: list[Exception] = []
-
-        def told(request: RolloutRequest, result: Trajectory | Exception) -> Iterator[Trajectory]:
-            if not isinstance(result, Exception):
-                yield result
-            elif on_error is None:
-                failures.append(result)
-            else:
-                on_error(request, result)
-
         for _ in requests:
             try:
-                yield from told(*self._next(finished, timeout))
+                yield self._next(finished, timeout)
             except (EngineDiedError, EngineHungError):
                 while self._decoder.waits:
                     self._decoded(self._decoder.rest())  # what has finished is kept
                 while not finished.empty():
-                    yield from told(*finished.get_nowait())
+                    yield finished.get_nowait()
                 raise
-        if failures:
-            raise ExceptionGroup(f"{len(failures)} of {len(requests)} rollout requests failed", failures)
 
     def submit(self, request: RolloutRequest, deliver: Deliver) -> asyncio.Task[Record]:
         """Admits one beside those in flight, in the thread of `loop`, where `deliver` is told once what became of it.
@@ -163,7 +155,7 @@ class RolloutEngine:
         task.add_done_callback(lambda task: self._sampled(task, request, deliver))
         return task
 
-    def _next(self, finished: asyncio.Queue[Any], timeout: float | None) -> Any:
+    def _next(self, finished: asyncio.Queue[Result], timeout: float | None) -> Result:
         end = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             patience = min(LIVENESS_SECONDS, max(end - time.monotonic(), 0))
@@ -200,7 +192,7 @@ class RolloutEngine:
         self._check_open()
         self._drain()
         sent: dict[str, str] = {}  # "": it is the engine's own
-        for bucket in buckets(named):
+        for bucket in buckets(named, IN_HAND_BYTES):
             sent |= dict.fromkeys(dict(bucket), "") | tensor_digests(self._rpc("load_weights", bucket))
         held = self._rpc("adopt_policy", version)
         check_synced(sent, held, version)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,6 @@ from omni_rollout.errors import PinnedKnobError, UserError, WeightSyncError
 from omni_rollout.launch.progress import VERBOSE
 from omni_rollout.types import RequestError, RolloutRequest
 
-OnError = Callable[[RolloutRequest, Exception], None]
 PINNED: dict[str, tuple[Any, ...]] = {  # knob of the engine -> values under which the bits were compared
     "attention": (["CpuSDPAImpl"], ["ExactSDPAImpl"]),  # on a CPU, on a GPU
     "linear": (True,),

@@ -23,7 +23,8 @@ import torch
 
 from omni_rollout.errors import EngineDiedError, EngineHungError, RunFailedError, UserError, WeightSyncError
 from omni_rollout.models.base.images import read_image
-from omni_rollout.rollout.guards import OnError, check_distinct
+from omni_rollout.rollout.delivery import OnError, Result, delivered
+from omni_rollout.rollout.guards import check_distinct
 from omni_rollout.rollout.serve.shared import new_name, offered, sweep
 from omni_rollout.rollout.serve.wire import SHARED_NAME, SHARED_TOKEN, WEIGHTS, CutOffError, frames, to_body
 from omni_rollout.trajectories.capsule import decode_capsule, load_capsule
@@ -94,36 +95,29 @@ class RemoteEngine:
         self._check_open()
         requests = list(requests)
         check_distinct(requests)
-        left, failures = dict(enumerate(requests)), list[Exception]()
+        yield from delivered(self._results(requests, timeout), len(requests), on_error)
+
+    def _results(self, requests: Sequence[RolloutRequest], timeout: float | None) -> Iterator[Result]:
+        left = dict(enumerate(requests))
         patience = PATIENCE if timeout is None else timeout
-
-        def failed(request: RolloutRequest, error: Exception) -> None:
-            failures.append(error) if on_error is None else on_error(request, error)
-
         for position, request in enumerate(requests):
             try:
                 for image in request.prompt.images:
                     read_image(image)
             except RequestError as error:  # before it could sink the body that it is part of
-                failed(left.pop(position), error)
+                yield left.pop(position), error
         last = time.monotonic()
         while left:
             try:
                 for answer in self._answers(left):
                     if answer is not None:
                         position, result = answer
-                        request = left.pop(position)
-                        if isinstance(result, Exception):
-                            failed(request, result)
-                        else:
-                            yield result
+                        yield left.pop(position), result
                         last = time.monotonic()  # not counting what was done with it
                     elif timeout is not None and time.monotonic() - last > timeout:
                         raise EngineHungError(f"no image from {self._url} for {timeout:g} s (rollout.timeout): it hangs")
             except LOST as error:
                 self._find_again(last + patience, error)
-        if failures:
-            raise ExceptionGroup(f"{len(failures)} of {len(requests)} rollout requests failed", failures)
 
     def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         """As `RolloutEngine.update_weights`; what was sent is kept in a file as long as it is the policy."""
@@ -149,6 +143,8 @@ class RemoteEngine:
             if self._memory is not None:
                 folder, token = self._memory
                 shared = folder / new_name()
+                if not folder.exists():
+                    raise CutOffError(f"{folder} is gone, and the server with it")
                 shutil.copyfile(self._weights.name, shared)
                 headers = {SHARED_TOKEN: token, SHARED_NAME: shared.name}
                 answer = self._http.post("/v1/weights", params=query, headers=headers, timeout=PATIENCE)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from omni_rollout.errors import EngineDiedError, EngineHungError, UserError
+from omni_rollout.rollout.delivery import OnError, delivered
 from omni_rollout.rollout.dispatch import Dispatcher
-from omni_rollout.rollout.guards import OnError, check_distinct
+from omni_rollout.rollout.guards import check_distinct
 from omni_rollout.rollout.remote import RemoteEngine
 from omni_rollout.types import RolloutRequest, Trajectory
 
@@ -67,19 +68,10 @@ class RemoteEngines:
         requests = list(requests)
         check_distinct(requests)
         run = _Run(self._engines, requests, self._max_num_seqs, timeout)
-        failures: list[Exception] = []
         try:
-            for request, result in run.results():
-                if not isinstance(result, Exception):
-                    yield result
-                elif on_error is None:
-                    failures.append(result)
-                else:
-                    on_error(request, result)
+            yield from delivered(run.results(), len(requests), on_error)
         finally:
             run.stop()
-        if failures:
-            raise ExceptionGroup(f"{len(failures)} of {len(requests)} rollout requests failed", failures)
 
     def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         """On every server; one that is lost gets them when it is back."""

@@ -63,9 +63,18 @@ class Sides:
         )
 
     def mixed(self) -> list[RolloutRequest]:
-        """Eight requests: prompts of four lengths, with and without guidance, 6 to 8 steps."""
-        scales = [1.0, 4.0, 2.5]
-        return [self.request(i, PROMPTS[i % 4], true_cfg_scale=scales[i % 3], num_inference_steps=6 + i % 3) for i in range(8)]
+        """Eight requests: prompts of four lengths, without guidance, and with it in two passes or in one, 6 to 8 steps."""
+        scales, widths = [1.0, 4.0, 2.5], [16, 32]
+        return [
+            self.request(
+                i,
+                PROMPTS[i % 4],
+                true_cfg_scale=scales[i % 3],
+                num_inference_steps=6 + i % 3,
+                negative_prompt_width=widths[i // 4],
+            )
+            for i in range(8)
+        ]
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
         return sorted(self.engine.generate(requests), key=lambda trajectory: trajectory.seed)

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLQwenImage
 
 from omni_rollout.models.base import rollout
 from omni_rollout.models.base.sizes import DECODE_ROWS, decode_rows
+from omni_rollout.models.qwen_image.decoder import install_frame_convs
 from omni_rollout.models.qwen_image.spec import layout
 from omni_rollout.rollout.decoding import DecodeError, Decoder
 
@@ -46,6 +48,22 @@ def test_an_image_is_the_same_in_any_company(sides: Any, calls: list[int]) -> No
     mixed = images(sides, [*sizes(sides, 3), sides.request(9, "dog", height=32, width=32)])
     assert calls == [DECODE_ROWS] * 2 and mixed[9].shape == (32, 32, 3)
     assert all(np.array_equal(mixed[seed], together[seed]) for seed in range(3))
+
+
+def test_one_frame_is_decoded_as_by_the_vae_itself_but_for_rounding(sides: Any) -> None:
+    own = AutoencoderKLQwenImage.from_pretrained(sides.checkpoint, subfolder="vae").to(sides.pipeline.vae.dtype)
+    latents = torch.randn(DECODE_ROWS, 16, 1, 8, 6, generator=torch.Generator().manual_seed(0)).to(own.dtype)
+    exact = own.dtype == torch.float32
+    with torch.no_grad():
+        expected = own.decode(latents).sample
+        found = sides.pipeline.vae.decode(latents, return_dict=False)[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 if exact else 0.1)
+        install_frame_convs(own.decoder)
+        assert torch.equal(own.decode(latents).sample, found)
+        video = torch.cat([latents, latents.flip(0)], dim=2)
+        frames = own.decode(video).sample  # with a past, it is what it was
+        own_again = AutoencoderKLQwenImage.from_pretrained(sides.checkpoint, subfolder="vae").to(own.dtype)
+        torch.testing.assert_close(frames, own_again.decode(video).sample, rtol=0, atol=2e-5 if exact else 0.1)
 
 
 def test_an_encoder_that_hangs_does_not_hang_the_decoder(sides: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_rollout.diffusion.guidance import guide
+from omni_rollout.models.base.velocity import Conditioning, velocity
+from omni_rollout.models.qwen_image.spec import resolve
 
 
 def branches(seed: int = 0, shape: tuple[int, ...] = (3, 5, 8)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,3 +74,50 @@ def test_bf16_branches_are_combined_in_fp32() -> None:
     assert guided.dtype == torch.float32
     assert torch.equal(guided, guide(positive.float(), negative.float(), 4.0))
     assert not torch.equal(guided, guided.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "negative_tokens", "calls"),
+    [((4, 4), (3, 2), [2, 2]), ((3, 1), (2, 3), [4]), ((4, 4), (4, 4), [4])],
+    ids=["one branch is padded", "both are", "neither is"],
+)
+def test_both_branches_share_a_pass_where_rows_of_one_would(tokens, negative_tokens, calls):
+    """And each row's velocity is the one of two passes: a row does not see its company."""
+    spec = resolve({"height": 32, "width": 32, "true_cfg_scale": 4.0, "prompt_width": 4})
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 64, generator=generator)
+
+    def padded(valid: int) -> dict[str, torch.Tensor]:
+        return {"embeds": torch.randn(4, 8, generator=generator), "mask": torch.arange(4) < valid}
+
+    rows = [
+        Conditioning(
+            prompt_embeds=(own := padded(valid))["embeds"],
+            prompt_embeds_mask=own["mask"],
+            negative_prompt_embeds=(other := padded(less))["embeds"],
+            negative_prompt_embeds_mask=other["mask"],
+            spec=spec,
+        )
+        for valid, less in zip(tokens, negative_tokens, strict=True)
+    ]
+    seen: list[int] = []
+
+    def network(**given: Any) -> torch.Tensor:
+        seen.append(len(given["hidden_states"]))
+        assert len(given["timestep"]) == len(given["img_shapes"]) == len(given["encoder_hidden_states"]) == seen[-1]
+        mask = given["encoder_hidden_states_mask"]
+        text = given["encoder_hidden_states"] if mask is None else given["encoder_hidden_states"] * mask[..., None]
+        return given["hidden_states"] * text.sum((1, 2))[:, None, None] + given["timestep"][:, None, None]
+
+    times = torch.tensor([700.0, 300.0])
+    found = velocity(network, latents, times, rows, torch.float32)
+    assert seen == calls
+
+    def alone(embeds: torch.Tensor, mask: torch.Tensor, row: int) -> torch.Tensor:
+        return latents[row] * (embeds * mask[:, None]).sum() + times[row] / 1000
+
+    positive = torch.stack([alone(one.prompt_embeds, one.prompt_embeds_mask, row) for row, one in enumerate(rows)])
+    negative = torch.stack(
+        [alone(one.negative_prompt_embeds, one.negative_prompt_embeds_mask, row) for row, one in enumerate(rows)]
+    )
+    torch.testing.assert_close(found, guide(positive, negative, 4.0, renormalise=True))

@@ -90,7 +90,8 @@ def velocity(
     """[B, *shape] fp32, guidance applied where asked for.
 
     Args:
-        network: called with `expert` and the transformer's inputs, once for the prompts and once for the negative prompts.
+        network: called with `expert` and the transformer's inputs; with guidance once for both branches, where their widths and
+            their need of a mask agree, else once for each.
         latents: [B, *shape] fp32.
         timesteps: [B] fp32, 0 to 1000.
         conditions: B of one `key(expert)`.
@@ -100,22 +101,32 @@ def velocity(
     assert all(row.key(expert) == first.key(expert) for row in conditions), "rows of one batch must share their batch_key"
     family = family_module(first.spec.family, "velocity")
 
-    def branch(embeds: list[torch.Tensor], masks: list[torch.Tensor]) -> torch.Tensor:
-        mask = torch.stack(masks)
+    def forward(embeds: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> torch.Tensor:
+        branches = len(embeds) // len(conditions)
+        x, mask = torch.cat([latents] * branches), torch.stack(list(masks))
         prediction = network(
             expert=expert,
-            encoder_hidden_states=torch.stack(embeds).to(dtype),
+            encoder_hidden_states=torch.stack(list(embeds)).to(dtype),
             # One rule: no mask when nothing is padded. With and without one, attention may take different kernels.
             encoder_hidden_states_mask=None if bool(mask.all()) else mask,
-            timestep=family.timestep(timesteps, dtype),
-            **family.inputs(latents, conditions, dtype),
+            timestep=family.timestep(torch.cat([timesteps] * branches), dtype),
+            **family.inputs(x, [*conditions] * branches, dtype),
         )
-        return family.output(prediction, latents).float()
+        return family.output(prediction, x).float()
 
-    positive = branch([row.prompt_embeds for row in conditions], [row.prompt_embeds_mask for row in conditions])
+    embeds, masks = [row.prompt_embeds for row in conditions], [row.prompt_embeds_mask for row in conditions]
     if not first.guided(expert):
-        return positive
-    negatives = [row.negative_prompt_embeds for row in conditions if row.negative_prompt_embeds is not None]
+        return forward(embeds, masks)
+    negative_embeds = [row.negative_prompt_embeds for row in conditions if row.negative_prompt_embeds is not None]
     negative_masks = [row.negative_prompt_embeds_mask for row in conditions if row.negative_prompt_embeds_mask is not None]
+    if _alike(masks[0], negative_masks[0]):
+        positive, negative = forward([*embeds, *negative_embeds], [*masks, *negative_masks]).chunk(2)
+    else:
+        positive, negative = forward(embeds, masks), forward(negative_embeds, negative_masks)
     scale = torch.tensor(family.scales(conditions, expert), dtype=torch.float32)
-    return guide(positive, branch(negatives, negative_masks), scale, renormalise=family.renormalise(first.spec))
+    return guide(positive, negative, scale, renormalise=family.renormalise(first.spec))
+
+
+def _alike(mask: torch.Tensor, negative: torch.Tensor) -> bool:
+    """Whether the rows of both guidance branches may share a forward pass: what `Conditioning.key` asks of one branch's."""
+    return len(mask) == len(negative) and bool(mask.all()) == bool(negative.all())

@@ -1,0 +1,54 @@
+"""Scores the images of a step that are there already, while others are still being sampled."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from omni_rollout.rewards.base.contract import RewardBatch
+from omni_rollout.rewards.base.sum import WeightedSum
+from omni_rollout.types import RolloutRequest, Trajectory
+
+
+class Meanwhile:
+    """One step's rewards, group by group, in a thread of its own.
+
+    A group is scored as soon as it is complete, in the order of its ids and in one call: what a reward is given together does
+    not depend on which image was finished first. Use it as a context: leaving it early drops what has not begun.
+    """
+
+    def __init__(self, rewards: WeightedSum, requests: Iterable[RolloutRequest]) -> None:
+        self._rewards = rewards
+        self._left = Counter(request.group_id for request in requests)
+        self._groups: dict[str, list[Trajectory]] = defaultdict(list)
+        self._scored: list[tuple[list[Trajectory], Future[RewardBatch]]] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+
+    def add(self, trajectory: Trajectory) -> None:
+        group = self._groups[trajectory.group_id]
+        group.append(trajectory)
+        self._left[trajectory.group_id] -= 1
+        if not self._left[trajectory.group_id]:
+            group.sort(key=lambda one: one.request_id)
+            media, prompts = [one.media for one in group], [one.prompt for one in group]
+            self._scored.append((group, self._thread.submit(self._rewards, media, prompts)))
+
+    def result(self, trajectories: Sequence[Trajectory]) -> RewardBatch:
+        """Of all of them, in their order, once the last is scored."""
+        places = {one.request_id: place for place, one in enumerate(trajectories)}
+        breakdown: dict[str, list[float | None]] = {name: [None] * len(places) for name in self._rewards.weights}
+        failures: list[str] = []
+        for group, future in self._scored:
+            batch = future.result()
+            failures += batch.failures
+            for name, values in batch.breakdown.items():
+                for one, value in zip(group, values, strict=True):
+                    breakdown[name][places[one.request_id]] = value
+        return self._rewards.batch(breakdown, failures)
+
+    def __enter__(self) -> Meanwhile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
