@@ -62,9 +62,12 @@ def _saved_outside_blocks(model: Transformer, run: Pass, *, lora: bool) -> int:
 
 
 def backward_working(model: Transformer, run: Pass, *, lora: bool) -> int:
-    """At most what backward makes at a time: gradients within one MLP, and of one of its weights."""
+    """At most what backward makes at a time: gradients within one MLP, and of one of its weights; with LoRA in place of these
+    the four fp32 matrices that a weight is merged from."""
     video = run.rows * run.image_tokens * run.item
-    return video * (2 * model.width + 2 * model.inner_width) + (0 if lora else 4 * model.width * model.inner_width)
+    return video * (2 * model.width + 2 * model.inner_width) + 4 * model.width * (
+        4 * model.width if lora else model.inner_width
+    )
 
 
 def forward_working(model: Transformer, run: Pass) -> int:
