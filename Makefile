@@ -46,8 +46,9 @@ simulation: $(INSTALLED)
 memory: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory
 
+# Diffusers, stock vllm-omni, the bare transformer and ours, in turns: rewrites the tables and plots of docs/performance.md.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/parity_cost.py --model recipes/nano/checkpoint
+	$(BIN)/python -m benchmarks.speed
 
 doctor: $(INSTALLED)
 	$(BIN)/omni-rollout doctor

@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+AUTO = "auto"  # of a number: to be measured
+
 
 class Backend(Enum):
     embedded = "embedded"  # engine, trainer and loop in one process
@@ -117,7 +119,7 @@ class SamplingConfig:
 class RolloutConfig:
     group_size: int = 8  # images per prompt, among which advantages are taken
     prompts_per_step: int = 4
-    max_num_seqs: int = 8  # requests denoised together
+    max_num_seqs: Any = 8  # requests denoised together; auto: what an engine in this process measures as it starts
     workers: int = 1  # engines; more than one with backend=verl
     timeout: float = 600.0  # seconds without a finished image after which an engine is taken for dead
     keep_finished: bool = True  # trajectories on disk until a checkpoint holds what was learned from them
@@ -260,5 +262,7 @@ class TrainConfig:
     # .txt (one a line), .jsonl or .parquet with `prompt` and metadata, a folder, a dataset, a function; or {SOURCE: WEIGHT}
     prompts: Any = MISSING
     threads: int | None = None  # of torch; None: torch's own choice
+    profile: bool = False  # of one step: a torch trace and a table by stage, in run_dir/profile
+    profile_step: int = 2  # which, counted from where the run starts or goes on; the first is slower than the others
     run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
     experiment: Any = None  # set by `experiment=NAME`; the name is kept in the run's config.yaml

@@ -34,6 +34,7 @@ from omni_rollout.rollout.choice import held_here, open_engine
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.evaluate import sampled
 from omni_rollout.run.evaluation import captioned, evaluated
+from omni_rollout.run.profile import StepProfile
 from omni_rollout.run.resume import check_weights, enter, run_state
 from omni_rollout.run.start import Start, find_start
 from omni_rollout.run.stop import StopFlag
@@ -74,7 +75,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> None:
 
 
 def _loop(config: TrainConfig, start: Start, trainer: Trainer, sight: Monitor, stop: StopFlag) -> Checkpoints:
-    checkpoints = Checkpoints(config, trainer.journal)
+    checkpoints, profile = Checkpoints(config, trainer.journal), StepProfile(config, start.step)
     if config.evaluation.images and not start.step:
         metrics, images, notes = trainer.evaluate(0)
         sight.log(0, metrics, notes=notes, evaluation=images)
@@ -82,12 +83,14 @@ def _loop(config: TrainConfig, start: Start, trainer: Trainer, sight: Monitor, s
         stop.stepping()
         evaluation: list[CaptionedImage] = []
         with monitor.last_words(sight, step):
-            report = trainer.step(step)
+            with profile.watching(step, trainer.engine, trainer.learner, trainer.rewards):
+                report = trainer.step(step)
             if trainer.evaluation_due(step):
                 evaluated, evaluation, lost = trainer.evaluate(step)
                 report.metrics |= evaluated
                 report.notes |= lost
         sight.log(step, report.metrics, report.images, {**report.notes, **checkpoints.notes()}, evaluation)
+        profile.tell(step, report.metrics, trainer.progress)
         stopping = stop.is_set
         if checkpoints.due(step, stopping=stopping):
             trainer.progress.stage("saving the checkpoint", quiet=True)

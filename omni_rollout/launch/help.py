@@ -11,7 +11,7 @@ keys (all of them, with their defaults: omni_rollout/config.py):
   sampling.num_inference_steps, .true_cfg_scale, .negative_prompt, .seed
   sampling.sde_type=sde|cps|dance_sde|ode, .noise_level, .sde_window_size, .sde_window_range
   rollout.group_size                      images per prompt: 1 for rollout, 8 for train
-  rollout.max_num_seqs                    images denoised together
+  rollout.max_num_seqs=N|auto             images denoised together; auto: the number that is fastest here, measured at the start
 """
 CHECKPOINT_KEYS = """\
   checkpoint=RUN|STEP                     a run folder (its newest checkpoint) or one of its checkpoints/step_...,
@@ -35,6 +35,7 @@ TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   run_dir=FOLDER                          config.yaml, metrics.jsonl, images/, checkpoints/
   trainer.save_every, .keep_checkpoints   steps between checkpoints, and how many stay
   trainer.resume=none|auto|FOLDER         go on from run_dir's newest checkpoint, or from one that is named
+  profile=true                            of step 2 (profile_step=N): a torch trace and a table by stage, in run_dir/profile
   dry_run=true [gpus=8x80]                check paths, prompts, rewards and memory, say what would be trained, and stop
 
 examples:

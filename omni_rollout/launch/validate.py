@@ -9,11 +9,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 
 from omni_rollout.algorithms import algorithm_class, get_algorithm
 from omni_rollout.config import (
+    AUTO,
     Backend,
     Offload,
     OldLogProbs,
@@ -45,7 +47,7 @@ def validate(config: TrainConfig) -> None:
     """
     common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *prompt_problems(config)]
     own = [*_learning(config), *reward_problems(config), *_trainer(config), *_guard(config), *_processes(config)]
-    _raise([*common, *own, *_folder("run_dir", config.run_dir)])
+    _raise([*common, *own, *_measured(config), *_folder("run_dir", config.run_dir)])
 
 
 def validate_rollout(config: TrainConfig, out: str) -> None:
@@ -102,6 +104,7 @@ def _raise(problems: list[str]) -> None:
 
 
 def _numbers(config: TrainConfig) -> Iterator[str]:
+    yield from _in_flight(config.rollout.max_num_seqs)
     at_least: dict[str, tuple[float | None, float]] = {
         "collate.prompt_width": (config.collate.prompt_width, 1),
         "collate.negative_prompt_width": (config.collate.negative_prompt_width, 1),
@@ -110,7 +113,6 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "sampling.sde_window_size": (config.sampling.sde_window_size, 1),
         "rollout.group_size": (config.rollout.group_size, 1),
         "rollout.prompts_per_step": (config.rollout.prompts_per_step, 1),
-        "rollout.max_num_seqs": (config.rollout.max_num_seqs, 1),
         "rollout.workers": (config.rollout.workers, 1),
         "algorithm.kl_coef": (config.algorithm.kl_coef, 0),
         "reward.threads": (config.reward.threads, 1),
@@ -133,6 +135,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "launch.cpus_per_task": (config.launch.cpus_per_task, 1),
         "launch.object_store_mb": (config.launch.object_store_mb, 128),
         "threads": (config.threads, 1),
+        "profile_step": (config.profile_step, 1),
         "serve.port": (config.serve.port, 0),
         **{f"serve.{name}": (value, 1) for name, value in vars(config.serve).items() if name.startswith("max_")},
     }
@@ -160,6 +163,11 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
     ):
         if not math.isfinite(value):
             yield f"{key}={value}: expected a finite number"
+
+
+def _in_flight(number: Any) -> Iterator[str]:
+    if number != AUTO and (not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= _LARGEST):
+        yield f"rollout.max_num_seqs={number}: expected at least 1 and at most {_LARGEST}, or auto"
 
 
 def _sampling(sampling: SamplingConfig) -> Iterator[str]:
@@ -221,8 +229,7 @@ def _trainer(config: TrainConfig) -> Iterator[str]:
 def trainer_engine(trainer: TrainerConfig) -> Iterator[str]:
     """What is wrong with the choice of engine, ZeRO stage, offload and ranks."""
     engine, stage, offload = trainer.engine, trainer.zero_stage, trainer.offload
-    deepspeed = engine is TrainerEngineName.deepspeed
-    if deepspeed and stage not in (0, 1, 2, 3):
+    if (deepspeed := engine is TrainerEngineName.deepspeed) and stage not in (0, 1, 2, 3):
         yield f"trainer.zero_stage={stage}: expected 0, 1, 2 or 3"
     if engine is TrainerEngineName.fsdp2 and trainer.ranks == 1:
         yield "trainer.engine=fsdp2: one rank has nothing to cut; give trainer.ranks (backend=verl), or trainer.engine=torch"
@@ -252,11 +259,21 @@ def _processes(config: TrainConfig) -> Iterator[str]:
     for key, number in (("rollout.workers", config.rollout.workers), ("trainer.ranks", config.trainer.ranks)):
         if number > 1 and config.backend is Backend.embedded:
             yield f"{key}={number}: backend=embedded is one process; give backend=verl"
-    url = config.rollout.url
-    if url is not None and not re.fullmatch(r"https?://[^/\s,]+/?(,https?://[^/\s,]+/?)*", url):
+    if config.profile and config.backend is Backend.verl:
+        yield "profile=true: backend=verl takes a step in several processes, and a profile is of one; give backend=embedded"
+    if (url := config.rollout.url) is not None and not re.fullmatch(r"https?://[^/\s,]+/?(,https?://[^/\s,]+/?)*", url):
         yield f"rollout.url={url}: expected http://HOST:PORT, as omni-rollout serve prints it; of several, a comma between them"
     if url is not None and config.backend is Backend.verl:
         yield f"rollout.url={url}: backend=verl has engines of its own; give backend=embedded"
+
+
+def _measured(config: TrainConfig) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.max_num_seqs == AUTO and (rollout.url is not None or config.backend is Backend.verl):
+        yield (
+            "rollout.max_num_seqs=auto: only an engine in this process can be measured; "
+            "give a number, or backend=embedded without rollout.url"
+        )
 
 
 def _model(config: TrainConfig) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from omni_rollout.algorithms import get_algorithm
-from omni_rollout.config import Offload, TrainerEngineName
+from omni_rollout.config import AUTO, Offload, TrainerEngineName
 from omni_rollout.models.base.sizes import decode_rows
 from omni_rollout.plan.parts import Part, Run, Sharing, When
 
@@ -139,7 +139,9 @@ def engine_parts(run: Run) -> list[Part]:
 
 
 def _engine(run: Run) -> list[Part]:
-    sizes, model, spec, rows = run.sizes, run.sizes.transformer, run.spec, run.config.rollout.max_num_seqs
+    asked = run.config.rollout.max_num_seqs
+    rows = 1 if asked == AUTO else asked  # no more in flight than there is room for
+    sizes, model, spec = run.sizes, run.sizes.transformer, run.spec
     kept = len(spec.step_indices) + 1
     image = run.passes(1)[0].image_tokens
     latents = rows * (image * model.channels * 4 * (kept + 1) + run.conditions * run.item)

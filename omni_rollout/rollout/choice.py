@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from omni_rollout.config import TrainConfig
+from omni_rollout.config import AUTO, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.launch.progress import Progress
+from omni_rollout.rollout import in_flight
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.rollout.remote import RemoteEngine
 from omni_rollout.rollout.several import RemoteEngines
@@ -18,7 +19,7 @@ def open_engine(config: TrainConfig, progress: Progress) -> Engine:
     """Raises UserError: nobody answers at `rollout.url`, or with another model than the run's."""
     url = config.rollout.url
     progress.stage("loading the model into the engine" if url is None else f"asking {url}")
-    return make_engine(config) if url is None else _remote(config)
+    return make_engine(config, progress) if url is None else _remote(config)
 
 
 def held_here(engine: Engine) -> dict[str, torch.Tensor]:
@@ -26,15 +27,25 @@ def held_here(engine: Engine) -> dict[str, torch.Tensor]:
     return engine.policy_tensors() if isinstance(engine, RolloutEngine) else {}
 
 
-def make_engine(config: TrainConfig) -> RolloutEngine:
-    """In this process, whatever `rollout.url` says."""
-    return RolloutEngine(
+def make_engine(config: TrainConfig, progress: Progress | None = None) -> RolloutEngine:
+    """In this process, whatever `rollout.url` says; `progress` is told what `rollout.max_num_seqs=auto` found."""
+    asked = config.rollout.max_num_seqs
+    engine = RolloutEngine(
         config.model.path,
         family=config.model.family,
         dtype=config.model.dtype.value,
-        max_num_seqs=config.rollout.max_num_seqs,
+        max_num_seqs=in_flight.MOST if asked == AUTO else asked,
         parity=config.parity.value,
     )
+    if asked == AUTO:
+        try:
+            found = in_flight.calibrate(engine, config)
+        except BaseException:
+            engine.close()
+            raise
+        if progress is not None:
+            progress.say(in_flight.told(found))
+    return engine
 
 
 def _remote(config: TrainConfig) -> RemoteEngine | RemoteEngines:

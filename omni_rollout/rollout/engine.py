@@ -41,7 +41,6 @@ from omni_rollout.trajectories.digest import buckets, combined_digest, tensor_di
 from omni_rollout.types import RolloutRequest, Trajectory
 
 PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")
-IN_HAND_BYTES = 32 << 20  # of new weights that are not yet in the engine, at a time
 LIVENESS_SECONDS = 5.0  # between looks at whether the engine's thread still runs
 Record = dict[str, Any]  # of one image, as `RolloutMixin.post_decode` makes it
 Deliver = Callable[[Trajectory | Exception], None]
@@ -192,7 +191,7 @@ class RolloutEngine:
         self._check_open()
         self._drain()
         sent: dict[str, str] = {}  # "": it is the engine's own
-        for bucket in buckets(named, IN_HAND_BYTES):
+        for bucket in buckets(named, 32 << 20):
             sent |= dict.fromkeys(dict(bucket), "") | tensor_digests(self._rpc("load_weights", bucket))
         held = self._rpc("adopt_policy", version)
         check_synced(sent, held, version)
@@ -226,6 +225,15 @@ class RolloutEngine:
             "versions": versions,
             "weights": combined_digest(digests),
         }
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests denoised together at most; may be set between calls, to no more than the engine was made for."""
+        return self._engine.scheduler.max_num_running_reqs
+
+    @max_num_seqs.setter
+    def max_num_seqs(self, number: int) -> None:
+        self._engine.scheduler.max_num_running_reqs = number
 
     @property
     def weights_digest(self) -> str:

@@ -61,7 +61,7 @@ def rollout_to_folder(
 def engine_of(config: TrainConfig, progress: Progress, prepare: Prepare | None = None) -> RolloutEngine:
     """The engine that `config` asks for, closed again where `prepare` fails."""
     progress.stage("loading the model into the engine")
-    engine = make_engine(config)
+    engine = make_engine(config, progress)
     if prepare is not None:
         try:
             progress.stage("loading the checkpoint into the engine")
