@@ -8,7 +8,7 @@ INSTALLED := .venv/installed-$(EXTRA)
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint slow equality exact faults simulation bench doctor clean
+.PHONY: demo test lint slow equality exact faults simulation memory bench doctor clean
 
 demo: $(INSTALLED)
 	$(BIN)/omni-rollout train experiment=nano_ocr
@@ -41,6 +41,10 @@ faults: $(INSTALLED)
 # The scheduler with 8 to 512 simulated engines: rewrites the tables and plots of docs/scaling.md.
 simulation: $(INSTALLED)
 	$(BIN)/python -m benchmarks.simulation
+
+# Peak memory of a process with an engine and a trainer, by two sizes of a random model; half an hour, 8 GiB.
+memory: $(INSTALLED)
+	$(BIN)/python -m benchmarks.memory
 
 # Diffusers, stock vllm-omni, the bare transformer and ours, in turns: rewrites the tables and plots of docs/performance.md.
 bench: $(INSTALLED)

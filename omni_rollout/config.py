@@ -56,6 +56,13 @@ class Offload(Enum):
     all = "all"  # parameters too: fsdp2, or deepspeed's stage 3
 
 
+class Reduce(Enum):
+    """When engine=fsdp2 sums gradients over the ranks."""
+
+    update = "update"  # once, so until then every rank holds those of all trained parameters whole
+    backward = "backward"  # after every backward pass, so a rank keeps its share alone
+
+
 class OldLogProbs(Enum):
     rollout = "rollout"  # exact profile: they are the trainer's own, bit for bit, so one forward pass is saved
     recompute = "recompute"
@@ -167,6 +174,7 @@ class TrainerConfig:
     ranks: int = 1  # processes that share an update's rows; more than one with backend=verl
     zero_stage: int = 1  # with engine=deepspeed: 0 cuts nothing, 1 the optimizer, 2 gradients too, 3 parameters too
     offload: Offload = Offload.none
+    reduce: Reduce = Reduce.update
     steps: int = 30
     learning_rate: float = 1e-4
     warmup_steps: int = 5

@@ -30,7 +30,7 @@ from omni_rollout.monitor import CaptionedImage, Guards, Monitor
 from omni_rollout.policy.learner import Learner, Which
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
 from omni_rollout.rewards import Meanwhile, make_rewards
-from omni_rollout.rollout.choice import open_engine
+from omni_rollout.rollout.choice import held_here, open_engine
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.evaluate import sampled
 from omni_rollout.run.evaluation import captioned, evaluated
@@ -134,7 +134,7 @@ class Trainer:
         self.engine = open_engine(config, progress)
         try:
             progress.stage("loading the model into the trainer", quiet=True)
-            self.learner = Learner(config, checkpoint=start.checkpoint)
+            self.learner = Learner(config, checkpoint=start.checkpoint, held=held_here(self.engine))
             self._sync()  # also proves, before the first rollout, that both sides read the same checkpoint
             check_weights(start, self.expected["weights"])
         except BaseException:

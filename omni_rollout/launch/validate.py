@@ -21,6 +21,7 @@ from omni_rollout.config import (
     OldLogProbs,
     OnMismatch,
     Parity,
+    Reduce,
     SamplingConfig,
     SDETypeName,
     TrainConfig,
@@ -228,11 +229,12 @@ def _trainer(config: TrainConfig) -> Iterator[str]:
 def trainer_engine(trainer: TrainerConfig) -> Iterator[str]:
     """What is wrong with the choice of engine, ZeRO stage, offload and ranks."""
     engine, stage, offload = trainer.engine, trainer.zero_stage, trainer.offload
-    deepspeed = engine is TrainerEngineName.deepspeed
-    if deepspeed and stage not in (0, 1, 2, 3):
+    if (deepspeed := engine is TrainerEngineName.deepspeed) and stage not in (0, 1, 2, 3):
         yield f"trainer.zero_stage={stage}: expected 0, 1, 2 or 3"
     if engine is TrainerEngineName.fsdp2 and trainer.ranks == 1:
         yield "trainer.engine=fsdp2: one rank has nothing to cut; give trainer.ranks (backend=verl), or trainer.engine=torch"
+    if trainer.reduce is Reduce.backward and engine is not TrainerEngineName.fsdp2:
+        yield "trainer.reduce=backward: needs trainer.engine=fsdp2; of deepspeed, trainer.zero_stage=2 and 3 do so anyway"
     if offload is Offload.optimizer and not (deepspeed and stage > 0):
         yield "trainer.offload=optimizer: needs trainer.engine=deepspeed and trainer.zero_stage of 1, 2 or 3"
     if offload is Offload.all and not (engine is TrainerEngineName.fsdp2 or (deepspeed and stage == 3)):
@@ -259,8 +261,7 @@ def _processes(config: TrainConfig) -> Iterator[str]:
             yield f"{key}={number}: backend=embedded is one process; give backend=verl"
     if config.profile and config.backend is Backend.verl:
         yield "profile=true: backend=verl takes a step in several processes, and a profile is of one; give backend=embedded"
-    url = config.rollout.url
-    if url is not None and not re.fullmatch(r"https?://[^/\s,]+/?(,https?://[^/\s,]+/?)*", url):
+    if (url := config.rollout.url) is not None and not re.fullmatch(r"https?://[^/\s,]+/?(,https?://[^/\s,]+/?)*", url):
         yield f"rollout.url={url}: expected http://HOST:PORT, as omni-rollout serve prints it; of several, a comma between them"
     if url is not None and config.backend is Backend.verl:
         yield f"rollout.url={url}: backend=verl has engines of its own; give backend=embedded"

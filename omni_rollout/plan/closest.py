@@ -9,14 +9,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from omni_rollout.config import Backend, DType, Offload, TrainConfig, TrainerEngineName
+from omni_rollout.config import Backend, DType, Offload, Reduce, TrainConfig, TrainerEngineName
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
 from omni_rollout.launch.outputs import file_problem
 from omni_rollout.launch.validate import trainer_engine, validate_plan
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sizes import Sizes
-from omni_rollout.plan.memory import total
+from omni_rollout.plan.parts import total
 from omni_rollout.plan.report import show
 from omni_rollout.plan.split import Gpus, Plan, make_plan, make_run
 
@@ -35,6 +35,7 @@ def changes() -> list[Change]:
         trainer("trainer.gradient_checkpointing=true", gradient_checkpointing=True),
         trainer("trainer.micro_batch_size=1", micro_batch_size=1),
         trainer("trainer.engine=fsdp2", engine=TrainerEngineName.fsdp2),
+        trainer("trainer.engine=fsdp2 trainer.reduce=backward", engine=TrainerEngineName.fsdp2, reduce=Reduce.backward),
         trainer("trainer.engine=deepspeed trainer.zero_stage=2", engine=TrainerEngineName.deepspeed, zero_stage=2),
         trainer("trainer.engine=deepspeed trainer.zero_stage=3", engine=TrainerEngineName.deepspeed, zero_stage=3),
         trainer("trainer.offload=optimizer", offload=Offload.optimizer),
@@ -53,7 +54,9 @@ def closest(config: TrainConfig, sizes: Sizes, gpus: Gpus) -> list[tuple[str, Pl
     for number in range(1, MOST_CHANGES + 1):
         found = list(_fitting(config, sizes, gpus, number))
         if found:
-            return sorted(found, key=lambda one: (one[1].ranks, one[1].rank_bytes))[:SHOWN]
+            return sorted(
+                found, key=lambda one: (one[1].ranks, one[1].together_bytes if gpus.count == 1 else one[1].rank_bytes)
+            )[:SHOWN]
     return []
 
 
@@ -108,6 +111,7 @@ def as_json(made: Plan, better: Sequence[tuple[str, Plan]]) -> dict[str, Any]:
         "fits": made.fits,
         "fits_together": made.fits_together,
         "rank_bytes": made.rank_bytes,
+        "together_bytes": made.together_bytes,
         "engine_bytes": total(made.engine),
         "changes": [
             {"overrides": text, "ranks": one.ranks, "engines": one.engines, "rank_bytes": one.rank_bytes}

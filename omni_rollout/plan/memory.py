@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
-from types import ModuleType
+from dataclasses import replace
 
 from omni_rollout.algorithms import get_algorithm
-from omni_rollout.config import AUTO, DType, Offload, TrainConfig, TrainerEngineName
-from omni_rollout.models import family_module
-from omni_rollout.models.base.sizes import Pass, Sizes, decode_rows
-from omni_rollout.types import Layout, SamplingSpec
+from omni_rollout.config import AUTO, Offload, TrainerEngineName
+from omni_rollout.models.base.sizes import decode_rows
+from omni_rollout.plan.parts import Part, Run, Sharing, When
 
 CONTEXT_BYTES = 1 << 30  # what CUDA itself takes of a GPU, for each process on it. A round guess
 RESERVE_BYTES = 4 << 30  # that, NCCL's buffers, and what fragmentation wastes. A round guess
@@ -19,106 +16,45 @@ DEEPSPEED_BUCKET = 500_000_000  # numbers, DeepSpeed's own default: gradients ar
 ZERO3_LIVE = 1_000_000_000  # numbers, DeepSpeed's own default: parameters that stage 3 may hold gathered at a time
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    name: str
-    bytes: int
-    why: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What of a configuration decides about memory."""
-
-    config: TrainConfig
-    spec: SamplingSpec
-    sizes: Sizes
-
-    @property
-    def item(self) -> int:
-        return 2 if self.config.model.dtype is DType.bfloat16 else 4
-
-    @property
-    def rank(self) -> int:
-        """Of LoRA; 0: full weights."""
-        return self.config.trainer.lora_rank
-
-    @property
-    def parameters(self) -> int:
-        """Of all experts."""
-        return self.sizes.experts * self.sizes.transformer.parameters
-
-    @property
-    def trained(self) -> int:
-        of_one = self.sizes.transformer.lora_parameters(self.rank)
-        return self.sizes.experts * of_one if self.rank else self.parameters
-
-    @property
-    def held(self) -> int:
-        """Parameters of the policy, the frozen ones included."""
-        return self.parameters + (self.trained if self.rank else 0)
-
-    @property
-    def widths(self) -> list[int]:
-        """Text tokens of each guidance branch."""
-        return [self.spec.prompt_width] + ([self.spec.negative_prompt_width] if self.spec.negative_prompt is not None else [])
-
-    @property
-    def activations(self) -> ModuleType:
-        """Of the family: what its passes hold."""
-        return family_module(self.spec.family, "activations")
-
-    @property
-    def layout(self) -> Layout:
-        return family_module(self.spec.family, "spec").layout(self.spec)
-
-    @property
-    def conditions(self) -> int:
-        """Numbers that one request is told beside its text."""
-        shapes = self.layout.conditions.values()
-        return sum(prod(self.sizes.transformer.channels if size is None else size for size in shape) for shape in shapes)
-
-    def passes(self, rows: int) -> list[Pass]:
-        image = self.layout.tokens
-        return [Pass(rows=rows, image_tokens=image, text_tokens=width, item=self.item) for width in self.widths]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sharing:
-    """Over how many ranks a trainer engine cuts what."""
-
-    weights: int
-    gradients: int
-    moments: int
-
-    @classmethod
-    def of(cls, config: TrainConfig, ranks: int) -> Sharing:
-        engine, stage = config.trainer.engine, config.trainer.zero_stage
-        if engine is TrainerEngineName.fsdp2:  # sums over the ranks once an update: gradients are whole until then
-            return cls(weights=ranks, gradients=1, moments=ranks)
-        if engine is TrainerEngineName.torch:
-            return cls(weights=1, gradients=1, moments=1)
-        return cls(weights=ranks if stage == 3 else 1, gradients=ranks if stage >= 2 else 1, moments=ranks if stage >= 1 else 1)
-
-
-def total(parts: list[Part]) -> int:
-    return sum(part.bytes for part in parts)
-
-
 def rank_parts(run: Run, ranks: int) -> list[Part]:
     """On the GPU of one of `ranks` trainer ranks, at the widest moment of an update."""
-    return [*_state(run, ranks), *_gathered(run, ranks), *_update(run), _reserve()]
+    return [_policy(run, ranks), *_state(run, ranks), *_gathered(run, ranks), *_update(run), _reserve()]
+
+
+def process_parts(run: Run) -> list[Part]:
+    """On the GPU of one process that holds an engine and a rank (`backend=embedded`).
+
+    What an adapter leaves alone is there once, in the engine; see `RolloutEngine.policy_tensors`.
+    """
+    shares = run.rank and run.config.trainer.engine is TrainerEngineName.torch
+    policy = _adapted(run) if shares else _policy(run, 1)
+    return [*_engine(run), policy, *_state(run, 1), *_gathered(run, 1), *_update(run), _reserve()]
+
+
+def _policy(run: Run, ranks: int) -> Part:
+    cut = Sharing.of(run.config, ranks).weights
+    of = f" / {ranks} ranks" if cut > 1 else ""
+    if run.config.trainer.offload is Offload.all:
+        return Part(name="policy", bytes=0, why="in the memory of the CPU (trainer.offload)")
+    if not run.rank:
+        why = f"4 bytes x {_billions(run.parameters)} parameters, fp32{of}"
+        return Part(name="master weights", bytes=4 * run.parameters // cut, why=why)
+    why = f"{run.master} bytes x {_billions(run.parameters)} frozen, 4 x {_billions(run.trained)} trained{of}"
+    return Part(name="policy", bytes=(run.master * run.parameters + 4 * run.trained) // cut, why=why)
+
+
+def _adapted(run: Run) -> Part:
+    adapted = run.sizes.experts * run.sizes.transformer.adapted_parameters
+    what = f"{run.master} bytes x {_billions(adapted)} that are adapted, 4 x {_billions(run.trained)} trained"
+    why = f"{what}; the rest is the engine's"
+    return Part(name="policy", bytes=run.master * adapted + 4 * run.trained, why=why)
 
 
 def _state(run: Run, ranks: int) -> Iterator[Part]:
-    """Parameters, gradients, optimizer, average, reference: what stays from micro-batch to micro-batch."""
+    """Gradients, optimizer, average, reference: what stays from micro-batch to micro-batch."""
     config, trainer, share = run.config, run.config.trainer, Sharing.of(run.config, ranks)
     trained, on_gpu = run.trained, trainer.offload is not Offload.all
     cut = f" / {ranks} ranks" if share.weights > 1 else ""
-    if on_gpu:
-        frozen = f"; {_billions(run.parameters)} of them frozen" if run.rank else ""
-        why = f"4 bytes x {_billions(run.held)} parameters, fp32{frozen}{cut}"
-        yield Part(name="master weights", bytes=4 * run.held // share.weights, why=why)
     if trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage > 0 and trainer.offload is Offload.none:
         why = f"4 bytes x {_billions(trained)} trained / {ranks} ranks: ZeRO's flat fp32 partition beside the parameters"
         yield Part(name="optimizer's copy", bytes=4 * trained // share.moments, why=why)
@@ -126,7 +62,7 @@ def _state(run: Run, ranks: int) -> Iterator[Part]:
         f" / {ranks} ranks" if share.gradients > 1 else ", whole until the update"
     )
     if trainer.offload is Offload.none or trainer.engine is TrainerEngineName.fsdp2:
-        yield Part(name="gradients", bytes=4 * trained // share.gradients, why=why)
+        yield Part(name="gradients", bytes=4 * trained // share.gradients, why=why, when=When.update)
     if trainer.offload is Offload.none:
         why = f"8 bytes x {_billions(trained)} trained" + (f" / {ranks} ranks" if share.moments > 1 else "")
         yield Part(name="AdamW's moments", bytes=8 * trained // share.moments, why=why)
@@ -145,18 +81,24 @@ def _gathered(run: Run, ranks: int) -> Iterator[Part]:
     trainer, model = run.config.trainer, run.sizes.transformer
     if trainer.engine is TrainerEngineName.fsdp2 and ranks > 1:
         outside = model.parameters - model.layers * model.block_parameters
-        why = "4 bytes x (2 blocks, of which one is fetched ahead, and what lies outside the blocks)"
-        yield Part(name="gathered weights", bytes=4 * (2 * model.block_parameters + outside), why=why)
+        why = f"{run.master} bytes x (2 blocks, of which one is fetched ahead, and what lies outside the blocks)"
+        gathered = run.master * (2 * model.block_parameters + outside)
+        yield Part(name="gathered weights", bytes=gathered, why=why, when=When.update)
     if trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage > 0:
         if trainer.zero_stage == 3:
             live = min(run.held, ZERO3_LIVE)
-            yield Part(name="gathered weights", bytes=4 * live, why=f"4 bytes x {_billions(live)}, stage3_max_live_parameters")
+            why = f"4 bytes x {_billions(live)}, stage3_max_live_parameters"
+            yield Part(name="gathered weights", bytes=4 * live, why=why, when=When.update)
         why = f"4 bytes x {_billions(DEEPSPEED_BUCKET)}, reduce_bucket_size"
         yield Part(name="reduce bucket", bytes=4 * DEEPSPEED_BUCKET, why=why)
 
 
 def _update(run: Run) -> Iterator[Part]:
     """What one micro-batch needs, forward and backward."""
+    return (replace(part, when=When.update) for part in _micro_batch(run))
+
+
+def _micro_batch(run: Run) -> Iterator[Part]:
     trainer, model, lora = run.config.trainer, run.sizes.transformer, bool(run.rank)
     rows, checkpointing = trainer.micro_batch_size, trainer.gradient_checkpointing
     branches = run.passes(rows)
@@ -166,10 +108,11 @@ def _update(run: Run) -> Iterator[Part]:
     if checkpointing:
         yield Part(name="block inputs", bytes=saved, why=f"kept by gradient checkpointing: {what}")
         widest = max(run.activations.saved_in_block(model, one, lora=lora) for one in branches)
-        why = "activations and cast weights of the block that backward computes again"
+        why = "activations and merged or cast weights of the block that backward computes again"
         yield Part(name="one block", bytes=widest, why=why)
     else:
-        cast = " and all weights cast or merged" if run.item == 2 or lora else ""
+        made = [word for word, there in (("merged", lora), ("cast", branches[0].casts)) if there]
+        cast = f", {' and '.join(made)} weights" if made else ""
         yield Part(name="activations", bytes=saved, why=f"what backward needs{cast}: {what}")
     working = max(run.activations.backward_working(model, one, lora=lora) for one in branches)
     yield Part(name="backward", bytes=working, why="gradients within one block, as backward passes it")
@@ -186,12 +129,16 @@ def start_parts(run: Run) -> list[Part]:
         return parts
     if get_algorithm(run.config.algorithm).needs_reference and not run.rank:
         parts.insert(0, Part(name="reference policy", bytes=4 * run.parameters, why="a copy, before it is cut"))
-    why = f"4 bytes x {_billions(run.parameters)}, before it is cut"
-    return [Part(name="whole policy", bytes=4 * run.parameters, why=why), *parts]
+    why = f"{run.master} bytes x {_billions(run.parameters)}, before it is cut"
+    return [Part(name="whole policy", bytes=run.master * run.parameters, why=why), *parts]
 
 
 def engine_parts(run: Run) -> list[Part]:
     """On the GPU of one rollout engine, with `rollout.max_num_seqs` images in flight."""
+    return [*_engine(run), _reserve()]
+
+
+def _engine(run: Run) -> list[Part]:
     asked = run.config.rollout.max_num_seqs
     rows = 1 if asked == AUTO else asked  # no more in flight than there is room for
     sizes, model, spec = run.sizes, run.sizes.transformer, run.spec
@@ -219,13 +166,14 @@ def engine_parts(run: Run) -> list[Part]:
             name="requests",
             bytes=latents + embeddings,
             why=f"{rows} x ({kept} kept latents and the present one in fp32, {told})",
+            when=When.rollout,
         ),
         Part(
             name="working memory",
             bytes=forward + decode,
             why=f"a forward pass over {rows} rows ({_gib(forward)}), beside it decoding {decoded} at a time ({_gib(decode)})",
+            when=When.rollout,
         ),
-        _reserve(),
     ]
 
 
@@ -233,12 +181,13 @@ def host_parts(run: Run, ranks: int, engines: int, shared: int) -> list[Part]:
     """In the memory of one node that has `ranks` trainer ranks and `engines` of them; `shared`: ranks of the whole run."""
     share, trainer = Sharing.of(run.config, shared), run.config.trainer
     weights = run.item * run.parameters
-    why = f"{ranks} ranks x 4 bytes x {_billions(run.parameters)}: each loads the whole checkpoint in fp32"
-    parts = [Part(name="loading the policy", bytes=ranks * 4 * run.parameters, why=why)] if ranks else []
+    why = f"{ranks} ranks x {run.master} bytes x {_billions(run.parameters)}: each loads the whole checkpoint"
+    parts = [Part(name="loading the policy", bytes=ranks * run.master * run.parameters, why=why)] if ranks else []
     if trainer.offload is not Offload.none and ranks:
         each = (4 + 8 + 4) * run.trained // share.moments
         if trainer.offload is Offload.all:
-            each += 4 * (run.held + (run.trained if trainer.ema_decay else 0)) // share.weights
+            average = run.trained if trainer.ema_decay else 0
+            each += (run.master * run.parameters + 4 * ((run.trained if run.rank else 0) + average)) // share.weights
         parts.append(Part(name="offloaded state", bytes=ranks * each, why=f"{ranks} ranks x {_gib(each)} (trainer.offload)"))
     if engines:
         why = f"{engines} engines x {_gib(weights)}: the new weights as they arrive"

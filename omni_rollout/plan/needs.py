@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from omni_rollout.config import Backend, TrainConfig
 from omni_rollout.models import family_module
-from omni_rollout.plan.memory import engine_parts, rank_parts, start_parts, total
+from omni_rollout.plan.memory import engine_parts, process_parts, rank_parts, start_parts
+from omni_rollout.plan.parts import total
 from omni_rollout.plan.report import gib
 from omni_rollout.plan.split import Gpus, make_plan, make_run
 
@@ -25,13 +26,14 @@ def needs(config: TrainConfig, gpus: str | None) -> tuple[bool, Iterator[str]]:
     rank = max(total(rank_parts(run, ranks)), total(start_parts(run)))
     engine = total(engine_parts(run))
     told = f"a trainer rank {gib(rank)}, a rollout engine {gib(engine)}"
+    process = total(process_parts(run))
     if gpus is None:
-        together = f", {gib(rank + engine)} in one process" if config.backend is Backend.embedded else ""
+        together = f", {gib(process)} in one process" if config.backend is Backend.embedded else ""
         return True, iter([f"memory      {told}{together} (derived, not measured); gpus=8x80 says whether it fits"])
     place = Gpus.parse(gpus)
     if config.backend is Backend.embedded:
-        fits = rank + engine <= place.bytes
-        where = f"{gib(rank + engine)} in one process, backend=embedded, on one GPU of {place.gib} GiB"
+        fits = process <= place.bytes
+        where = f"{gib(process)} in one process, backend=embedded, on one GPU of {place.gib} GiB"
     else:
         apart = ranks + config.rollout.workers <= place.count
         fits = apart and make_plan(run, place, ranks).fits

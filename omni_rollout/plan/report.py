@@ -10,7 +10,7 @@ from rich.table import Table
 from omni_rollout.config import TrainConfig
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sampling import assumed_images
-from omni_rollout.plan.memory import Part, total
+from omni_rollout.plan.parts import Part, When, total
 from omni_rollout.plan.split import Plan
 
 
@@ -22,22 +22,25 @@ def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) ->
     if images := assumed_images(rules, config.sampling.extra):
         number = f"{len(images)} input image{'' if len(images) == 1 else 's'} of {images[0].height}x{images[0].width}"
         console.print(f"assumed: {number} a prompt; others: sampling.height, sampling.width and sampling.extra")
-    if gpus.count > 1:
+    if gpus.count == 1:
+        console.print(f"one process, backend=embedded: {gib(made.together_bytes)} of {size}: {_verdict(made.fits)}")
+        console.print(_table("an engine and a trainer in one process", made.together))
+    else:
         where = f"trainer.ranks={made.ranks} rollout.workers={made.engines}"
         rank, engine = gib(made.rank_bytes), gib(total(made.engine))
         console.print(f"apart ({where}): rank {rank}, engine {engine} of {size}: {_verdict(made.fits)}")
-    together = max(total(made.together), total(made.start))
-    note = "one process, backend=embedded" if gpus.count == 1 else "not built: arithmetic alone"
-    console.print(f"a rank and an engine on every GPU ({note}): {gib(together)} of {size}: {_verdict(made.fits_together)}")
-    console.print(_table(f"a trainer rank (of {made.ranks}, trainer.engine={config.trainer.engine.value})", made.rank))
-    if total(made.start) > total(made.rank):
-        console.print(_table("a trainer rank as it starts, which is more", made.start))
-    console.print(_table("a rollout engine", made.engine))
-    console.print(_table("memory of a node, at most", made.hosts))
+        together = f"{gib(made.together_bytes)} of {size}: {_verdict(made.fits_together)}"
+        console.print(f"a rank and an engine on every GPU (not built: arithmetic alone): {together}")
+        console.print(_table(f"a trainer rank (of {made.ranks}, trainer.engine={config.trainer.engine.value})", made.rank))
+        if total(made.start) > total(made.rank):
+            console.print(_table("a trainer rank as it starts, which is more", made.start))
+        console.print(_table("a rollout engine", made.engine))
+        console.print(_table("memory of a node, at most", made.hosts))
     if not made.fits:
         console.print("closest that fit:" if better else f"no change that is known here makes it fit {gpus}")
     for text, one in better:
-        console.print(f"  {text}: ranks {one.ranks}, engines {one.engines}; rank {gib(one.rank_bytes)}")
+        need = f"ranks {one.ranks}, engines {one.engines}; rank {gib(one.rank_bytes)}"
+        console.print(f"  {text}: {gib(one.together_bytes) if gpus.count == 1 else need}")
 
 
 def _table(title: str, parts: Sequence[Part]) -> Table:
@@ -47,7 +50,13 @@ def _table(title: str, parts: Sequence[Part]) -> Table:
     table.add_column("why", overflow="fold")
     for part in parts:
         table.add_row(part.name, f"{part.bytes / 2**30:.2f}", part.why)
-    table.add_row("sum", f"{total(list(parts)) / 2**30:.2f}", "", style="bold")
+    phases = [when for when in (When.rollout, When.update) if any(part.when is when for part in parts)]
+    if len(phases) < 2:
+        table.add_row("sum", f"{total(parts) / 2**30:.2f}", "", style="bold")
+    else:
+        for when in phases:
+            needed = total([part for part in parts if part.when in (When.always, when)])
+            table.add_row(f"in {when.value}", f"{needed / 2**30:.2f}", "", style="bold")
     return table
 
 

@@ -9,7 +9,8 @@ from omni_rollout.errors import UserError
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sampling import assumed_images
 from omni_rollout.models.base.sizes import Sizes
-from omni_rollout.plan.memory import Part, Run, engine_parts, host_parts, rank_parts, start_parts, total
+from omni_rollout.plan.memory import engine_parts, host_parts, process_parts, rank_parts, start_parts
+from omni_rollout.plan.parts import Part, Run, total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,12 @@ class Plan:
         return self.engines > 0 and max(self.rank_bytes, total(self.engine)) <= self.gpus.bytes
 
     @property
+    def together_bytes(self) -> int:
+        return max(total(self.together), total(self.start))
+
+    @property
     def fits_together(self) -> bool:
-        return max(total(self.together), total(self.start)) <= self.gpus.bytes
+        return self.together_bytes <= self.gpus.bytes
 
 
 def make_run(config: TrainConfig, sizes: Sizes) -> Run:
@@ -107,7 +112,7 @@ def make_plan(run: Run, gpus: Gpus, ranks: int | None = None) -> Plan:
 def _split(run: Run, gpus: Gpus, ranks: int) -> Plan:
     engines = max(gpus.count - ranks, 0) if gpus.count > 1 else 1
     engine = engine_parts(run)
-    together = rank_parts(run, gpus.count)
+    together = process_parts(run) if gpus.count == 1 else [*rank_parts(run, gpus.count), *engine]
     here = min(ranks, gpus.per_node)
     return Plan(
         gpus=gpus,
@@ -117,5 +122,5 @@ def _split(run: Run, gpus: Gpus, ranks: int) -> Plan:
         start=start_parts(run),
         engine=engine,
         hosts=host_parts(run, here, min(engines, max(gpus.per_node - here, 1)), ranks),
-        together=[*together, *engine],
+        together=together,
     )

@@ -126,7 +126,14 @@ def load_weights(folder: Path, transformer: nn.Module) -> None:
             continue
         tensors = _read_full(folder / name)
         check_fit(folder / name, tensors, network.state_dict())
+        to_masters(network)
         network.load_state_dict(tensors)
+
+
+def to_masters(policy: nn.Module) -> None:
+    """Makes fp32 master weights of parameters that the base has in another dtype; one at a time, in place."""
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.float()
 
 
 def load_generators(folder: Path) -> None:

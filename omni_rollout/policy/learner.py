@@ -19,13 +19,14 @@ from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.diffusion.self_check import checker
 from omni_rollout.models import family_module
-from omni_rollout.policy.checkpoint import load_generators, load_policy, save_policy
+from omni_rollout.models.base.network import Held
+from omni_rollout.policy.checkpoint import load_generators, load_policy, save_policy, to_masters
 from omni_rollout.policy.drift import Drift
 from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
 from omni_rollout.policy.engines.torch_engine import first_rank, on_first_rank
 from omni_rollout.policy.inputs import Shown
-from omni_rollout.policy.lora import attach_lora, base_alone
+from omni_rollout.policy.lora import attach_lora, base_alone, without_adapted
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.policy.rng import seed_generators
 from omni_rollout.policy.state import RunState
@@ -44,16 +45,28 @@ class Learner:
             policy and is given all rows; it scores its share of them, and the gradients are summed. What it keeps of the
             policy is the trainer engine's matter.
         checkpoint: to go on from; the reference of a KL term stays the policy that `config` names.
+        held: what the engine of this process holds: the weights that a LoRA does not touch are shared with it.
     """
 
-    def __init__(self, config: TrainConfig, *, rank: int = 0, ranks: int = 1, checkpoint: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        checkpoint: Path | None = None,
+        held: Held | None = None,
+    ) -> None:
         self.config = config
         self.algorithm = get_algorithm(config.algorithm)
         trainer = config.trainer
         self.dtype: torch.dtype = getattr(torch, config.model.dtype.value)
         seed_generators(config.sampling.seed)
-        load = family_module(config.model.family, "policy").load_policy
-        self.policy = load(config.model.path, self.dtype, config.parity.value)
+        family = family_module(config.model.family, "policy")
+        shared = without_adapted(held or {}, family.LORA_TARGETS) if trainer.lora_rank else None
+        self.policy = family.load_policy(config.model.path, self.dtype, config.parity.value, shared)
+        if not trainer.lora_rank or trainer.engine is TrainerEngineName.deepspeed:  # which takes a policy of one dtype only
+            to_masters(self.policy)
         self._device = compute_device()
         if trainer.engine is not TrainerEngineName.fsdp2:
             self.policy.to(self._device)

@@ -7,7 +7,7 @@ which holds one merged weight; so each wrapper gets another class, in place.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -85,10 +85,23 @@ def _attach(transformer: Any, rank: int, alpha: int, seed: int) -> list[nn.Param
     if not targets:
         raise ValueError(f"{type(transformer).__name__} has none of the layers {', '.join(wanted)}")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(wanted), init_lora_weights="gaussian")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _seen_as_fp32(targets.values()):
         torch.default_generator.manual_seed(seed)
         transformer.add_adapter(config, adapter_name=ADAPTER)  # freezes all else
     return [factor for layer in _wrappers(transformer) for factor in _merge_in_forward(layer)]
+
+
+@contextmanager
+def _seen_as_fp32(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """PEFT rounds the factors it draws to the dtype of the weight beside them: inside, that is fp32, of one number repeated."""
+    own = [(weight, weight.data) for weight in (cast(nn.Parameter, layer.weight) for layer in layers)]
+    for weight, data in own:
+        weight.data = torch.zeros(1, device=data.device).expand(data.shape)
+    try:
+        yield
+    finally:
+        for weight, data in own:
+            weight.data = data
 
 
 @contextmanager
@@ -106,6 +119,12 @@ def base_alone(transformer: nn.Module) -> Iterator[None]:
 
 def _family_policy(transformer: nn.Module) -> ModuleType:
     return family_module(family_of(transformer), "policy")
+
+
+def without_adapted(named: Mapping[str, torch.Tensor], targets: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Those of a family's weights, by checkpoint name, that its adapter on `targets` leaves as they are."""
+    endings = tuple(f".{target}.weight" for target in targets)
+    return {name: tensor for name, tensor in named.items() if not name.endswith(endings)}
 
 
 def has_lora(transformer: nn.Module) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from omni_rollout.config import AUTO, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.launch.progress import Progress
@@ -18,6 +20,11 @@ def open_engine(config: TrainConfig, progress: Progress) -> Engine:
     url = config.rollout.url
     progress.stage("loading the model into the engine" if url is None else f"asking {url}")
     return make_engine(config, progress) if url is None else _remote(config)
+
+
+def held_here(engine: Engine) -> dict[str, torch.Tensor]:
+    """The policy's weights that lie in this process, by checkpoint name; of a server: none."""
+    return engine.policy_tensors() if isinstance(engine, RolloutEngine) else {}
 
 
 def make_engine(config: TrainConfig, progress: Progress | None = None) -> RolloutEngine:

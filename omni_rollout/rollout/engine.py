@@ -1,7 +1,7 @@
 """`RolloutEngine`: vllm-omni's diffusion engine as a plain object in this process.
 
 requests ─► generate ─► submit ─► _sample (one coroutine each) ─► engine.step_streaming ─► Decoder ─► _trajectory ─► yielded
-                                                update_weights ─► _drain ─► load_policy ─► digests compared
+                                                update_weights ─► _drain ─► load_weights ─► adopt_policy ─► digests compared
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 
 from omni_rollout.diffusion.machine import pin_switches
-from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobError, WeightSyncError
+from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobError
 from omni_rollout.models import family_module
 from omni_rollout.rollout.architecture import register
 from omni_rollout.rollout.decoding import DecodeError, Decoder
@@ -30,13 +30,14 @@ from omni_rollout.rollout.guards import (
     check_alone,
     check_distinct,
     check_pinned,
+    check_synced,
     check_threads,
     close_at_exit,
     without_bars,
 )
 from omni_rollout.rollout.platform.linear import register_linears
 from omni_rollout.rollout.records import engine_request, to_trajectory
-from omni_rollout.trajectories.digest import combined_digest, tensor_digests
+from omni_rollout.trajectories.digest import buckets, combined_digest, tensor_digests
 from omni_rollout.types import RolloutRequest, Trajectory
 
 PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")
@@ -179,7 +180,7 @@ class RolloutEngine:
         """Replaces the policy, after every trajectory in flight has finished under the old one.
 
         Args:
-            named: all tensors of the transformer, by checkpoint name, in the engine's dtype.
+            named: all tensors of the transformer, by checkpoint name, in the engine's dtype; those of `policy_tensors` stay.
 
         Returns:
             One digest of all of them.
@@ -189,19 +190,14 @@ class RolloutEngine:
         """
         self._check_open()
         self._drain()
-        tensors = dict(named)
-        sent = tensor_digests(tensors.items())
-        held = self._rpc("load_policy", list(tensors.items()), version)
-        for name in sorted(sent.keys() | held.keys()):
-            if sent.get(name) != held.get(name):
-                where = "not sent" if name not in sent else "not in the engine" if name not in held else "different there"
-                raise WeightSyncError(
-                    f"weight {name}: {where} after update to version {version}; the engine must be loaded again from a "
-                    "checkpoint before its trajectories can be trained on"
-                )
+        sent: dict[str, str] = {}  # "": it is the engine's own
+        for bucket in buckets(named, 32 << 20):
+            sent |= dict.fromkeys(dict(bucket), "") | tensor_digests(self._rpc("load_weights", bucket))
+        held = self._rpc("adopt_policy", version)
+        check_synced(sent, held, version)
         self.policy_version = version
         self._adopt(held)
-        return combined_digest(sent)
+        return combined_digest(held)
 
     def close(self) -> None:
         """Frees the engine; another may be made afterwards. Destroys the process's torch.distributed group with it."""
@@ -252,6 +248,10 @@ class RolloutEngine:
     def policy_digests(self) -> dict[str, str]:
         """Digest of every tensor of the transformer as the engine holds it, by checkpoint name."""
         return self._rpc("policy_digests")
+
+    def policy_tensors(self) -> dict[str, torch.Tensor]:
+        """What `policy_digests` names, in the engine's own memory: whoever shares it must not write into it."""
+        return self._rpc("policy_tensors")
 
     def policy_layout(self) -> dict[str, tuple[str, list[int]]]:
         """dtype and shape of what `policy_digests` names."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from vllm.model_executor.model_loader import weight_utils
 
-from omni_rollout.errors import PinnedKnobError, UserError
+from omni_rollout.errors import PinnedKnobError, UserError, WeightSyncError
 from omni_rollout.launch.progress import VERBOSE
 from omni_rollout.types import RequestError, RolloutRequest
 
@@ -89,3 +89,18 @@ def check_distinct(requests: Sequence[RolloutRequest]) -> None:
         if request.request_id in seen:
             raise RequestError(f"request_id {request.request_id!r} is given twice: one call of generate needs distinct ids")
         seen.add(request.request_id)
+
+
+def check_synced(sent: Mapping[str, str], held: Mapping[str, str], version: int) -> None:
+    """Raises WeightSyncError, naming the first tensor whose digest in the engine is not that of what was sent.
+
+    Args:
+        sent: by name; empty where the tensor that was sent is the engine's own.
+    """
+    for name in sorted(sent.keys() | held.keys()):
+        if name not in sent or name not in held or sent[name] not in ("", held[name]):
+            where = "not sent" if name not in sent else "not in the engine" if name not in held else "different there"
+            raise WeightSyncError(
+                f"weight {name}: {where} after update to version {version}; the engine must be loaded again from a "
+                "checkpoint before its trajectories can be trained on"
+            )

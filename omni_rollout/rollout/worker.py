@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from omni_rollout.models import family_module
 from omni_rollout.rollout.platform.attention import install_attention
 from omni_rollout.rollout.platform.linear import is_exact, pack_linears
 from omni_rollout.rollout.platform.native import all_native, use_native
-from omni_rollout.trajectories.digest import tensor_digests
+from omni_rollout.trajectories.digest import same_memory, tensor_digests
 
 
 class RolloutWorkerExtension(CustomPipelineWorkerExtension):
@@ -66,25 +66,38 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
             _linear_layers(transformer), heads=heads, head_dim=head_dim, dtype=config.dtype, device=pipeline.device
         )
 
-    def load_policy(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> dict[str, str]:
-        """Replaces the policy's weights, then reads them back.
+    def load_weights(self, named: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+        """Replaces some of the policy's weights.
 
         Args:
             named: by checkpoint name; of a policy of several experts, below the name of each one's folder.
 
         Returns:
-            The digest of every tensor as it now stands in the engine, by checkpoint name.
+            Those that were copied; the others are the engine's own memory already.
         """
-        pipeline = self.model_runner.pipeline
+        pipeline, own = self.model_runner.pipeline, self.policy_tensors()
+        moved = [(name, tensor) for name, tensor in named if not same_memory(tensor, own.get(name))]
         with torch.no_grad():
             prefix = "transformer." if len(pipeline.experts) == 1 else ""
-            pipeline.load_weights([(prefix + name, tensor) for name, tensor in named])
-        pipeline.policy_version = version
+            pipeline.load_weights([(prefix + name, tensor) for name, tensor in moved])
+        return moved
+
+    def adopt_policy(self, version: int) -> dict[str, str]:
+        """The weights that were loaded are the policy's `version` from now on.
+
+        Returns:
+            The digest of every tensor as it now stands in the engine, by checkpoint name.
+        """
+        self.model_runner.pipeline.policy_version = version
         self._repack()
         return self.policy_digests()
 
     def policy_digests(self) -> dict[str, str]:
         return tensor_digests(self._named_weights())
+
+    def policy_tensors(self) -> dict[str, torch.Tensor]:
+        """The engine's own, by checkpoint name: parts of fused ones are views of it."""
+        return {name: tensor.detach() for name, tensor in self._named_weights()}
 
     def policy_layout(self) -> dict[str, tuple[str, list[int]]]:
         """dtype and shape of every tensor, by checkpoint name."""

@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from omni_rollout.config import AlgorithmConfig, DType, ModelConfig, Offload, TrainConfig, TrainerConfig, TrainerEngineName
+from omni_rollout.config import (
+    AlgorithmConfig,
+    DType,
+    ModelConfig,
+    Offload,
+    Reduce,
+    TrainConfig,
+    TrainerConfig,
+    TrainerEngineName,
+)
 from omni_rollout.models import family_module
 from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.models.qwen_image.spec import resolve
@@ -31,6 +42,7 @@ from omni_rollout.types import Prompt, RolloutRequest, Trajectory
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"engine": TrainerEngineName.torch},
     "fsdp2": {"engine": TrainerEngineName.fsdp2},
+    "fsdp2-backward": {"engine": TrainerEngineName.fsdp2, "reduce": Reduce.backward},
     "fsdp2-offload": {"engine": TrainerEngineName.fsdp2, "offload": Offload.all, "gradient_checkpointing": True},
     "zero0": {"engine": TrainerEngineName.deepspeed, "zero_stage": 0},
     "zero1": {"engine": TrainerEngineName.deepspeed, "zero_stage": 1},
@@ -50,11 +62,15 @@ KINDS: dict[str, dict[str, Any]] = {
 TRAJECTORIES = {"bf16": "bf16", "experts": "experts"}  # kind -> folder; else full
 # Each engine of a row takes three steps, saves, and the next one of the row goes on from there: every state is read by another.
 SETS: dict[str, dict[str, list[str]]] = {
-    "quick": {"full": ["fsdp2", "zero1", "zero3"], "lora": ["zero3", "fsdp2"], "experts": ["fsdp2", "zero3"]},
+    "quick": {
+        "full": ["fsdp2", "fsdp2-backward", "zero3"],
+        "lora": ["zero1", "fsdp2", "fsdp2-backward"],
+        "experts": ["fsdp2", "zero3"],
+    },
     "all": {
         "full": list(ENGINES),
         "bf16": ["ddp", "fsdp2", "zero2", "zero3"],
-        "lora": ["ddp", "fsdp2", "zero1", "zero3", "zero3-offload"],
+        "lora": ["ddp", "fsdp2", "fsdp2-backward", "zero1", "zero3", "zero3-offload"],
         "kl": ["fsdp2", "zero3"],
         "lora-kl": ["fsdp2", "zero3"],
         "experts": ["ddp", "fsdp2-offload", "zero1", "zero2", "zero3-offload"],
@@ -112,7 +128,10 @@ def run_case(folder: Path, kind: str, engine: str, after: str, rank: int, ranks:
     saved = folder / f"saved-{ranks}-{kind}-{engine}"
     learner = Learner(config_of(folder, kind, engine, ranks), rank=rank, ranks=ranks)
     result = {} if "kl" in kind else first_steps(learner, trajectories)
-    result["norms"] = steps(learner, trajectories, range(1, 4), ADVANTAGES)
+    with reduced_early(learner) as early:
+        result["norms"] = steps(learner, trajectories, range(1, 4), ADVANTAGES)
+    if engine.startswith("fsdp2"):
+        result["summed over the ranks when it says"] = set(early) == {engine == "fsdp2-backward"}
     learner.save(saved, RunState(step=3, weights=digest(learner)))
     if ranks > 1:
         dist.barrier()
@@ -127,6 +146,21 @@ def run_case(folder: Path, kind: str, engine: str, after: str, rank: int, ranks:
     if rank == 0:
         save_file(state, folder / f"{ranks}-{kind}-{engine}.safetensors")
     return result
+
+
+@contextmanager
+def reduced_early(learner: Learner) -> Iterator[list[bool]]:
+    """Of each backward pass but an update's last: whether a rank's share of the sum was there after it."""
+    engine: Any = learner.engine
+    original, seen = engine.backward, list[bool]()
+
+    def backward(loss: torch.Tensor, *, last: bool) -> None:
+        original(loss, last=last)
+        seen.extend([] if last else [any(parameter.grad is not None for parameter in engine._named.values())])
+
+    engine.backward = backward
+    yield seen
+    del engine.backward
 
 
 def two_rows(folder: Path, engine: str, rank: int, ranks: int) -> dict[str, Any]:
@@ -161,7 +195,7 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     from omni_rollout.rollout.engine import RolloutEngine
 
     folder, cases = tmp_path_factory.mktemp("ranks"), request.param
-    build_random(folder / "checkpoint", heads=2, head_dim=16, seed=3)
+    in_bf16(build_random(folder / "checkpoint", heads=2, head_dim=16, seed=3))  # as published ones are
     build_random(folder / "wan", family="wan2_2", heads=2, head_dim=12, seed=3)
     for name in ("full", "experts") if cases == "quick" else ("full", "experts", "bf16"):
         (folder / name).mkdir()
@@ -183,6 +217,11 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         for process in processes.values():
             process.kill()
     return folder, cases
+
+
+def in_bf16(checkpoint: Path) -> None:
+    for path in (checkpoint / "transformer").glob("*.safetensors"):
+        save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
 
 
 def rollout_request(index: int) -> RolloutRequest:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from omni_rollout.algorithms.flow_grpo import FlowGRPO
-from omni_rollout.config import Backend, DType, OldLogProbs, TrainConfig
+from omni_rollout.config import Backend, DType, OldLogProbs, Reduce, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose, to_yaml
 from omni_rollout.launch.paths import config_dir, recipe_dir
@@ -252,6 +252,7 @@ def test_a_sound_configuration_passes(sound: TrainConfig) -> None:
         ("trainer.clip_range", 0.0, "expected more than 0"),
         ("trainer.learning_rate", float("nan"), "expected more than 0"),
         ("trainer.zero_stage", 3, None),
+        ("trainer.reduce", Reduce.backward, "needs trainer.engine=fsdp2"),
         ("trainer.lora_alpha", 8, "give trainer.lora_rank too"),
         ("trainer.betas", [0.9], "expected two numbers"),
         ("trainer.ema_decay", 1.0, "below 1"),

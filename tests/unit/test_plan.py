@@ -33,7 +33,7 @@ from omni_rollout.models.qwen_image.activations import CONDITIONING_ROWS, Pass, 
 from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.nano.components import make_transformer
 from omni_rollout.plan.closest import closest
-from omni_rollout.plan.memory import total
+from omni_rollout.plan.parts import When, total
 from omni_rollout.plan.split import Gpus, Plan, make_plan, make_run
 from omni_rollout.policy.lora import attach_lora
 
@@ -80,8 +80,8 @@ def test_sizes_of_a_folder_are_those_of_its_files(checkpoint: str, random_checkp
     assert (told.text_encoder_item, told.vae_item) == (4, 4)
 
 
-def network(layers: int, heads: int, dtype: torch.dtype, rank: int) -> Any:
-    """The trainer's modules, without a checkpoint's way through a file."""
+def network(layers: int, heads: int, dtype: torch.dtype, rank: int, held: torch.dtype = torch.float32) -> Any:
+    """The trainer's modules, without a checkpoint's way through a file; `held`: the frozen weights' dtype."""
     transformer = make_transformer(layers=layers, heads=heads, head_dim=64, joint_dim=128)
     exact_ops.install_linears(transformer, dtype)
     exact_ops.install_rms_norms(transformer)
@@ -90,7 +90,7 @@ def network(layers: int, heads: int, dtype: torch.dtype, rank: int) -> Any:
     rope: Any = transformer_qwenimage.ROPE_PER_DEVICE
     rope["cpu"] = rope["cuda"] = exact_ops.exact_rope
     if rank:
-        attach_lora(transformer, rank=rank)
+        attach_lora(transformer.to(held), rank=rank)
     return transformer.eval()
 
 
@@ -123,14 +123,23 @@ def kept_by_autograd(transformer: Any, run: Pass, text_width: int, dtype: torch.
     return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_what_autograd_keeps(dtype: torch.dtype, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "rank", "held"),
+    [
+        (torch.float32, 0, torch.float32),
+        (torch.bfloat16, 0, torch.float32),
+        (torch.float32, 4, torch.float32),
+        (torch.bfloat16, 4, torch.float32),
+        (torch.float32, 4, torch.bfloat16),
+        (torch.bfloat16, 4, torch.bfloat16),
+    ],
+)
+def test_activations_are_what_autograd_keeps(dtype: torch.dtype, rank: int, held: torch.dtype) -> None:
     assert CONDITIONING_ROWS == products.CONDITIONING_ROWS
     for layers, heads in ((2, 4), (3, 6)):
-        transformer = network(layers, heads, dtype, rank)
+        transformer = network(layers, heads, dtype, rank, held)
         model = sizes.transformer(transformer.config)
-        run = Pass(rows=4, image_tokens=256, text_tokens=64, item=dtype.itemsize)
+        run = Pass(rows=4, image_tokens=256, text_tokens=64, item=dtype.itemsize, master=held.itemsize)
         for checkpointing in (False, True):
             if checkpointing:
                 transformer.enable_gradient_checkpointing()
@@ -153,6 +162,7 @@ def part(plan: Plan, name: str) -> int:
     [
         (["trainer.engine=torch"], 1, 1, 1),
         (["trainer.engine=fsdp2"], 7, 1, 7),
+        (["trainer.engine=fsdp2", "trainer.reduce=backward"], 7, 7, 7),
         (["trainer.engine=deepspeed", "trainer.zero_stage=1"], 1, 1, 7),
         (["trainer.engine=deepspeed", "trainer.zero_stage=2"], 1, 7, 7),
         (["trainer.engine=deepspeed", "trainer.zero_stage=3"], 7, 7, 7),
@@ -164,6 +174,20 @@ def test_each_engine_cuts_what_it_says(engine: list[str], weights: int, gradient
     assert plan.ranks == 7, "none fits, so as many as leave one engine"
     assert (part(plan, "master weights"), part(plan, "gradients")) == (each // weights, each // gradients)
     assert part(plan, "AdamW's moments") == 2 * each // moments
+
+
+def test_frozen_weights_are_what_the_checkpoint_has_and_in_one_process_they_are_there_once() -> None:
+    frozen, adapted = 2 * PUBLISHED.transformer.parameters, 2 * 60 * 8 * 3072**2
+    factors = 4 * PUBLISHED.transformer.lora_parameters(64)
+    assert part(planned("trainer.engine=torch"), "policy") == frozen + factors
+    assert part(planned("trainer.engine=deepspeed", "trainer.zero_stage=1"), "policy") == 2 * frozen + factors, "of one dtype"
+    one = planned(gpus="1x80")
+    assert next(each.bytes for each in one.together if each.name == "policy") == adapted + factors
+    assert one.fits and one.together_bytes == total(one.together)
+    phases = {when: total([each for each in one.together if each.when in (When.always, when)]) for when in When}
+    assert one.together_bytes == max(phases.values()) and len(set(phases.values())) == 3
+    apart = planned("trainer.engine=deepspeed", gpus="1x80")
+    assert next(each.bytes for each in apart.together if each.name == "policy") == 2 * frozen + factors, "not shared"
 
 
 def test_fewest_ranks_that_fit_and_engines_on_the_rest() -> None:
@@ -207,8 +231,8 @@ def test_the_command_prints_writes_and_exits(tmp_path: Path, capsys: pytest.Capt
     assert main(["plan", *QWEN, "trainer.engine=fsdp2", "gpus=8x80", "--json", str(file)]) == 0
     said, made = capsys.readouterr().out, json.loads(file.read_text())
     assert "trainer.ranks=2 rollout.workers=6" in said and made["fits"] and made["ranks"] == 2
-    assert main(["plan", *QWEN, "gpus=8x80"]) == 1
-    assert "closest that fit:\n  trainer.engine=fsdp2: ranks 2, engines 6" in capsys.readouterr().out
+    assert main(["plan", *QWEN, "trainer.gradient_checkpointing=false", "gpus=8x80"]) == 1
+    assert "closest that fit:\n  trainer.gradient_checkpointing=true: ranks 1, engines 7" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from omni_rollout.integrations.verl.records import (
     NOT_OURS,
     Weights,
     adopt,
-    buckets,
     from_fields,
     run_config,
     to_fields,
@@ -34,6 +33,7 @@ from omni_rollout.integrations.verl.server import RolloutServer
 from omni_rollout.launch.compose import compose
 from omni_rollout.policy.update import Scores, Update
 from omni_rollout.rollout.dispatch import Dispatcher
+from omni_rollout.trajectories.digest import buckets
 from omni_rollout.types import Prompt, SamplingSpec, Trajectory
 
 SPEC = SamplingSpec(

@@ -16,12 +16,12 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 
 from omni_rollout import monitor
-from omni_rollout.integrations.verl.records import Weights, buckets, column, from_fields, run_config
+from omni_rollout.integrations.verl.records import Weights, column, from_fields, run_config
 from omni_rollout.policy.learner import Learner, Which
 from omni_rollout.policy.recompute import check_fingerprint
 from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import Update
-from omni_rollout.trajectories.digest import combined_digest, tensor_digests
+from omni_rollout.trajectories.digest import buckets, combined_digest, tensor_digests
 
 every_rank = register(dispatch_mode=cast(Any, Dispatch).ONE_TO_ALL)
 

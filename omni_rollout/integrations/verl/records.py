@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -19,7 +19,6 @@ from omni_rollout.launch.compose import compose, typed
 from omni_rollout.launch.validate import validate
 from omni_rollout.types import Prompt, RolloutRequest, SamplingSpec, Trajectory
 
-BUCKET_BYTES = 256 << 20
 # Of an actor: verl loads the trainer in every process of the job; most have no use for it. Ray pickles tensors, at 1 GB/s,
 # unless told to share their memory; nothing writes into weights or trajectories that it received.
 RUNTIME_ENV: dict[str, Any] = {"env_vars": {"VERL_USE_EXTERNAL_MODULES": "", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}}
@@ -122,17 +121,3 @@ def column(data: TensorDict, name: str) -> list[Any]:
     """A column of objects, as TransferQueue hands it back."""
     values = data[name]
     return cast(list[Any], values.tolist() if hasattr(values, "tolist") else list(values))
-
-
-def buckets(named: Iterable[tuple[str, torch.Tensor]], limit: int = BUCKET_BYTES) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Cut into runs of at most `limit` bytes, each when it is asked for; a tensor larger than that is a bucket of its own."""
-    bucket: list[tuple[str, torch.Tensor]] = []
-    free = limit
-    for name, tensor in named:
-        if tensor.nbytes > free and bucket:
-            yield bucket
-            bucket, free = [], limit
-        bucket.append((name, tensor))
-        free -= tensor.nbytes
-    if bucket:
-        yield bucket

@@ -33,6 +33,11 @@ class Transformer:
     parameters: int
     block_parameters: int
 
+    @property
+    def adapted_parameters(self) -> int:
+        """Weights that LoRA is added to."""
+        return self.layers * 8 * self.width**2
+
     def lora_parameters(self, rank: int) -> int:
         """Of the two factors beside each of the eight attention projections of a block; all are width x width."""
         return self.layers * 8 * 2 * rank * self.width
@@ -48,6 +53,7 @@ class Sizes:
     vision_kept: bool = False  # by the engine, which drops the tower where nothing is shown to it
     vae_parameters: int
     vae_config: Mapping[str, Any]
+    transformer_item: int  # bytes of a stored weight
     text_encoder_item: int | None  # bytes of a stored weight, where the engine keeps that dtype; None: it takes its own
     vae_item: int | None
     experts: int = 1
@@ -88,6 +94,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read: {error}; expected a checkpoint in diffusers layout") from error
 
 
+ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # as safetensors names them
+
+
+def stored_item(folder: Path, published: int) -> int:
+    """Bytes of a weight as the first file stores it, from the file's header; of a folder without weights: as `published`."""
+    file = min(folder.glob("*.safetensors"), default=None)
+    if file is None:
+        return published
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return next(ITEM_BYTES[entry["dtype"]] for name, entry in header.items() if name != "__metadata__")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pass:
     """One forward pass of one guidance branch."""
@@ -96,6 +115,12 @@ class Pass:
     image_tokens: int
     text_tokens: int
     item: int  # bytes of the compute dtype
+    master: int = 4  # bytes of the dtype that the trainer holds the weights in; with LoRA, the frozen ones
+
+    @property
+    def casts(self) -> bool:
+        """Whether weights are used in another dtype than they are held in."""
+        return self.item != self.master
 
     @property
     def tokens(self) -> int:

@@ -1,7 +1,7 @@
 """Bytes that Qwen-Image's passes hold beside its weights: closed formulas, held against what torch holds in tests.
 
-They follow the trainer's own modules (`exact_ops`): fp32 master weights that are cast to the compute dtype as they are used,
-norms that round in fp32. Batches are of one size; attention's score matrix is never whole (torch's fused kernels).
+They follow the trainer's own modules (`exact_ops`): weights that are cast to the compute dtype as they are used, norms that
+round in fp32. Batches are of one size; attention's score matrix is never whole (torch's fused kernels).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def saved_in_block(model: Transformer, run: Pass, *, lora: bool) -> int:
     numbers, fp32 = (10, 4) if lora else (19, 6)
     statistics = 4 * (3 * model.heads + 4)  # of norms and attention, per token
     modulation = max(run.rows, CONDITIONING_ROWS) * model.width * run.item * (12 if lora else 14)
-    # Squares of the width: fp32 masters are used as they are, but merged; with LoRA the modulation has no gradient.
-    squares = (8 if lora else 0) if run.item == 4 else (24 if lora else 36)
+    # Squares of the width: merged weights; cast ones, of which with LoRA those of the modulation have no gradient.
+    squares = (8 if lora else 0) + (0 if not run.casts else 16 if lora else 36)
     weights = squares * run.item * model.width**2
     return run.tokens * (model.width * (numbers * run.item + fp32 * 4) + statistics) + modulation + weights
 
@@ -45,19 +45,20 @@ def saved_in_block(model: Transformer, run: Pass, *, lora: bool) -> int:
 def _saved_outside_blocks(model: Transformer, run: Pass, *, lora: bool) -> int:
     """Embeddings before the blocks, norm and projection after them."""
     image = run.rows * run.image_tokens * (4 * model.channels + model.width * run.item)
-    weights = 0 if run.item == 4 else model.width * model.out_channels * run.item
+    weights = model.width * model.out_channels * run.item if run.casts else 0
     if lora:
         return image + weights
     image += run.rows * run.image_tokens * (model.channels + 2 * model.width) * run.item
     text = run.rows * run.text_tokens * model.text_width * (4 + run.item)
-    weights += 0 if run.item == 4 else model.width * (3 * model.width + model.text_width) * run.item
+    weights += model.width * (3 * model.width + model.text_width) * run.item if run.casts else 0
     return image + text + weights
 
 
 def backward_working(model: Transformer, run: Pass, *, lora: bool) -> int:
-    """At most what backward makes at a time: gradients within one image MLP, and of one of its weights."""
+    """At most what backward makes at a time: gradients within one image MLP, and of one of its weights; with LoRA in place of
+    these the four fp32 matrices that a weight is merged from."""
     image = run.rows * run.image_tokens * model.width * run.item
-    return 10 * image + (0 if lora else 4 * 4 * model.width**2)
+    return 10 * image + 4 * 4 * model.width**2
 
 
 def forward_working(model: Transformer, run: Pass) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from omni_rollout.diffusion.activations import install_activations
 from omni_rollout.diffusion.attention import exact_attention
 from omni_rollout.diffusion.machine import pin_switches
 from omni_rollout.errors import PinnedKnobError, UserError
+from omni_rollout.models.base.network import Held, load_network
 from omni_rollout.types import Trajectory
 
 # What LoRA is added to, and the class of diffusers whose pipelines read what is saved.
@@ -24,21 +24,23 @@ LORA_PIPELINE = "QwenImagePipeline"
 BLOCK_NORMS = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
 
 
-def load_policy(path: str, dtype: torch.dtype, parity: str = "exact") -> QwenImageTransformer2DModel:
-    """The checkpoint's transformer with fp32 master weights, computing in `dtype`.
+def load_policy(path: str, dtype: torch.dtype, parity: str = "exact", held: Held | None = None) -> QwenImageTransformer2DModel:
+    """The checkpoint's transformer with its weights as they are there, computing in `dtype`.
 
     Rounds where the engine's transformer does (`exact`, `fast`) or where diffusers' own does (`reference`), and registers
     the RoPE and the attention that go with it in diffusers' tables of them, for this whole process.
 
+    Args:
+        held: see `load_network`.
+
     Raises:
         PinnedKnobError: diffusers is set to another attention backend than torch's.
-        UserError: a transformer that was distilled for guidance.
+        UserError: a transformer that was distilled for guidance, or not all of one.
+        WeightSyncError: see `load_network`.
     """
     check_attention()
-    subfolder = {"subfolder": "transformer"} if not (Path(path) / "config.json").exists() else {}
-    loaded: Any = QwenImageTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32, **subfolder)
-    transformer: QwenImageTransformer2DModel = loaded
-    if loaded.config.guidance_embeds:  # neither diffusers' forward nor the engine's can be called with it
+    transformer = load_network(QwenImageTransformer2DModel, path, held=held)
+    if transformer.config.guidance_embeds:  # neither diffusers' forward nor the engine's can be called with it
         raise UserError(
             f"{path}: its transformer was distilled for guidance (guidance_embeds), which cannot be sampled; give another"
         )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omni_rollout.models.base.sizes import Sizes, Transformer, checkpoint_sizes
+from omni_rollout.models.base.sizes import Sizes, Transformer, checkpoint_sizes, stored_item
 
 PARTS = ("transformer", "text_encoder", "vae")
-ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # as safetensors names them
 
 # What the published checkpoint's config.json files say, where they enter the formulas. Weights in bfloat16.
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
@@ -66,21 +64,12 @@ def read_sizes(path: str, published: Mapping[str, Mapping[str, Any]] = PUBLISHED
             vision_parameters=vision_parameters(text_encoder["vision_config"]),
             vae_parameters=vae_parameters(configs["vae"]),
             vae_config=configs["vae"],
-            text_encoder_item=_stored_item(Path(path) / "text_encoder"),
-            vae_item=_stored_item(Path(path) / "vae"),
+            transformer_item=stored_item(Path(path) / "transformer", 2),
+            text_encoder_item=stored_item(Path(path) / "text_encoder", 2),
+            vae_item=stored_item(Path(path) / "vae", 2),
         )
 
     return checkpoint_sizes(path, published, PARTS, tell)
-
-
-def _stored_item(folder: Path) -> int:
-    """Bytes of a weight as the first file stores it, from the file's header; of a folder without weights: two (bfloat16)."""
-    file = min(folder.glob("*.safetensors"), default=None)
-    if file is None:
-        return 2
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return next(ITEM_BYTES[entry["dtype"]] for name, entry in header.items() if name != "__metadata__")
 
 
 def transformer(config: Mapping[str, Any]) -> Transformer:

@@ -1,7 +1,7 @@
 """Bytes that Wan2.2's passes hold beside its weights: closed formulas, held against what torch holds in tests.
 
-They follow the trainer's own modules (`operators`): fp32 master weights that are cast to the compute dtype as they are used,
-norms that compute in fp32. A pass is of one expert; its video and its text are never one sequence.
+They follow the trainer's own modules (`operators`): weights that are cast to the compute dtype as they are used, norms that
+compute in fp32. A pass is of one expert; its video and its text are never one sequence.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def saved_in_block(model: Transformer, run: Pass, *, lora: bool) -> int:
     numbers, fp32, of_text, inner = (8, 6, 1, 1) if lora else (13, 9, 2, 2)
     statistics = 4 * (video * (2 * model.heads + 6 + 3) + text)  # of attention and norms
     modulation = run.rows * 8 * model.width * run.item
-    attention = 6 if lora else 0 if run.item == 4 else 8
-    weights = attention * model.width**2 + (0 if run.item == 4 else 2 * model.width * model.inner_width)
+    attention = 6 if lora else 8 if run.casts else 0
+    weights = attention * model.width**2 + (2 * model.width * model.inner_width if run.casts else 0)
     return (
         video * (model.width * (numbers * run.item + fp32 * 4) + inner * model.inner_width * run.item)
         + text * model.width * (2 * run.item + of_text * 4)
@@ -52,19 +52,22 @@ def _saved_outside_blocks(model: Transformer, run: Pass, *, lora: bool) -> int:
     """Embeddings before the blocks, norm and projection after them, the step."""
     video, text = run.rows * run.image_tokens, run.rows * run.text_tokens
     kept = video * (4 * model.channels + 4 * model.width) + text * model.width * run.item
-    weights = 0 if run.item == 4 else model.width * model.out_channels
+    weights = model.width * model.out_channels if run.casts else 0
     if lora:
         return kept + weights * run.item
     kept += video * (model.in_channels + 2 * model.width) * run.item
     kept += text * (model.text_width + 2 * model.width) * run.item
-    weights += 0 if run.item == 4 else 8 * model.width**2
+    weights += 8 * model.width**2 if run.casts else 0
     return kept + weights * run.item
 
 
 def backward_working(model: Transformer, run: Pass, *, lora: bool) -> int:
-    """At most what backward makes at a time: gradients within one MLP, and of one of its weights."""
+    """At most what backward makes at a time: gradients within one MLP, and of one of its weights; with LoRA in place of these
+    the four fp32 matrices that a weight is merged from."""
     video = run.rows * run.image_tokens * run.item
-    return video * (2 * model.width + 2 * model.inner_width) + (0 if lora else 4 * model.width * model.inner_width)
+    return video * (2 * model.width + 2 * model.inner_width) + 4 * model.width * (
+        4 * model.width if lora else model.inner_width
+    )
 
 
 def forward_working(model: Transformer, run: Pass) -> int:

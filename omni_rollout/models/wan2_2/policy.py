@@ -8,6 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from omni_rollout.diffusion.machine import pin_switches
+from omni_rollout.models.base.network import Held, load_network
 from omni_rollout.models.base.policy import Experts, experts
 from omni_rollout.models.wan2_2 import operators, spec
 from omni_rollout.models.wan2_2.checkpoint import boundary_misfit, read_index
@@ -24,19 +25,24 @@ class WanExperts(Experts):
     index: dict[str, Any]
 
 
-def load_policy(path: str, dtype: torch.dtype, parity: str = "exact") -> WanExperts:
-    """The checkpoint's transformers with fp32 master weights, computing in `dtype`.
+def load_policy(path: str, dtype: torch.dtype, parity: str = "exact", held: Held | None = None) -> WanExperts:
+    """The checkpoint's transformers with their weights as they are there, computing in `dtype`.
 
     Round where the engine's transformers do (`exact`, `fast`) or where diffusers' own do (`reference`).
 
+    Args:
+        held: see `load_network`; names begin with the folder of the expert.
+
     Raises:
         UserError: a checkpoint that is none of this family's.
+        WeightSyncError: see `load_network`.
     """
     pin_switches()
     index = read_index(path)
     networks = {}
     for name in spec.EXPERTS:
-        loaded: Any = WanTransformer3DModel.from_pretrained(path, subfolder=name, torch_dtype=torch.float32)
+        own = {key.removeprefix(f"{name}."): tensor for key, tensor in (held or {}).items() if key.startswith(f"{name}.")}
+        loaded = load_network(WanTransformer3DModel, path, name, own)
         operators.install(loaded, dtype, wide=parity == "reference")
         networks[name] = loaded
     policy = WanExperts(networks)

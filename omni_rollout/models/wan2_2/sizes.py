@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from omni_rollout.models.base.sizes import Sizes, Transformer, checkpoint_sizes
+from omni_rollout.models.base.sizes import Sizes, Transformer, checkpoint_sizes, stored_item
 from omni_rollout.models.qwen_image.sizes import vae_parameters
 from omni_rollout.models.wan2_2.spec import EXPERTS, LATENT_CHANNELS
 
@@ -40,11 +42,13 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
 
 def read_sizes(path: str) -> Sizes:
     """See `checkpoint_sizes`."""
-    return checkpoint_sizes(path, PUBLISHED, _A14B, _sizes)
+    stored = stored_item(Path(path) / "transformer", 4)  # of the published files not looked up: fp32 is the most it can be
+    return checkpoint_sizes(path, PUBLISHED, _A14B, partial(_sizes, stored))
 
 
-def _sizes(configs: Mapping[str, Mapping[str, Any]]) -> Sizes:
+def _sizes(stored: int, configs: Mapping[str, Mapping[str, Any]]) -> Sizes:
     return Sizes(
+        transformer_item=stored,
         transformer=transformer(configs["transformer"]),
         experts=len(EXPERTS),
         text_encoder_parameters=text_parameters(configs["text_encoder"]),

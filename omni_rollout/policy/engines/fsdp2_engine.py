@@ -2,7 +2,7 @@
 
 The transformer blocks are gathered one at a time in forward and backward, in fp32: what a rank computes with is, bit for bit,
 what an unsharded one would. Gradients are summed over the ranks once an update, so until then every rank holds those of all
-trained parameters whole, in fp32; where that is too much, DeepSpeed's stages 2 and 3 sum after every backward pass.
+trained parameters whole, in fp32; where that is too much, `trainer.reduce=backward` sums after every backward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from omni_rollout.config import Offload, TrainerConfig
+from omni_rollout.config import Offload, Reduce, TrainerConfig
 from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.models.base.policy import experts
 from omni_rollout.policy.engines.torch_engine import TorchEngine, check_shape, total_norm_of_parts, trainable_by_name
@@ -34,12 +34,13 @@ class FSDP2Engine(TorchEngine):
         # Parameters and optimizer go together: the optimizer steps where the shards are.
         whole_on_cpu = CPUOffloadPolicy(pin_memory=device != "cpu")
         self._offload = whole_on_cpu if config.offload is Offload.all else OffloadPolicy()
+        self._every_pass = config.reduce is Reduce.backward
         shard(policy, self._mesh, self._offload)
         sharded = dict(policy.named_parameters())
         super().__init__(config, policy, [sharded[name] for name in names])
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        cast(FSDPModule, self.module).set_requires_gradient_sync(last)
+        cast(FSDPModule, self.module).set_requires_gradient_sync(last or self._every_pass)
         super().backward(loss, last=last)
 
     def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
