@@ -173,9 +173,9 @@ def pairs(found: Trace) -> Iterator[tuple[int, int, Sequence[Call], Sequence[Cal
     """(position, step index, the engine's calls, the trainer's calls) of each stochastic step."""
     trajectory = found.trajectory
     told = conditioning(trajectory, torch.device("cpu"))
-    branches = [1 + told.guided(expert_at(trajectory.spec, step)) for step in range(len(trajectory.sigmas) - 1)]
+    passes = [told.passes(expert_at(trajectory.spec, step)) for step in range(len(trajectory.sigmas) - 1)]
     taken = 0
     for position, step in enumerate(trajectory.step_indices.tolist()):
-        mine, first = slice(taken, taken + branches[step]), sum(branches[:step])
-        taken += branches[step]
-        yield position, step, found.engine_calls[first : first + branches[step]], found.trainer_calls[mine]
+        mine, first = slice(taken, taken + passes[step]), sum(passes[:step])
+        taken += passes[step]
+        yield position, step, found.engine_calls[first : first + passes[step]], found.trainer_calls[mine]

@@ -100,10 +100,9 @@ def _update(run: Run) -> Iterator[Part]:
 
 def _micro_batch(run: Run) -> Iterator[Part]:
     trainer, model, lora = run.config.trainer, run.sizes.transformer, bool(run.rank)
-    rows, checkpointing = trainer.micro_batch_size, trainer.gradient_checkpointing
-    branches = run.passes(rows)
-    tokens = " and ".join(f"{one.image_tokens} + {one.text_tokens}" for one in branches)
-    what = f"{rows} rows of {tokens} tokens, {model.layers} blocks of width {model.width}"
+    checkpointing, branches = trainer.gradient_checkpointing, run.passes(trainer.micro_batch_size)
+    tokens = " and ".join(f"{one.rows} rows of {one.image_tokens} + {one.text_tokens}" for one in branches)
+    what = f"{tokens} tokens, {model.layers} blocks of width {model.width}"
     saved = sum(run.activations.saved(model, one, lora=lora, checkpointing=checkpointing) for one in branches)
     if checkpointing:
         yield Part(name="block inputs", bytes=saved, why=f"kept by gradient checkpointing: {what}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -89,9 +90,11 @@ class Run:
         return sum(prod(self.sizes.transformer.channels if size is None else size for size in shape) for shape in shapes)
 
     def passes(self, rows: int) -> list[Pass]:
+        """Guidance branches of one width share a pass, as in `models/base/velocity.py`."""
         image = self.layout.tokens
         one = Pass(rows=rows, image_tokens=image, text_tokens=0, item=self.item, master=self.master)
-        return [replace(one, text_tokens=width) for width in self.widths]
+        branches = Counter(self.widths)
+        return [replace(one, rows=number * rows, text_tokens=width) for width, number in branches.items()]
 
 
 @dataclass(frozen=True, kw_only=True)

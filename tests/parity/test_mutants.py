@@ -81,7 +81,11 @@ def test_timestep_cast_before_the_division(sides, monkeypatch):
 
     def velocity(network: Network, latents: torch.Tensor, timesteps: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         told = cast(timesteps, torch.bfloat16)
-        return original(lambda **inputs: network(**{**inputs, "timestep": told}), latents, timesteps, *rest, **more)
+
+        def misled(**inputs: Any) -> torch.Tensor:
+            return network(**{**inputs, "timestep": told.repeat(len(inputs["timestep"]) // len(told))})  # for each branch
+
+        return original(misled, latents, timesteps, *rest, **more)
 
     monkeypatch.setattr(rollout, "velocity", velocity)
     seen = look(sides)
@@ -252,8 +256,10 @@ def test_guidance_combined_in_another_dtype(sides, monkeypatch):
             return outputs[-1]
 
         result = original(keeping, latents, timesteps, conditions, dtype)
-        if len(outputs) == 1:
+        if not conditions[0].guided(expert):
             return result
+        if len(outputs) == 1:  # both branches in one pass
+            outputs[:] = outputs[0].chunk(2)
         scale = torch.tensor([row.spec.true_cfg_scale for row in conditions])
         assert torch.equal(result, guide(*outputs, scale)), "the mutant must differ from the original in one thing"
         return in_bfloat16(*outputs, scale)

@@ -77,24 +77,25 @@ def test_bf16_branches_are_combined_in_fp32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "negative_tokens", "calls"),
-    [((4, 4), (3, 2), [2, 2]), ((3, 1), (2, 3), [4]), ((4, 4), (4, 4), [4])],
-    ids=["one branch is padded", "both are", "neither is"],
+    ("tokens", "negative_tokens", "width", "calls"),
+    [((4, 4), (3, 2), 4, [4]), ((3, 1), (2, 3), 4, [4]), ((4, 4), (4, 4), 4, [4]), ((3, 1), (2, 2), 3, [2, 2])],
+    ids=["one branch is padded", "both are", "neither is", "widths differ"],
 )
-def test_both_branches_share_a_pass_where_rows_of_one_would(tokens, negative_tokens, calls):
+def test_both_branches_share_a_pass_where_their_widths_agree(tokens, negative_tokens, width, calls):
     """And each row's velocity is the one of two passes: a row does not see its company."""
-    spec = resolve({"height": 32, "width": 32, "true_cfg_scale": 4.0, "prompt_width": 4})
+    sizes = {"height": 32, "width": 32, "prompt_width": 4, "negative_prompt_width": width}
+    spec = resolve({**sizes, "true_cfg_scale": 4.0})
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 64, generator=generator)
 
-    def padded(valid: int) -> dict[str, torch.Tensor]:
-        return {"embeds": torch.randn(4, 8, generator=generator), "mask": torch.arange(4) < valid}
+    def padded(valid: int, width: int = 4) -> dict[str, torch.Tensor]:
+        return {"embeds": torch.randn(width, 8, generator=generator), "mask": torch.arange(width) < valid}
 
     rows = [
         Conditioning(
             prompt_embeds=(own := padded(valid))["embeds"],
             prompt_embeds_mask=own["mask"],
-            negative_prompt_embeds=(other := padded(less))["embeds"],
+            negative_prompt_embeds=(other := padded(less, width))["embeds"],
             negative_prompt_embeds_mask=other["mask"],
             spec=spec,
         )

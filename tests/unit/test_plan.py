@@ -170,7 +170,7 @@ def part(plan: Plan, name: str) -> int:
 )
 def test_each_engine_cuts_what_it_says(engine: list[str], weights: int, gradients: int, moments: int) -> None:
     """Full weights: 4 bytes of fp32 each for master and gradient, 8 for the moments."""
-    plan, each = planned("trainer.lora_rank=0", *engine), 4 * PUBLISHED.transformer.parameters
+    plan, each = planned("trainer.lora_rank=0", *engine, gpus="8x40"), 4 * PUBLISHED.transformer.parameters
     assert plan.ranks == 7, "none fits, so as many as leave one engine"
     assert (part(plan, "master weights"), part(plan, "gradients")) == (each // weights, each // gradients)
     assert part(plan, "AdamW's moments") == 2 * each // moments

@@ -131,8 +131,12 @@ def test_both_experts_are_counted_and_one_computes_at_a_time():
     one = 14_288_491_584
     of_rank, of_engine = rank_parts(run, 1), engine_parts(run)
     assert [part(of_rank, name) for name in ("master weights", "gradients", "AdamW's moments")] == [8 * one, 8 * one, 16 * one]
-    assert part(of_rank, "branch gradients") == 4 * one and part(of_engine, "transformer") == 2 * 2 * one
-    assert run.passes(1)[0].image_tokens == 21 * 30 * 52 and [p.text_tokens for p in run.passes(1)] == [512, 512]
+    assert part(of_engine, "transformer") == 2 * 2 * one
+    assert run.passes(1)[0].image_tokens == 21 * 30 * 52 and [(p.rows, p.text_tokens) for p in run.passes(1)] == [(2, 512)]
+    assert "branch gradients" not in {each.name for each in of_rank}, "both branches go through the weights together"
+    two = run_of("wan2_2", T2V, "trainer.lora_rank=0", "collate.negative_prompt_width=256")
+    assert [(p.rows, p.text_tokens) for p in two.passes(1)] == [(1, 512), (1, 256)]
+    assert part(rank_parts(two, 1), "branch gradients") == 4 * one
     alone = replace(run, sizes=replace(run.sizes, experts=1))
     assert part(rank_parts(alone, 1), "activations") == part(of_rank, "activations")
     lora = run_of("wan2_2", T2V, "trainer.lora_rank=16")

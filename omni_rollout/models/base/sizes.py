@@ -109,7 +109,7 @@ def stored_item(folder: Path, published: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One forward pass of one guidance branch."""
+    """One forward pass, of one guidance branch or of both."""
 
     rows: int
     image_tokens: int

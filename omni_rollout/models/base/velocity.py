@@ -35,6 +35,11 @@ class Conditioning:
         scales = family_module(self.spec.family, "velocity").scales
         return self.negative_prompt_embeds is not None and scales([self], expert)[0] > 1
 
+    def passes(self, expert: int) -> int:
+        """Forward passes that a step takes: guidance branches of one width share one."""
+        negative = self.negative_prompt_embeds_mask
+        return 2 if self.guided(expert) and negative is not None and len(negative) != len(self.prompt_embeds_mask) else 1
+
     def key(self, expert: int) -> tuple[object, ...]:
         """What rows of one forward pass must agree in: sizes, widths, whether a mask is needed, the network, guidance."""
         layout = family_module(self.spec.family, "spec").layout(self.spec)
@@ -90,8 +95,8 @@ def velocity(
     """[B, *shape] fp32, guidance applied where asked for.
 
     Args:
-        network: called with `expert` and the transformer's inputs; with guidance once for both branches, where their widths and
-            their need of a mask agree, else once for each.
+        network: called with `expert` and the transformer's inputs; with guidance once for both branches where their widths
+            agree, else once for each.
         latents: [B, *shape] fp32.
         timesteps: [B] fp32, 0 to 1000.
         conditions: B of one `key(expert)`.
@@ -119,14 +124,9 @@ def velocity(
         return forward(embeds, masks)
     negative_embeds = [row.negative_prompt_embeds for row in conditions if row.negative_prompt_embeds is not None]
     negative_masks = [row.negative_prompt_embeds_mask for row in conditions if row.negative_prompt_embeds_mask is not None]
-    if _alike(masks[0], negative_masks[0]):
+    if first.passes(expert) == 1:
         positive, negative = forward([*embeds, *negative_embeds], [*masks, *negative_masks]).chunk(2)
     else:
         positive, negative = forward(embeds, masks), forward(negative_embeds, negative_masks)
     scale = torch.tensor(family.scales(conditions, expert), dtype=torch.float32)
     return guide(positive, negative, scale, renormalise=family.renormalise(first.spec))
-
-
-def _alike(mask: torch.Tensor, negative: torch.Tensor) -> bool:
-    """Whether the rows of both guidance branches may share a forward pass: what `Conditioning.key` asks of one branch's."""
-    return len(mask) == len(negative) and bool(mask.all()) == bool(negative.all())
