@@ -75,11 +75,14 @@ NOT_RUN = {  # as it is printed, with its placeholders filled in -> why not, and
     "make demo": NotRun("installs, then trains for minutes", makes),
     "make test": NotRun("runs this test", makes),
     "make equality": NotRun("half an hour of trainings", makes),
+    "make bench": NotRun("an hour; its quick form is tested by itself", makes),
+    "make memory": NotRun("half an hour and 8 GiB", makes),
     "make exact": NotRun("half an hour; its quick form is tested by itself", makes),
     "make faults": NotRun("half an hour of kills", makes),
     "EXTRA=cuda make doctor": NotRun("installs the build for CUDA", makes),
     ".venv/bin/pytest -m gpu": NotRun("needs a CUDA device", selects),
     "omni-rollout train experiment=nano_ocr trainer.steps=30 rollout.max_num_seqs=8": NotRun("trains for minutes", composes),
+    "omni-rollout train experiment=nano_ocr profile=true": NotRun("trains for minutes; test_profile.py", composes),
     "omni-rollout train backend=verl experiment=nano_ocr rollout.workers=2 trainer.ranks=2 trainer.engine=fsdp2": NotRun(
         "trains for minutes, on Ray", composes
     ),
