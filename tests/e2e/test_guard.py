@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from omni_rollout.config import TrainerConfig
+from omni_rollout.errors import WeightSyncError
 from omni_rollout.launch.compose import compose
 from omni_rollout.models.base import rollout
 from omni_rollout.monitor import MismatchError, Monitor, last_words
 from omni_rollout.policy.engines import make_trainer_engine
 from omni_rollout.rewards import RewardError
-from omni_rollout.rollout.engine import WeightSyncError
 from omni_rollout.train import train
 
 SHIFT = 1e-3
