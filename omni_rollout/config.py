@@ -164,7 +164,7 @@ class RewardConfig:
     model: dict[str, str] = field(default_factory=dict)  # name -> folder or hub id of its model; vlm_judge: ADDRESS#NAME
     normalise: RewardNormalise = RewardNormalise.none
     threads: int = 1
-    timeout: float = 300.0  # seconds for all images of a step, per reward
+    timeout: float = 300.0  # seconds for one call of one reward: for the images of a group, or of an evaluation
     max_failed: float = 0.1  # share of a step's images that may be lost to a reward that fails; more ends the run
 
 
