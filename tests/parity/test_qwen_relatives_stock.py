@@ -21,7 +21,6 @@ from omni_rollout.models.base.image_sizes import size_of_area
 from omni_rollout.models.base.images import made_image, open_image
 from omni_rollout.models.base.qwen_processor import PILProcessor
 from omni_rollout.models.base.sizes import DECODE_ROWS
-from omni_rollout.models.qwen_image.decoder import install_frame_convs
 from omni_rollout.types import InputImage, Prompt
 from tests.parity.relatives import FAMILIES, Relative
 
@@ -98,7 +97,7 @@ def sampled(pipeline: Any, relative: Relative, images: tuple[InputImage, ...], g
 def test_the_image_is_that_of_diffusers(
     family: str, guidance: float, stock_sides: dict[str, Relative], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit with diffusers' forward in our products and convolutions; by its own, values differ by rounding alone."""
+    """Bit for bit with diffusers' forward in the project's products; by diffusers' own, values differ by rounding alone."""
     relative = stock_sides[family]
     sampling, images, arguments, areas = CASES[family]
     made = ours(relative, images, true_cfg_scale=guidance, **sampling)
@@ -106,7 +105,6 @@ def test_the_image_is_that_of_diffusers(
 
     stock_sizes(module, family, areas, monkeypatch)
     same_products = stock_pipeline(relative, relative.policy)
-    install_frame_convs(same_products.vae.decoder)
     decoded_in_batches(same_products.vae, DECODE_ROWS)
     exact, stock = (
         sampled(pipeline, relative, images, guidance, **arguments) for pipeline in (same_products, stock_pipeline(relative))
