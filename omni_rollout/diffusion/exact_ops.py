@@ -108,9 +108,13 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotate(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """In whole tensors, or in halves that no second thread is woken up for: torch shares out 32768 elements and more."""
     cos, sin = (part.to(x.dtype)[:, None, :] for part in (freqs.real, freqs.imag))
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    if even.numel() < 32768:
+        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
     signed = torch.stack((-sin, sin), dim=-1).flatten(-2)  # what each place takes its neighbour with
-    neighbours = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    neighbours = torch.stack((odd, even), dim=-1).flatten(-2)
     return (x * cos.repeat_interleave(2, dim=-1)).add_(neighbours.mul_(signed))
 
 

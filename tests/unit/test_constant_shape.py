@@ -264,3 +264,17 @@ def test_no_other_operator_of_the_forward_sees_a_samples_company(name, batch, to
         for row in {0, batch // 2, batch - 1}:
             assert torch.equal(OPERATORS[name](x[row : row + 1])[0], together[row])
         assert torch.equal(OPERATORS[name](x.flip(0)).flip(0), together)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 16, 4, 48), (4, 128, 4, 64)], ids=["in halves", "in whole tensors"])
+def test_a_rotation_and_its_way_back_are_the_plain_formulas(dtype, shape):
+    x, angles = normal(*shape, dtype=dtype).requires_grad_(), normal(shape[1], shape[3] // 2, seed=1)
+    cos, sin = angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    plain = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    freqs = torch.complex(angles.cos(), angles.sin())
+    gradient = normal(*shape, seed=2, dtype=dtype)
+    rotated = exact_rope(x, freqs)
+    assert torch.equal(rotated, plain)
+    assert torch.equal(*(torch.autograd.grad(made, x, gradient)[0] for made in (rotated, plain)))
