@@ -16,17 +16,20 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 
-from omni_rollout.errors import UserError
 from omni_rollout.nano import evaluate, render
-from omni_rollout.nano.components import check_seed, make_scheduler, make_text_encoder, make_transformer
+from omni_rollout.nano.components import make_scheduler, make_text_encoder, make_transformer
+from omni_rollout.nano.prompts import Row, write_prompts
 from omni_rollout.nano.stages import run_stage
+from omni_rollout.nano.start import begin
 from omni_rollout.nano.states import REPORT_SEED, States, choose_state, state_name
 from omni_rollout.nano.tokenizer import make_tokenizer
 from omni_rollout.nano.transformer import TransformerSettings, flow_matching_loss, make_dataset, train_transformer
@@ -53,10 +56,7 @@ def build(out: Path, *, seed: int = 0, threads: int = 1, settings: BuildSettings
         The shipped checkpoint, `out`/checkpoint.
     """
     settings = settings or BuildSettings()
-    check_seed(seed)
-    if threads < 1:
-        raise UserError(f"threads={threads}: expected at least 1")
-    torch.set_num_threads(threads)
+    begin(seed, threads)
     vae_asked = {"data": render.digest(), "seed": seed, "threads": threads, "vae": dataclasses.asdict(settings.vae)}
     vae_folder = out / "stages" / "vae"
     vae_record = run_stage(vae_folder, vae_asked, lambda folder: _vae_stage(folder, settings.vae, seed))
@@ -73,7 +73,7 @@ def build(out: Path, *, seed: int = 0, threads: int = 1, settings: BuildSettings
     step = choose_state(transformer_record["measured"]["evaluations"], settings.transformer.window)
     pipeline.transformer = QwenImageTransformer2DModel.from_pretrained(transformer_folder / state_name(step))
     checkpoint = save_checkpoint(pipeline, out / "checkpoint")
-    write_prompts(out / "data")
+    write_data(out / "data")
     numbers = {
         "vae": vae_record,
         "transformer": transformer_record,
@@ -111,16 +111,14 @@ def save_checkpoint(pipeline: QwenImagePipeline, folder: Path) -> Path:
     return folder
 
 
-def write_prompts(folder: Path) -> None:
+def write_data(folder: Path) -> None:
     """Numbers in every colour: train.jsonl has the trained two-digit numbers, heldout.jsonl those never trained on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, numbers in (("train", render.TRAIN_NUMBERS), ("heldout", render.HELD_OUT)):
-        rows = [
-            {"prompt": render.prompt_for(number, color), "text": number, "color": color}
-            for number in numbers
-            for color in render.COLORS
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def rows(numbers: Iterable[str]) -> Iterator[Row]:
+        for number, color in product(numbers, render.COLORS):
+            yield {"prompt": render.prompt_for(number, color), "text": number, "color": color}
+
+    write_prompts(folder, {"train": rows(render.TRAIN_NUMBERS), "heldout": rows(render.HELD_OUT)})
 
 
 def report(pipeline: QwenImagePipeline, images: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rich.progress import track
 from omni_rollout.nano import render
 from omni_rollout.nano.components import LATENT_CHANNELS, PATCH_SIZE, VAE_SCALE
 from omni_rollout.nano.tokenizer import PROMPT_WIDTH
-from omni_rollout.nano.vae import encode_frame, single_frame_path, to_pixels
+from omni_rollout.nano.vae import encode_frame, latent_scale, single_frame_path, to_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,7 @@ def embed_prompts(pipeline: QwenImagePipeline, prompts: list[str], width: int) -
 @torch.no_grad()
 def _encode_signs(vae: AutoencoderKLQwenImage, signs: list[render.Sign]) -> torch.Tensor:
     """Packed latents [len(signs), GRID * GRID, 64], normalised as the transformer sees them."""
-    mean = torch.tensor(vae.config["latents_mean"]).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config["latents_std"]).view(1, -1, 1, 1, 1)
+    mean, std = latent_scale(vae)
     side = GRID * PATCH_SIZE
     packed = []
     with single_frame_path(vae):
@@ -118,20 +117,37 @@ def learning_rate(settings: TrainingSettings, step: int) -> float:
     return settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps) * (0.95 * cosine + 0.05)
 
 
+def flow_matching(
+    velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    latents: torch.Tensor,
+    generator: torch.Generator,
+    sigma_of: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid,
+) -> torch.Tensor:
+    """Mean squared error of the velocity (noise - latents), each at a sigma of its own.
+
+    Args:
+        velocity: what a network says to noisy latents [B, ...] at sigmas [B].
+        sigma_of: makes sigmas of numbers drawn from N(0, 1).
+    """
+    noise = torch.randn(latents.shape, generator=generator)
+    sigma = sigma_of(torch.randn(len(latents), generator=generator))
+    noisy = torch.lerp(latents, noise, sigma.view(-1, *[1] * (latents.dim() - 1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = velocity(noisy, sigma)
+    return (predicted.float() - (noise - latents)).square().mean()
+
+
 def flow_matching_loss(
     transformer: QwenImageTransformer2DModel, data: Dataset, settings: TransformerSettings, generator: torch.Generator
 ) -> torch.Tensor:
-    """Mean squared error of the velocity (noise - latents) at sigma = sigmoid(N(0, 1)), on one random batch."""
+    """Of one random batch, a share of it without its prompt."""
     size = settings.batch
     rows = torch.randint(len(data.latents), (size,), generator=generator)
     dropped = torch.rand(size, generator=generator) < settings.prompt_drop
     prompt = torch.where(dropped, len(data.prompt_embeds) - 1, data.prompt[rows])
-    latents = data.latents[rows]
-    noise = torch.randn(latents.shape, generator=generator)
-    sigma = torch.sigmoid(torch.randn(size, generator=generator))
-    noisy = torch.lerp(latents, noise, sigma[:, None, None])
-    with torch.autocast("cpu", torch.bfloat16):
-        velocity = transformer(
+
+    def velocity(noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return transformer(
             hidden_states=noisy,
             encoder_hidden_states=data.prompt_embeds[prompt],
             encoder_hidden_states_mask=data.prompt_embeds_mask[prompt],
@@ -139,7 +155,8 @@ def flow_matching_loss(
             img_shapes=[[(1, GRID, GRID)]] * size,
             return_dict=False,
         )[0]
-    return (velocity.float() - (noise - latents)).square().mean()
+
+    return flow_matching(velocity, data.latents[rows], generator)
 
 
 def train_transformer(

@@ -4,7 +4,7 @@ import logging
 import math
 import random
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageRMS_norm
 from rich.progress import track
 
+from omni_rollout.models.qwen_image.decoder import FrameConv
 from omni_rollout.nano import render
 from omni_rollout.nano.components import make_vae
 from omni_rollout.nano.ocr import read_text
@@ -24,7 +25,18 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class VaeSettings:
+class VaeTraining:
+    """What any training of a nano VAE is told."""
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    kl_weight: float = 5e-4
+    color_weight: float = 2.0
+    """Weight of the error of 8x8 pixel means: without it the VAE keeps shapes and forgets colours."""
+
+
+@dataclass(frozen=True)
+class VaeSettings(VaeTraining):
     base_dim: int = 8
     dim_mult: tuple[int, ...] = (1, 3, 6, 6)
     crop_steps: int = 3000
@@ -33,10 +45,6 @@ class VaeSettings:
     crop_batch: int = 16
     full_batch: int = 8
     learning_rate: float = 2e-3
-    warmup_steps: int = 50
-    kl_weight: float = 5e-4
-    color_weight: float = 2.0
-    """Weight of the error of 8x8 pixel means: without it the VAE keeps shapes and forgets colours."""
     statistics_images: int = 512
     evaluation_images: int = 120
 
@@ -45,32 +53,22 @@ class VaeSettings:
 def single_frame_path(vae: AutoencoderKLQwenImage) -> Iterator[None]:
     """Inside this context `encode_frame` and `decode_frame` on this VAE take half the time, with gradients.
 
-    On a single frame a causal 3-D convolution multiplies all but its last temporal slice with zero padding, so a 2-D
-    convolution with that slice is the same function. Only this object's modules change, and leaving the context restores them.
+    Convolutions are those of the engine's decoder (`models/qwen_image/decoder.py`). Only this object's modules change, and
+    leaving the context restores them.
     """
-    convolutions = [module for module in vae.modules() if isinstance(module, QwenImageCausalConv3d)]
+    convolutions = [module for module in vae.modules() if type(module) is QwenImageCausalConv3d]
     norms = [module for module in vae.modules() if isinstance(module, QwenImageRMS_norm)]
     for convolution in convolutions:
-        convolution.__dict__["forward"] = _conv_2d(convolution)
+        convolution.__class__ = FrameConv
     for norm in norms:
         norm.__dict__["forward"] = _rms_norm(norm)
     try:
         yield
     finally:
-        for module in (*convolutions, *norms):
-            del module.__dict__["forward"]
-
-
-def _conv_2d(conv: QwenImageCausalConv3d) -> Any:
-    padding = (int(conv._padding[2]), int(conv._padding[0]))  # (height, width); diffusers keeps it in F.pad's order
-    stride = (conv.stride[1], conv.stride[2])
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if x.shape[2] != 1:
-            raise ValueError(f"single_frame_path takes one frame, got an input of shape {tuple(x.shape)}")
-        return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, stride, padding)[:, :, None]
-
-    return forward
+        for convolution in convolutions:
+            convolution.__class__ = QwenImageCausalConv3d
+        for norm in norms:
+            del norm.__dict__["forward"]
 
 
 def _rms_norm(norm: QwenImageRMS_norm) -> Any:
@@ -81,7 +79,12 @@ def _rms_norm(norm: QwenImageRMS_norm) -> Any:
 
 
 def encode_frame(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior (mean, log variance), each [B, 16, 1, H/8, W/8], of images [B, 3, 1, H, W] in [-1, 1]."""
+    """Posterior (mean, log variance), each [B, 16, 1, H/8, W/8], of images [B, 3, 1, H, W] in [-1, 1].
+
+    Raises ValueError for more than one frame.
+    """
+    if images.shape[2] != 1:
+        raise ValueError(f"expected one frame, got images of shape {tuple(images.shape)}")
     mean, log_variance = vae.quant_conv(vae.encoder(images)).chunk(2, dim=1)
     return mean, log_variance.clamp(-30, 20)
 
@@ -133,39 +136,59 @@ def train_vae(settings: VaeSettings, seed: int) -> AutoencoderKLQwenImage:
     torch.manual_seed(seed)
     rng = random.Random(f"vae {seed}")
     vae = make_vae(base_dim=settings.base_dim, dim_mult=settings.dim_mult)
-    optimizer = torch.optim.AdamW(vae.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
     steps = settings.crop_steps + settings.full_steps
+
+    def loss_of(step: int) -> Losses:
+        crop = step < settings.crop_steps
+        return losses(vae, _crops(rng, settings.crop_batch) if crop else _batch(rng, settings.full_batch))
+
     with single_frame_path(vae):
-        for step in track(range(steps), description="VAE"):
-            cosine = 0.5 * (1 + math.cos(math.pi * step / steps)) * 0.98 + 0.02
-            optimizer.param_groups[0]["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps) * cosine
-            crop = step < settings.crop_steps
-            images = _crops(rng, settings.crop_batch) if crop else _batch(rng, settings.full_batch)
-            error, color_error, kl = parts = losses(vae, images)
-            optimizer.zero_grad()
-            (error + settings.color_weight * color_error + settings.kl_weight * kl).backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            if (step + 1) % 100 == 0:
-                logger.info("VAE step %d of %d: error %.4f, colour %.4f, KL %.2f", step + 1, steps, *(x.item() for x in parts))
-        vae.eval().requires_grad_(False)
-        _measure_latents(vae, settings.statistics_images, rng)
+        fit(vae, loss_of, steps, settings)
+        keep_statistics(
+            vae, torch.cat([encode_frame(vae, _batch(rng, 32))[0] for _ in range(settings.statistics_images // 32)])
+        )
     return vae
 
 
-def losses(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of one batch [B, channels, 1, H, W] in [-1, 1]: squared error of pixels, of 8x8 pixel means, and the posterior's KL."""
+Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Squared error of pixels, of means of 8x8 pixels, and the posterior's KL."""
+
+
+def fit(vae: Any, loss_of: Callable[[int], Losses], steps: int, settings: VaeTraining) -> None:
+    """Train in place, and leave it in eval mode. `loss_of` is asked once for each step, in their order."""
+    vae.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(vae.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
+    for step in track(range(steps), description="VAE"):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps)) * 0.98 + 0.02
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps) * cosine
+        error, color_error, kl = parts = loss_of(step)
+        optimizer.zero_grad()
+        (error + settings.color_weight * color_error + settings.kl_weight * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            logger.info("VAE step %d of %d: error %.4f, colour %.4f, KL %.2f", step + 1, steps, *(x.item() for x in parts))
+    vae.eval().requires_grad_(False)
+
+
+def keep_statistics(vae: Any, latents: torch.Tensor) -> None:
+    """In its config: mean and standard deviation of each channel of latents [B, 16, T, H, W]."""
+    vae.register_to_config(latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist())
+
+
+def latent_scale(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, standard deviation) of its latents, each [1, 16, 1, 1, 1]: the transformer sees (latents - mean) / deviation."""
+    mean, deviation = (torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    return mean, deviation
+
+
+def losses(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> Losses:
+    """Of one batch [B, channels, 1, H, W] in [-1, 1]."""
     mean, log_variance = encode_frame(vae, images)
     latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
     difference = (decode_frame(vae, latents) - images)[:, :, 0]
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     return difference.square().mean(), F.avg_pool2d(difference, 8).square().mean(), kl
-
-
-def _measure_latents(vae: AutoencoderKLQwenImage, count: int, rng: random.Random) -> None:
-    means = [encode_frame(vae, _batch(rng, 32))[0] for _ in range(count // 32)]
-    latents = torch.cat(means)
-    vae.register_to_config(latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist())
 
 
 def evaluate_vae(vae: AutoencoderKLQwenImage, count: int) -> dict[str, float]:

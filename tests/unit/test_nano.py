@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2Tokenizer
 
 from omni_rollout.nano import evaluate, render
-from omni_rollout.nano.build import BuildSettings, build, choose_state, write_prompts
+from omni_rollout.nano.build import BuildSettings, build, choose_state, write_data
 from omni_rollout.nano.components import make_vae, rope_axes
 from omni_rollout.nano.ocr import exact_matches
 from omni_rollout.nano.random_weights import build_random
@@ -86,7 +86,7 @@ def test_ocr_reads_the_renderings() -> None:
 
 
 def test_prompt_files_split_the_numbers(tmp_path: Path) -> None:
-    write_prompts(tmp_path)
+    write_data(tmp_path)
     rows = {
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("train", "heldout")

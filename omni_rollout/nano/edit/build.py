@@ -22,17 +22,16 @@ from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageTr
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from omni_rollout.errors import UserError
-from omni_rollout.launch.paths import recipe_dir
 from omni_rollout.models.base.qwen_processor import PILProcessor
 from omni_rollout.models.qwen_image_edit.spec import PIPELINE, TEMPLATE, TEMPLATE_PREFIX_TOKENS
 from omni_rollout.nano import render
-from omni_rollout.nano.components import check_seed, make_scheduler, make_text_encoder
+from omni_rollout.nano.components import make_scheduler, make_text_encoder
 from omni_rollout.nano.edit.data import write_data
 from omni_rollout.nano.edit.evaluate import RECOLOURED, accuracy
 from omni_rollout.nano.edit.training import EditSettings, edit_loss, make_pairs
 from omni_rollout.nano.random_weights.with_processor import PREPROCESSOR, save
 from omni_rollout.nano.stages import run_stage
+from omni_rollout.nano.start import begin, nano_checkpoint
 from omni_rollout.nano.states import REPORT_SEED, States, choose_state, state_name
 from omni_rollout.nano.tokenizer import make_tokenizer
 from omni_rollout.nano.transformer import train_transformer
@@ -52,13 +51,8 @@ def build(
     Returns:
         The shipped checkpoint, `out`/checkpoint.
     """
-    settings, start = settings or EditSettings(), start or recipe_dir("nano") / "checkpoint"
-    check_seed(seed)
-    if threads < 1:
-        raise UserError(f"threads={threads}: expected at least 1")
-    if not (start / "transformer").is_dir():
-        raise UserError(f"{start}: no nano Qwen-Image to start from; `omni-rollout nano build --out {start.parent}` makes it")
-    torch.set_num_threads(threads)
+    settings, start = settings or EditSettings(), nano_checkpoint(start, "transformer")
+    begin(seed, threads)
     asked = {"data": render.digest(), "seed": seed, "threads": threads, "settings": asdict(settings)}
     pipeline, folder = assemble(start, seed), out / "stages" / "transformer"
     record = run_stage(folder, asked, lambda folder: _train(folder, pipeline, settings, seed))

@@ -14,7 +14,7 @@ from omni_rollout.nano.edit.pairs import Edit, cases
 from omni_rollout.nano.edit.training import PROMPT_WIDTH, encode, velocity
 from omni_rollout.nano.evaluate import SAMPLING_STEPS
 from omni_rollout.nano.ocr import exact_matches
-from omni_rollout.nano.vae import to_images
+from omni_rollout.nano.vae import latent_scale, to_images
 from omni_rollout.types import InputImage
 
 BATCH = 60
@@ -48,7 +48,7 @@ def sample_images(
 def _decode(pipeline: QwenImageEditPipeline, latents: torch.Tensor) -> list[np.ndarray]:
     vae = pipeline.vae
     frames = pipeline._unpack_latents(latents, render.IMAGE_SIZE, render.IMAGE_SIZE, pipeline.vae_scale_factor)
-    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    mean, std = latent_scale(vae)
     return to_images(vae.decode(frames * std + mean, return_dict=False)[0])
 
 

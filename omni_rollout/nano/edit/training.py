@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from rich.progress import track
 from omni_rollout.nano import render
 from omni_rollout.nano.components import LATENT_CHANNELS, PATCH_SIZE
 from omni_rollout.nano.edit.pairs import Edit, pictures, sample_edits
-from omni_rollout.nano.transformer import GRID, TrainingSettings
-from omni_rollout.nano.vae import encode_frame, single_frame_path, to_pixels
+from omni_rollout.nano.transformer import GRID, TrainingSettings, flow_matching
+from omni_rollout.nano.vae import encode_frame, latent_scale, single_frame_path, to_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def _embed(pipeline: QwenImageEditPipeline, edits: Sequence[Edit]) -> tuple[torc
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKLQwenImage, images: Sequence[np.ndarray]) -> torch.Tensor:
     """Packed latents [len(images), GRID * GRID, 64], normalised as the transformer sees them."""
-    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    mean, std = latent_scale(vae)
     side = GRID * PATCH_SIZE
     packed = []
     with single_frame_path(vae):
@@ -112,11 +113,7 @@ def velocity(
 def edit_loss(
     transformer: QwenImageTransformer2DModel, data: Pairs, settings: EditSettings, generator: torch.Generator
 ) -> torch.Tensor:
-    """Mean squared error of the velocity (noise - latents) at sigma = sigmoid(N(0, 1)), on one random batch."""
+    """Of one random batch."""
     rows = torch.randint(len(data.latents), (settings.batch,), generator=generator)
-    latents = data.latents[rows]
-    noise = torch.randn(latents.shape, generator=generator)
-    sigma = torch.sigmoid(torch.randn(len(rows), generator=generator))
-    with torch.autocast("cpu", torch.bfloat16):
-        predicted = velocity(transformer, torch.lerp(latents, noise, sigma[:, None, None]), sigma, data.told, rows)
-    return (predicted - (noise - latents)).square().mean()
+    told = partial(velocity, transformer, told=data.told, rows=rows)
+    return flow_matching(told, data.latents[rows], generator)

@@ -21,11 +21,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 
-from omni_rollout.errors import UserError
-from omni_rollout.launch.paths import recipe_dir
 from omni_rollout.models.qwen_image_layered.spec import PIPELINE
 from omni_rollout.nano import render
-from omni_rollout.nano.components import check_seed
 from omni_rollout.nano.layered.data import write_data
 from omni_rollout.nano.layered.evaluate import LAYERED, accuracy
 from omni_rollout.nano.layered.training import LayeredSettings, grown, layered_loss, make_dataset
@@ -33,6 +30,7 @@ from omni_rollout.nano.layered.vae import LayeredVaeSettings, evaluate_vae, trai
 from omni_rollout.nano.layered.vae import grown as grown_vae
 from omni_rollout.nano.random_weights.with_processor import save
 from omni_rollout.nano.stages import run_stage
+from omni_rollout.nano.start import begin, nano_checkpoint
 from omni_rollout.nano.states import REPORT_SEED, States, choose_state, state_name
 from omni_rollout.nano.tokenizer import make_tokenizer
 from omni_rollout.nano.transformer import train_transformer
@@ -59,13 +57,8 @@ def build(
         The shipped checkpoint, `out`/checkpoint.
     """
     vae_settings, settings = vae_settings or LayeredVaeSettings(), settings or LayeredSettings()
-    start = start or recipe_dir("nano") / "checkpoint"
-    check_seed(seed)
-    if threads < 1:
-        raise UserError(f"threads={threads}: expected at least 1")
-    if not (start / "transformer").is_dir():
-        raise UserError(f"{start}: no nano Qwen-Image to start from; `omni-rollout nano build --out {start.parent}` makes it")
-    torch.set_num_threads(threads)
+    start = nano_checkpoint(start, "transformer")
+    begin(seed, threads)
     pipeline = QwenImagePipeline.from_pretrained(start)
     asked = {"data": render.digest(), "seed": seed, "threads": threads, "vae": asdict(vae_settings)}
     vae_folder, folder = out / "stages" / "vae", out / "stages" / "transformer"

@@ -16,7 +16,7 @@ from omni_rollout.nano.layered.training import TOKENS, encode_signs, velocity
 from omni_rollout.nano.layered.vae import iou
 from omni_rollout.nano.ocr import exact_matches
 from omni_rollout.nano.tokenizer import PROMPT_WIDTH
-from omni_rollout.nano.vae import to_images
+from omni_rollout.nano.vae import latent_scale, to_images
 from omni_rollout.types import InputImage
 
 BATCH = 60
@@ -57,7 +57,7 @@ def _decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> list[np.ndarr
     frames = latents.reshape(-1, TOKENS, latents.shape[-1])
     side = render.IMAGE_SIZE
     unpacked = QwenImagePipeline._unpack_latents(frames, side, side, 2 ** len(vae.temperal_downsample))
-    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    mean, std = latent_scale(vae)
     return to_images(vae.decode(unpacked * std + mean, return_dict=False)[0])
 
 

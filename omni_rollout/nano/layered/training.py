@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
@@ -11,7 +12,8 @@ from omni_rollout.nano.components import LATENT_CHANNELS, PATCH_SIZE, make_trans
 from omni_rollout.nano.layered.pictures import LAYERS, sample_signs
 from omni_rollout.nano.layered.vae import encode
 from omni_rollout.nano.tokenizer import PROMPT_WIDTH
-from omni_rollout.nano.transformer import GRID, TrainingSettings, embed_prompts
+from omni_rollout.nano.transformer import GRID, TrainingSettings, embed_prompts, flow_matching
+from omni_rollout.nano.vae import latent_scale
 
 FRAMES = LAYERS + 1
 """That are denoised: the whole picture, then the layers."""
@@ -66,7 +68,7 @@ def grown(transformer: QwenImageTransformer2DModel) -> QwenImageTransformer2DMod
 @torch.no_grad()
 def encode_signs(pipeline: QwenImagePipeline, vae: AutoencoderKLQwenImage, signs: Sequence[render.Sign]) -> Layered:
     """`pipeline`: whose text encoder and tokenizer are taken, Qwen-Image's; `vae`: of pictures with alpha."""
-    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    mean, std = latent_scale(vae)
     latents = (encode(vae, list(signs)) - mean) / std
     side = GRID * PATCH_SIZE
     packed = QwenImagePipeline._pack_latents(latents, len(latents), LATENT_CHANNELS, side, side)
@@ -100,11 +102,7 @@ def velocity(
 def layered_loss(
     transformer: QwenImageTransformer2DModel, data: Layered, settings: LayeredSettings, generator: torch.Generator
 ) -> torch.Tensor:
-    """Mean squared error of the velocity (noise - latents) at sigma = sigmoid(N(0, 1)), on one random batch."""
+    """Of one random batch."""
     rows = torch.randint(len(data.latents), (settings.batch,), generator=generator)
-    latents = data.latents[rows]
-    noise = torch.randn(latents.shape, generator=generator)
-    sigma = torch.sigmoid(torch.randn(len(rows), generator=generator))
-    with torch.autocast("cpu", torch.bfloat16):
-        predicted = velocity(transformer, torch.lerp(latents, noise, sigma[:, None, None]), sigma, data, rows)
-    return (predicted - (noise - latents)).square().mean()
+    told = partial(velocity, transformer, told=data, rows=rows)
+    return flow_matching(told, data.latents[rows], generator)

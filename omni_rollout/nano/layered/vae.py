@@ -1,7 +1,5 @@
 """nano's VAE, grown to pictures with alpha and trained on to draw them."""
 
-import logging
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +10,18 @@ from rich.progress import track
 
 from omni_rollout.nano import render
 from omni_rollout.nano.layered import pictures
-from omni_rollout.nano.vae import encode_frame, losses, reconstruct, single_frame_path, to_images, to_pixels
-
-logger = logging.getLogger(__name__)
+from omni_rollout.nano.vae import (
+    Losses,
+    VaeTraining,
+    encode_frame,
+    fit,
+    keep_statistics,
+    losses,
+    reconstruct,
+    single_frame_path,
+    to_images,
+    to_pixels,
+)
 
 CHANNELS = 4
 PART = 64
@@ -22,14 +29,10 @@ PART = 64
 
 
 @dataclass(frozen=True)
-class LayeredVaeSettings:
+class LayeredVaeSettings(VaeTraining):
     steps: int = 700
     signs: int = 4
     """Of a batch; each gives three pictures: the whole, the background, the number."""
-    learning_rate: float = 1e-3
-    warmup_steps: int = 50
-    kl_weight: float = 5e-4
-    color_weight: float = 2.0
     statistics_signs: int = 192
     evaluation_signs: int = 60
 
@@ -56,23 +59,13 @@ def train_vae(vae: AutoencoderKLQwenImage, settings: LayeredVaeSettings, seed: i
     """Train in place, and measure its latents anew."""
     torch.manual_seed(seed)
     signs = pictures.sample_signs(settings.steps * settings.signs, seed)
-    vae.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(vae.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
+
+    def loss_of(step: int) -> Losses:
+        return losses(vae, frames(signs[step * settings.signs : (step + 1) * settings.signs]))
+
     with single_frame_path(vae):
-        for step in track(range(settings.steps), description="VAE"):
-            cosine = 0.5 * (1 + math.cos(math.pi * step / settings.steps)) * 0.98 + 0.02
-            optimizer.param_groups[0]["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps) * cosine
-            batch = frames(signs[step * settings.signs : (step + 1) * settings.signs])
-            error, color_error, kl = parts = losses(vae, batch)
-            optimizer.zero_grad()
-            (error + settings.color_weight * color_error + settings.kl_weight * kl).backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            if (step + 1) % 100 == 0:
-                logger.info("VAE step %d: error %.4f, colour %.4f, KL %.2f", step + 1, *(part.item() for part in parts))
-    vae.eval().requires_grad_(False)
-    latents = encode(vae, pictures.sample_signs(settings.statistics_signs, seed + 1))
-    vae.register_to_config(latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist())
+        fit(vae, loss_of, settings.steps, settings)
+    keep_statistics(vae, encode(vae, pictures.sample_signs(settings.statistics_signs, seed + 1)))
 
 
 @torch.no_grad()

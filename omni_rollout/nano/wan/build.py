@@ -21,13 +21,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
-from omni_rollout.errors import UserError
-from omni_rollout.launch.paths import recipe_dir
 from omni_rollout.models.wan2_2.spec import EXPERTS
 from omni_rollout.nano import render
-from omni_rollout.nano.components import check_seed
 from omni_rollout.nano.random_weights.wan2_2 import make_scheduler, make_text_encoder, make_tokenizer
 from omni_rollout.nano.stages import run_stage
+from omni_rollout.nano.start import begin, nano_checkpoint
 from omni_rollout.nano.states import REPORT_SEED, States, choose_state, state_name
 from omni_rollout.nano.transformer import train_transformer
 from omni_rollout.nano.wan import scenes
@@ -58,13 +56,8 @@ def build(
         The shipped checkpoint, `out`/checkpoint.
     """
     vae_settings, settings = vae_settings or WanVaeSettings(), settings or WanSettings()
-    start = start or recipe_dir("nano") / "checkpoint"
-    check_seed(seed)
-    if threads < 1:
-        raise UserError(f"threads={threads}: expected at least 1")
-    if not (start / "vae").is_dir():
-        raise UserError(f"{start}: no nano Qwen-Image to start from; `omni-rollout nano build --out {start.parent}` makes it")
-    torch.set_num_threads(threads)
+    start = nano_checkpoint(start, "vae")
+    begin(seed, threads)
     asked = {"data": render.digest(), "seed": seed, "threads": threads, "vae": asdict(vae_settings)}
     vae_folder, folder = out / "stages" / "vae", out / "stages" / "experts"
     vae_record = run_stage(vae_folder, asked, lambda folder: _vae_stage(folder, start, vae_settings, seed))

@@ -1,20 +1,17 @@
 """The recipe's prompts."""
 
-import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from omni_rollout.nano.wan.scenes import HELD_OUT, TRAIN, prompt_for
-
-SPLITS = {"train": TRAIN, "heldout": HELD_OUT}
-"""File -> what its prompts ask for. No training video shows a held-out one."""
+from omni_rollout.nano.prompts import Row, write_prompts
+from omni_rollout.nano.wan.scenes import HELD_OUT, TRAIN, Task, prompt_for
 
 
 def write_data(folder: Path) -> None:
-    """`{train,heldout}.jsonl`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, tasks in SPLITS.items():
-        rows = []
-        for digit, color, direction in tasks:
-            prompt = prompt_for(digit, color, direction)
-            rows.append({"prompt": prompt, "text": digit, "color": color, "direction": direction})
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """`{train,heldout}.jsonl`. No training video shows what a held-out prompt asks for."""
+    write_prompts(folder, {"train": _rows(TRAIN), "heldout": _rows(HELD_OUT)})
+
+
+def _rows(tasks: Sequence[Task]) -> Iterator[Row]:
+    for digit, color, direction in tasks:
+        yield {"prompt": prompt_for(digit, color, direction), "text": digit, "color": color, "direction": direction}

@@ -12,6 +12,7 @@ from omni_rollout.models.wan2_2 import spec as family
 from omni_rollout.nano import render
 from omni_rollout.nano.evaluate import SAMPLING_STEPS
 from omni_rollout.nano.ocr import exact_matches
+from omni_rollout.nano.vae import latent_scale
 from omni_rollout.nano.wan.scenes import DIRECTIONS, FRAMES, HEIGHT, HELD_OUT, WIDTH, Scene, Task, cases
 from omni_rollout.nano.wan.training import PROMPT_WIDTH, Experts, encode_scenes, velocity
 from omni_rollout.nano.wan.vae import decode
@@ -37,8 +38,8 @@ def sample_videos(pipeline: WanPipeline, experts: Experts, made: Sequence[Scene]
     }
     spec = family.resolve(asked)
     sigmas = family.schedule(spec, pipeline.scheduler.config).sigmas
-    config, generator = pipeline.vae.config, torch.Generator().manual_seed(seed)
-    mean, std = (torch.tensor(config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    generator = torch.Generator().manual_seed(seed)
+    mean, std = latent_scale(pipeline.vae)
     videos = []
     for rows in torch.arange(len(made)).split(BATCH):
         latents = torch.randn(told.latents[rows].shape, generator=generator)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from torch import nn
 
 from omni_rollout.models.wan2_2.spec import EXPERTS, IN_CHANNELS, LATENT_CHANNELS, RULES
-from omni_rollout.nano.transformer import TrainingSettings
+from omni_rollout.nano.transformer import TrainingSettings, flow_matching
+from omni_rollout.nano.vae import latent_scale
 from omni_rollout.nano.wan.scenes import Scene, sample_scenes
 from omni_rollout.nano.wan.vae import encode
 
@@ -86,8 +88,7 @@ def encode_scenes(pipeline: WanPipeline, made: Sequence[Scene]) -> Videos:
     embeds, _ = pipeline.encode_prompt(
         prompts, do_classifier_free_guidance=False, max_sequence_length=PROMPT_WIDTH, device=torch.device("cpu")
     )
-    config = pipeline.vae.config
-    mean, std = (torch.tensor(config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    mean, std = latent_scale(pipeline.vae)
     rows = torch.tensor([prompts.index(scene.prompt) for scene in made])
     return Videos((encode(pipeline.vae, list(made)) - mean) / std, embeds[rows])
 
@@ -103,25 +104,17 @@ def velocity(expert: WanTransformer3DModel, latents: torch.Tensor, sigma: torch.
 
 
 def videos_loss(experts: Experts, data: Videos, settings: WanSettings, generator: torch.Generator) -> torch.Tensor:
-    """Sum over the experts of the mean squared error of the velocity (noise - latents), each on a random batch of its own.
-
-    sigma: uniform above the boundary for the first; below, the boundary times sigmoid(N(0.5, 1)).
-    """
+    """Sum over the experts, each on a random batch and at times of its own."""
     losses = []
     for place, name in enumerate(EXPERTS):
         rows = torch.randint(len(data.latents), (settings.batch,), generator=generator)
-        latents = data.latents[rows]
-        noise = torch.randn(latents.shape, generator=generator)
-        sigma = _sigma(place, torch.randn(len(rows), generator=generator))
-        noisy = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1, 1))
-        network: Any = experts[name]
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = velocity(network, noisy, sigma, data.prompt_embeds[rows])
-        losses.append((predicted - (noise - latents)).square().mean())
+        told = partial(velocity, experts[name], embeds=data.prompt_embeds[rows])
+        losses.append(flow_matching(told, data.latents[rows], generator, partial(_sigma, place)))
     return torch.stack(losses).sum()
 
 
 def _sigma(expert: int, drawn: torch.Tensor) -> torch.Tensor:
+    """Uniform above the boundary for the first; below, the boundary times sigmoid(N(0.5, 1))."""
     if expert == 0:
         return BOUNDARY + (1 - BOUNDARY) * torch.special.ndtr(drawn)
     return BOUNDARY * torch.sigmoid(0.5 + drawn)

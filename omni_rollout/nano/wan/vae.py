@@ -1,7 +1,5 @@
 """nano's VAE, of whose architecture Wan's is, trained on to see and draw motion."""
 
-import logging
-import math
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +11,9 @@ from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from rich.progress import track
 
 from omni_rollout.nano.ocr import exact_matches
+from omni_rollout.nano.vae import Losses, VaeTraining, fit, keep_statistics
 from omni_rollout.nano.wan import scenes
 from omni_rollout.nano.wan.scenes import Scene
-
-logger = logging.getLogger(__name__)
 
 PART = 16
 """Videos that are encoded or decoded at a time."""
@@ -26,13 +23,9 @@ CROP = 32
 
 
 @dataclass(frozen=True)
-class WanVaeSettings:
+class WanVaeSettings(VaeTraining):
     steps: int = 400
     batch: int = 4
-    learning_rate: float = 1e-3
-    warmup_steps: int = 50
-    kl_weight: float = 5e-4
-    color_weight: float = 2.0
     statistics_scenes: int = 128
     evaluation_scenes: int = 60
 
@@ -69,25 +62,16 @@ def train_vae(vae: AutoencoderKLWan, settings: WanVaeSettings, seed: int) -> Non
     """Train in place on crops, and measure its latents."""
     torch.manual_seed(seed)
     rng, made = random.Random(f"video VAE {seed}"), scenes.sample_scenes(settings.steps * settings.batch, seed)
-    vae.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(vae.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
-    for step in track(range(settings.steps), description="VAE"):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / settings.steps)) * 0.98 + 0.02
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps) * cosine
+
+    def loss_of(step: int) -> Losses:
         videos = _cropped(rng, to_pixels(made[step * settings.batch : (step + 1) * settings.batch]))
         posterior = vae.encode(videos, return_dict=False)[0]
         difference = vae.decode(posterior.sample(), return_dict=False)[0] - videos
-        error, color_error = difference.square().mean(), F.avg_pool3d(difference, (1, 8, 8)).square().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad()
-        (error + settings.color_weight * color_error + settings.kl_weight * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 50 == 0:
-            logger.info("VAE step %d: error %.4f, colour %.4f, KL %.2f", step + 1, error, color_error, kl)
-    vae.eval().requires_grad_(False)
-    latents = encode(vae, scenes.sample_scenes(settings.statistics_scenes, seed + 1))
-    vae.register_to_config(latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist())
+        return difference.square().mean(), F.avg_pool3d(difference, (1, 8, 8)).square().mean(), kl
+
+    fit(vae, loss_of, settings.steps, settings)
+    keep_statistics(vae, encode(vae, scenes.sample_scenes(settings.statistics_scenes, seed + 1)))
 
 
 def _cropped(rng: random.Random, videos: torch.Tensor) -> torch.Tensor:
