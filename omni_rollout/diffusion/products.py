@@ -157,6 +157,11 @@ def _multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return out
 
 
+def in_calls_of(size: int, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """rows [n, K] @ weight.T + bias in calls of `size` rows, whatever the layer's own are. Not differentiable."""
+    return _multiply(rows, weight, bias, _cuts(len(rows), (size,)))
+
+
 def _call(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
     if rows.device.type == "cuda":  # a slice may begin anywhere
         rows, weight, bias = _aligned(rows), _aligned(weight), None if bias is None else _aligned(bias)

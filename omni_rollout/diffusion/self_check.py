@@ -21,7 +21,7 @@ from omni_rollout.diffusion.activations import exact_gelu, exact_silu
 from omni_rollout.diffusion.attention import exact_attention
 from omni_rollout.diffusion.exact_ops import HasEffectiveWeight
 from omni_rollout.diffusion.machine import check_workspace, machine
-from omni_rollout.diffusion.products import Calls, block_rows, exact_linear
+from omni_rollout.diffusion.products import Calls, block_rows, exact_linear, in_calls_of
 from omni_rollout.errors import PinnedKnobError
 
 _POOL = 100_003  # different numbers that the inputs are made of
@@ -139,17 +139,11 @@ def _find_equal_rows(weight: torch.Tensor, bias: torch.Tensor, values: _Values, 
     others = products.candidates(*weight.shape, conditioning=conditioning, device=device)
     if not others:
         return
-    products.set_equal_rows(weight, [block], conditioning=conditioning)
-    most = max(others)
-    x = values(most, weight.shape[1]) if conditioning else values(1, most, weight.shape[1])
-    moved = x.roll(5, -2)
-    expected = exact_linear(x, weight, bias).roll(5, -2)
-    equal = [block]
-    for rows in others:
-        products.set_equal_rows(weight, [rows], conditioning=conditioning)
-        if rows != block and torch.equal(exact_linear(moved, weight, bias), expected):
-            equal.append(rows)
-    products.set_equal_rows(weight, equal, conditioning=conditioning)
+    x, places = values(max(others), weight.shape[1]), 5
+    expected = in_calls_of(block, x, weight, bias).roll(places, 0)
+    moved = x.roll(places, 0)
+    equal = [rows for rows in others if rows != block and torch.equal(in_calls_of(rows, moved, weight, bias), expected)]
+    products.set_equal_rows(weight, [block, *equal], conditioning=conditioning)
 
 
 def _operators(values: _Values, heads: int, head_dim: int) -> Iterator[tuple[str, Callable[..., torch.Tensor], torch.Tensor]]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +42,7 @@ def company(images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequ
 
 
 def summed(reward: Any) -> WeightedSum:
-    made = WeightedSum({"jpeg_compressibility": 2.0}, settings=RewardConfig(timeout=5))
+    made = WeightedSum({"jpeg_compressibility": 2.0}, settings=RewardConfig(timeout=90))
     made.rewards["jpeg_compressibility"] = reward
     return made
 
@@ -87,3 +91,20 @@ def test_what_has_not_begun_is_dropped_when_the_rollout_fails():
         raise RuntimeError("the engine died")
     goes_on.set()
     assert begun in ([], ["a"])
+
+
+def test_a_reward_that_hangs_does_not_keep_the_process_alive():
+    """Python waits for the threads of its pools as it ends, and for no daemon."""
+    code = """
+import threading
+from tests_of import IMAGES, summed
+from omni_rollout.rewards import Meanwhile
+rewards = Meanwhile(summed(lambda *_: threading.Event().wait()), IMAGES)
+for image in IMAGES:
+    rewards.add(image)
+raise SystemExit(7)
+"""
+    code = code.replace("tests_of", Path(__file__).stem)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 7

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
+from threading import Thread
 
 from omni_rollout.rewards.base.contract import RewardBatch
 from omni_rollout.rewards.base.sum import WeightedSum
@@ -12,7 +14,7 @@ from omni_rollout.types import RolloutRequest, Trajectory
 
 
 class Meanwhile:
-    """One step's rewards, group by group, in a thread of its own.
+    """One step's rewards, group by group, in a thread of its own, which a reward that hangs does not make the process wait for.
 
     A group is scored as soon as it is complete, in the order of its ids and in one call: what a reward is given together does
     not depend on which image was finished first. Use it as a context: leaving it early drops what has not begun.
@@ -23,7 +25,8 @@ class Meanwhile:
         self._left = Counter(request.group_id for request in requests)
         self._groups: dict[str, list[Trajectory]] = defaultdict(list)
         self._scored: list[tuple[list[Trajectory], Future[RewardBatch]]] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+        self._asked: SimpleQueue[tuple[list[Trajectory], Future[RewardBatch]] | None] = SimpleQueue()
+        Thread(target=self._score, name="rewards", daemon=True).start()
 
     def add(self, trajectory: Trajectory) -> None:
         group = self._groups[trajectory.group_id]
@@ -31,8 +34,18 @@ class Meanwhile:
         self._left[trajectory.group_id] -= 1
         if not self._left[trajectory.group_id]:
             group.sort(key=lambda one: one.request_id)
-            media, prompts = [one.media for one in group], [one.prompt for one in group]
-            self._scored.append((group, self._thread.submit(self._rewards, media, prompts)))
+            self._scored.append((group, Future()))
+            self._asked.put(self._scored[-1])
+
+    def _score(self) -> None:
+        while (asked := self._asked.get()) is not None:
+            group, future = asked
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._rewards([one.media for one in group], [one.prompt for one in group]))
+            except BaseException as error:  # told where the result is asked for
+                future.set_exception(error)
 
     def result(self, trajectories: Sequence[Trajectory]) -> RewardBatch:
         """Of all of them, in their order, once the last is scored."""
@@ -51,4 +64,6 @@ class Meanwhile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for _, future in self._scored:
+            future.cancel()
+        self._asked.put(None)
