@@ -108,7 +108,8 @@ def videos_loss(experts: Experts, data: Videos, settings: WanSettings, generator
     losses = []
     for place, name in enumerate(EXPERTS):
         rows = torch.randint(len(data.latents), (settings.batch,), generator=generator)
-        told = partial(velocity, experts[name], embeds=data.prompt_embeds[rows])
+        network: Any = experts[name]
+        told = partial(velocity, network, embeds=data.prompt_embeds[rows])
         losses.append(flow_matching(told, data.latents[rows], generator, partial(_sigma, place)))
     return torch.stack(losses).sum()
 

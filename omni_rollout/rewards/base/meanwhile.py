@@ -64,6 +64,6 @@ class Meanwhile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for _, future in self._scored:
+        for _group, future in self._scored:
             future.cancel()
         self._asked.put(None)
