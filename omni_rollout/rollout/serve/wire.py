@@ -18,6 +18,8 @@ from omni_rollout.types import RolloutRequest, Trajectory
 FRAMES = "application/vnd.omni-rollout.frames"
 WEIGHTS = "application/vnd.omni-rollout.safetensors"
 SHARED_TOKEN = "x-shared-memory"  # header: what the client has read in the server's folder of shared memory
+SHARED_FROM = "x-shared-memory-from"  # header: bytes of a trajectory from which on it is put there; without it, all are
+SHARED_BYTES = 4 << 20  # what a client asks for: a smaller trajectory is sooner sent over the socket than put there and mapped
 SHARED_NAME = "x-shared-memory-name"  # header: the file there that stands for the body
 ALIVE_SECONDS = 5.0  # between frames
 Frame = tuple[dict[str, Any], bytes]
