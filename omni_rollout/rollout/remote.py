@@ -25,17 +25,9 @@ from omni_rollout.errors import EngineDiedError, EngineHungError, RunFailedError
 from omni_rollout.models.base.images import read_image
 from omni_rollout.rollout.delivery import OnError, Result, delivered
 from omni_rollout.rollout.guards import check_distinct
+from omni_rollout.rollout.serve import wire
 from omni_rollout.rollout.serve.shared import new_name, offered, sweep
-from omni_rollout.rollout.serve.wire import (
-    SHARED_BYTES,
-    SHARED_FROM,
-    SHARED_NAME,
-    SHARED_TOKEN,
-    WEIGHTS,
-    CutOffError,
-    frames,
-    to_body,
-)
+from omni_rollout.rollout.serve.wire import SHARED_BYTES, SHARED_NAME, CutOffError, frames, sharing, to_body
 from omni_rollout.trajectories.capsule import decode_capsule, load_capsule
 from omni_rollout.trajectories.digest import combined_digest, tensor_digests
 from omni_rollout.types import RequestError, RolloutRequest, Trajectory
@@ -156,11 +148,11 @@ class RemoteEngine:
                 if not folder.exists():
                     raise CutOffError(f"{folder} is gone, and the server with it")
                 shutil.copyfile(self._weights.name, shared)
-                headers = {SHARED_TOKEN: token, SHARED_NAME: shared.name}
+                headers = sharing(token, SHARED_NAME, shared.name)
                 answer = self._http.post("/v1/weights", params=query, headers=headers, timeout=PATIENCE)
             else:
                 with Path(self._weights.name).open("rb") as content:
-                    headers = {"content-type": WEIGHTS}
+                    headers = {"content-type": wire.WEIGHTS}
                     answer = self._http.post("/v1/weights", params=query, headers=headers, content=content, timeout=PATIENCE)
             held = self._json(answer)["weights"]
         except ServerError as error:
@@ -175,7 +167,7 @@ class RemoteEngine:
         """Of one body's worth of requests; None: the server is there, and works."""
         chosen = self._body(left)
         body = to_body([request for _, request in chosen], self.weights_digest)
-        headers = {} if self._memory is None else {SHARED_TOKEN: self._memory[1], SHARED_FROM: str(self._shared)}
+        headers = {} if self._memory is None else sharing(self._memory[1], wire.SHARED_FROM, self._shared)
         with self._http.stream("POST", "/v1/rollouts", json=body, headers=headers) as answer:
             if answer.status_code != 200:
                 answer.read()

@@ -29,6 +29,11 @@ class CutOffError(ConnectionError):
     """An answer that ended before its last frame."""
 
 
+def sharing(token: str, key: str, value: object) -> dict[str, str]:
+    """Headers of a client that has read the server's token."""
+    return {SHARED_TOKEN: token, key: str(value)}
+
+
 def frame(head: Mapping[str, Any], content: bytes = b"") -> list[bytes]:
     return [json.dumps({**head, "bytes": len(content)}).encode() + b"\n", content]
 
