@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -186,7 +187,10 @@ def main() -> None:
         folder = Path(tempfile.mkdtemp(prefix="why_parity-"))
         for seed in range(parsed.seeds):
             for clip_range in parsed.clip:
-                rows += [training(case, seed, clip_range, parsed.steps, folder) for case in cases()]
+                for case in cases():
+                    rows.append(training(case, seed, clip_range, parsed.steps, folder))
+                    told = {key: value for key, value in rows[-1].items() if key != "rewards"}
+                    print(json.dumps(told), file=sys.stderr, flush=True)
         keys = ("before", "after", "clipped")
     else:
         for seed in range(parsed.seeds):
