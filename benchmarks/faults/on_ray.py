@@ -91,6 +91,8 @@ def colocated_dies(scene: Scene, name: str, when: str, step: int, moment: Callab
     what = f"kill -9 of one of 2 processes with an engine and a rank, {when}; the driver starts all again"
     strike = scene.strike(name, what, step)
     scene.until(lambda: restarts(scene) > before, "a line in restarts.jsonl")
+    if "did not come back" in scene.said():
+        strike.broken.append("the run waited for a process that never comes back")
     strike.unfinished = PER_STEP - len(scene.witness.of_step(step))  # the other may have finished some meanwhile
     scene.after_step(step)
     resumed(scene, strike)

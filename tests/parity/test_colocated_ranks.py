@@ -29,6 +29,7 @@ from omni_rollout.types import Prompt, RolloutRequest, Trajectory
 
 RANKS = 2
 ENGINES: dict[str, dict[str, Any]] = {
+    "lora": {"lora_rank": 2},  # first: it shares what it does not train with the engine, as that was loaded
     "ddp": {"engine": TrainerEngineName.torch},
     "fsdp2": {"engine": TrainerEngineName.fsdp2},
     "zero3": {"engine": TrainerEngineName.deepspeed, "zero_stage": 3},
@@ -60,7 +61,8 @@ def sampled(engine: RolloutEngine, asked: list[RolloutRequest]) -> list[Trajecto
 
 def run_case(folder: Path, engine: RolloutEngine, name: str, rank: int) -> dict[str, Any]:
     """Each rank samples its share, learns from all, and gives its engine the new weights; then each samples the same."""
-    learner = Learner(config_of(folder / "checkpoint", name, RANKS), rank=rank, ranks=RANKS)
+    held = engine.policy_tensors() if name == "lora" else None
+    learner = Learner(config_of(folder / "checkpoint", name, RANKS), rank=rank, ranks=RANKS, held=held)
     start = engine.update_weights(learner.weights(), 0)
     shares: list[Any] = [None] * RANKS
     dist.all_gather_object(shares, sampled(engine, requests(1)[rank::RANKS]))
@@ -149,12 +151,14 @@ def test_all_engines_are_given_the_weights_of_all_ranks(ran, alone, name):
     assert len({start, digest, average}) == 3
 
 
-def test_a_rank_takes_the_step_of_a_trainer_that_is_alone(ran):
-    trajectories = [load_capsule(ran / f"ddp-{one.request_id}.safetensors") for one in requests(1)]
-    learner = Learner(config_of(ran / "checkpoint", "ddp", 1))
+@pytest.mark.parametrize("kind", ["lora", "ddp"])
+def test_a_rank_takes_the_step_of_a_trainer_that_is_alone(ran, kind):
+    trajectories = [load_capsule(ran / f"{kind}-{one.request_id}.safetensors") for one in requests(1)]
+    learner = Learner(config_of(ran / "checkpoint", kind, 1))
     update, _ = learner.step(trajectories, ADVANTAGES, [one.log_probs for one in trajectories], 1)
-    for name in ENGINES:
-        assert json.loads((ran / "0.json").read_text())[name]["norms"] == pytest.approx(update.grad_norms, rel=1e-6)
+    for name in ENGINES if kind == "ddp" else ["lora"]:
+        norms = json.loads((ran / "0.json").read_text())[name]["norms"]
+        assert (norms == pytest.approx(update.grad_norms, rel=1e-6)) == ((name == "lora") == (kind == "lora")), name
 
 
 def test_the_ranks_keep_their_group_and_their_environment(ran):
@@ -166,11 +170,14 @@ def test_an_engine_without_a_world_of_its_own_ends_the_group_of_its_process(rand
     """What `own_world` is for: the day that this fails, it is not needed."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    monkeypatch.setenv("RANK", "7")
     with RolloutEngine(str(random_checkpoint)):
-        pass
-    assert dist.is_initialized()
+        assert dist.group.WORLD is group and os.environ["RANK"] == "7"
+    assert dist.group.WORLD is group
     monkeypatch.setattr(own_world, "_no_default_group", nullcontext)
     with RolloutEngine(str(random_checkpoint)) as engine:
+        assert os.environ["RANK"] == "0"
         monkeypatch.setattr(engine._world, "_group", None)
     assert not dist.is_initialized()
 
