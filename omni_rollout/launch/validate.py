@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +242,8 @@ def trainer_engine(trainer: TrainerConfig) -> Iterator[str]:
 
 
 def _guard(config: TrainConfig) -> Iterator[str]:
+    if config.monitor.tensorboard and find_spec("tensorboard") is None:
+        yield "monitor.tensorboard=true: the package is not installed: pip install tensorboard, or leave it out"
     action = config.monitor.on_mismatch
     if action is not OnMismatch.alert and config.parity is Parity.fast:
         yield (
@@ -293,8 +295,3 @@ def _folder(key: str, path: str, *, new: bool = False) -> Iterator[str]:
         yield f"{key} is empty: give {key}=FOLDER"
     elif (problem := folder_problem(Path(path), new=new)) is not None:
         yield f"{key}={path}: {problem}"
-
-
-def _modules(folder: str) -> list[str]:
-    """The choices of a registry that is a folder, without importing it."""
-    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / folder)]))
