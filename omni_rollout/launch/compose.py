@@ -194,7 +194,8 @@ def _check_override(override: Override) -> None:
     choices = _choices(key)
     if choices and not isinstance(value, dict):
         if value not in choices:
-            raise UserError(f"{key}={value}: no such choice; {_nearest(str(value), choices, prefix=f'{key}=')}")
+            own = f"; for one of your own: {key}.source, docs/extending.md" if key in ("reward", "algorithm") else ""
+            raise UserError(f"{key}={value}: no such choice; {_nearest(str(value), choices, prefix=f'{key}=')}{own}")
         return
     kind = _kind(key)
     if kind is None:

@@ -170,6 +170,7 @@ def test_reward_groups_name_rewards_that_exist(path: Path) -> None:
         ("trainer={stps: 3}", "trainer.stps: no such key; did you mean trainer.steps?"),
         ("experiment=nano_orc", "experiment=nano_orc: no such choice; did you mean experiment=nano_ocr?"),
         ("model=nan", "model=nan: no such choice; did you mean model=nano?"),
+        ("reward=red", "vlm_judge; for one of your own: reward.source, docs/extending.md"),
         ("trainer.steps", "trainer.steps: expected key=value"),
         ("prompts=ü.txt", "prompts=ü.txt: expected key=value; a value with an equals sign"),
         ("trainer.steps=1,2", "trainer.steps=1,2: several values start no sweep here"),
