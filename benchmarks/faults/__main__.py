@@ -39,8 +39,8 @@ class Bench:
 
     def run(self, wanted: set[str]) -> None:
         for name in (name for name in embedded.FAULTS if name in wanted):
-            reference = self._embedded
-            scene = self._play(name, "embedded", lambda scene, name=name: embedded.FAULTS[name](scene, reference))
+            act, reference = embedded.FAULTS[name], self._embedded
+            scene = self._play(name, "embedded", lambda scene, act=act, other=reference: act(scene, other))
             self._add(scene, reference, embedded.CHANGES_LATER_STEPS.get(name))
         for backend, faults in on_ray.FAULTS.items():
             if not wanted & faults.keys():
