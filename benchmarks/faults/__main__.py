@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 from benchmarks.faults import embedded, on_ray
@@ -37,19 +38,24 @@ class Bench:
         self.failures: list[str] = []
 
     def run(self, wanted: set[str]) -> None:
-        reference = self._play("undisturbed, embedded", "embedded", embedded.undisturbed)
         for name in (name for name in embedded.FAULTS if name in wanted):
-            scene = self._play(name, "embedded", lambda scene, name=name: embedded.FAULTS[name](scene, reference))
+            act, reference = embedded.FAULTS[name], self._embedded
+            scene = self._play(name, "embedded", lambda scene, act=act, other=reference: act(scene, other))
             self._add(scene, reference, embedded.CHANGES_LATER_STEPS.get(name))
         for backend, faults in on_ray.FAULTS.items():
             if not wanted & faults.keys():
                 continue
             spread = self._play(f"undisturbed, {backend}", backend, on_ray.undisturbed)
             if backend == "verl":  # one rank; two round elsewhere
-                found = differences(spread.run_dir, spread.witness, reference.run_dir, reference.witness, STEPS["embedded"])
+                one = self._embedded
+                found = differences(spread.run_dir, spread.witness, one.run_dir, one.witness, STEPS["embedded"])
                 self.failures += [f"verl is not the embedded run: {what}" for what in found]
             scene = self._play(f"many, {backend}", backend, lambda scene: on_ray.many(scene, wanted))
             self._add(scene, spread)
+
+    @cached_property
+    def _embedded(self) -> Scene:
+        return self._play("undisturbed, embedded", "embedded", embedded.undisturbed)
 
     def _play(self, name: str, backend: str, act: Callable[[Scene], None]) -> Scene:
         start = time.monotonic()

@@ -6,7 +6,7 @@ it destroys the default group, and every other group of the process with it (vll
 distributed/parallel_state.py). A trainer's rank could not live beside it.
 
 So it is opened and closed while the process has no default group: it makes its own, and finds none to destroy. What was
-there is put back. While it samples, it names its own groups in every call.
+there is put back. While it samples, it names its own groups in every collective call.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ OF_THE_MACHINE, KINDS = ("timing_s/", "perf/", "rollout/"), ("images/*.png", "ch
 KL_KEYS = ("parity/ppo_kl_mb0", "parity/kl_nats", "rollout_corr/kl", "rollout_corr/k3_kl", "rollout_corr/logprob_abs_diff_max")
 
 
-def run(folder: Path, *overrides: str) -> Path:
+def run(folder: Path, *overrides: str) -> list[dict[str, float]]:
     """A reward that is read, not measured: a last bit of a weight seldom changes it, so what follows stays comparable."""
     folder.mkdir()
     command = [
@@ -56,14 +56,21 @@ def run(folder: Path, *overrides: str) -> Path:
         if process.poll() is None:
             for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
                 child.kill()
-    return folder / "run"
+    return metrics(folder / "run")
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a run, which is made when it is first asked for."""
     root = tmp_path_factory.mktemp("runs")
-    return cache(lambda name: run(root / name.replace(", ", "-").replace(" ", "-"), *RUNS.get(name, ())))
+
+    @cache
+    def folder(name: str) -> Path:
+        made = root / name.replace(", ", "-").replace(" ", "-")
+        run(made, *RUNS.get(name, ()))  # "embedded" needs no override
+        return made / "run"
+
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -41,9 +41,7 @@ class Weights:
 
     version: int
     digest: str
-    buckets: tuple[
-        ray.ObjectRef, ...
-    ]  # each a list of (name, tensor), held by the first rank; none where engines are colocated
+    buckets: tuple[ray.ObjectRef, ...]  # each a list of (name, tensor), held by the first rank; colocated: none
     machine: Mapping[str, Any] | None = None  # of that rank, as its self-check found it; None: the profile is not exact
     drift: float = 0.0  # from where the run started, see `policy.drift`
 
