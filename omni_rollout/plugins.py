@@ -70,6 +70,22 @@ def entry(group: str, name: str) -> EntryPoint | None:
     return next(iter(entry_points(group=group, name=name)), None)
 
 
+def load_entry(point: EntryPoint) -> Any:
+    """What an entry point names.
+
+    Raises:
+        UserError: its package lacks the module or the name, or the module raised as it was read.
+    """
+    try:
+        return point.load()
+    except (Exception, SystemExit) as error:  # whatever the package of somebody else raises
+        package = point.dist.name if point.dist is not None else "the package that registered it"
+        raise UserError(
+            f"{point.name}: the entry point {point.value} of {package} cannot be loaded: {type(error).__name__}: {error}; "
+            f"does {package} bring that module along?"
+        ) from error
+
+
 def registered(room: str, but: Container[str] = ("base",)) -> list[str]:
     """The files of one of this package's folders, and the entry points of `omni_rollout.ROOM`; nothing of them is imported."""
     files = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / room)]) if module.name not in but]

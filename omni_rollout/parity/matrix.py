@@ -48,7 +48,8 @@ class Matrix:
         for word in words:
             name, _, text = word.partition("=")
             if name not in known or not text:
-                raise UserError(f"{word}: expected NAME=VALUE[,VALUE...] with a name of {', '.join(known)}")
+                told = f"expected NAME=VALUE[,VALUE...] with a name of {', '.join(known)}; all other keys go before --matrix"
+                raise UserError(f"{word}: {told}")
             if name in values:
                 raise UserError(f"{word}: {name} is given twice; give it once, as {name}=VALUE,VALUE")
             values[name] = _value(name, text)

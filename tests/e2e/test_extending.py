@@ -37,6 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def install(folder: Path) -> None:
     """What `pip install` would make of the page's pyproject.toml, without pip."""
+    assert 'py-modules = ["taste"]' in (folder / "pyproject.toml").read_text(), "or setuptools leaves it out, without a word"
     points = re.search(r'^\[project\.entry-points\."(.*?)"\]\n(.*)', (folder / "pyproject.toml").read_text(), re.MULTILINE)
     assert points is not None
     info = folder / "our_rewards-1.0.dist-info"

@@ -170,6 +170,7 @@ def test_replay_checks_numbers_and_takes_a_file_with_an_equals_sign_for_a_file(
 @pytest.mark.parametrize(
     ("word", "message"),
     [
+        ("model=nano", "all other keys go before --matrix"),
         ("guidance=nan", "guidance=nan: expected numbers of 0 or more"),
         ("guidance=1.0,inf", "expected numbers of 0 or more"),
         ("guidance=-1", "expected numbers of 0 or more"),

@@ -71,6 +71,18 @@ def test_an_entry_point_of_another_package(tmp_path: Path, mine: Path, monkeypat
     assert compose(["model=nano", "prompts=p.txt", "reward=light"]).reward.weights == {"light": 1.0}
 
 
+def test_an_entry_point_of_a_package_without_its_module(tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What setuptools makes, without a word, of a folder with several modules and none that is listed."""
+    info = tmp_path / "hollow-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hollow\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[omni_rollout.rewards]\ngone = nowhere_at_all:bright\nhalf = mine:dark\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, reason in (("gone", "ModuleNotFoundError"), ("half", "AttributeError")):
+        with pytest.raises(UserError, match=rf"{name}: the entry point .* of hollow cannot be loaded: {reason}: .*bring"):
+            get_reward(name)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -50,7 +50,7 @@ def get_reward(
         raise UserError(f"reward {name!r} is unknown; did you mean {near[0]!r}? Known: {', '.join(known)}")
     point = plugins.entry("omni_rollout.rewards", name)
     if point is not None:
-        return point.load()
+        return plugins.load_entry(point)
     make = import_module(f"omni_rollout.rewards.{name}").make
     if model is not None and "model" not in signature(make).parameters:
         raise UserError(f"reward.model.{name}={model}: this reward is read off no model; leave it out")
