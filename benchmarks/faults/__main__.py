@@ -25,7 +25,7 @@ from benchmarks.faults.scene import STEPS, Scene, SceneError
 from benchmarks.faults.witness import differences
 from omni_rollout.nano.random_weights import build_random
 
-NAMES = (*embedded.FAULTS, *on_ray.FAULTS)
+NAMES = (*embedded.FAULTS, *embedded.AHEAD_FAULTS, *on_ray.FAULTS)
 
 
 class Bench:
@@ -42,16 +42,22 @@ class Bench:
         for name in in_one_process:
             scene = self._play(name, "embedded", lambda scene, name=name: embedded.FAULTS[name](scene, reference))
             self._add(scene, reference, embedded.CHANGES_LATER_STEPS.get(name))
-        if wanted - set(in_one_process):
+        if ahead := [name for name in embedded.AHEAD_FAULTS if name in wanted]:
+            ahead_reference = self._play("undisturbed, ahead", "embedded", embedded.undisturbed, *embedded.AHEAD)
+            for name in ahead:
+                act = embedded.AHEAD_FAULTS[name]
+                scene = self._play(name, "embedded", lambda scene, act=act: act(scene, ahead_reference), *embedded.AHEAD)
+                self._add(scene, ahead_reference)
+        if wanted & set(on_ray.FAULTS):
             spread = self._play("undisturbed, verl", "verl", on_ray.undisturbed)
             found = differences(spread.run_dir, spread.witness, reference.run_dir, reference.witness, STEPS["embedded"])
             self.failures += [f"verl is not the embedded run: {what}" for what in found]
             scene = self._play("many", "verl", lambda scene: on_ray.many(scene, wanted))
             self._add(scene, spread)
 
-    def _play(self, name: str, backend: str, act: Callable[[Scene], None]) -> Scene:
+    def _play(self, name: str, backend: str, act: Callable[[Scene], None], *more: str) -> Scene:
         start = time.monotonic()
-        scene = Scene(self._root / name.replace(", ", "-").replace(" ", "-"), self._model, backend)
+        scene = Scene(self._root / name.replace(", ", "-").replace(" ", "-"), self._model, backend, *more)
         try:
             with scene:
                 act(scene)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -29,7 +28,7 @@ from omni_rollout.config import (
     TrainerEngineName,
 )
 from omni_rollout.errors import UserError
-from omni_rollout.launch import model_files
+from omni_rollout.launch import ahead, model_files
 from omni_rollout.launch.outputs import file_problem, folder_problem
 from omni_rollout.launch.sources import prompt_problems, reward_problems, unknown
 from omni_rollout.models import families
@@ -47,7 +46,7 @@ def validate(config: TrainConfig) -> None:
     """
     common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *prompt_problems(config)]
     own = [*_learning(config), *reward_problems(config), *_trainer(config), *_guard(config), *_processes(config)]
-    _raise([*common, *own, *_measured(config), *_folder("run_dir", config.run_dir)])
+    _raise([*common, *own, *_measured(config), *ahead.problems(config), *_folder("run_dir", config.run_dir)])
 
 
 def validate_rollout(config: TrainConfig, out: str) -> None:
@@ -293,8 +292,3 @@ def _folder(key: str, path: str, *, new: bool = False) -> Iterator[str]:
         yield f"{key} is empty: give {key}=FOLDER"
     elif (problem := folder_problem(Path(path), new=new)) is not None:
         yield f"{key}={path}: {problem}"
-
-
-def _modules(folder: str) -> list[str]:
-    """The choices of a registry that is a folder, without importing it."""
-    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / folder)]))

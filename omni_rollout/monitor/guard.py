@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from omni_rollout.errors import UserError
 from omni_rollout.models.base.policy import batch_keys
 from omni_rollout.monitor.metrics import parity_metrics
 from omni_rollout.monitor.suggested import parity_command
+from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.recompute import micro_batches, score, stochastic_pairs
 from omni_rollout.types import Trajectory
 
@@ -80,23 +82,35 @@ def compare_sample(
     return parity_metrics(torch.cat(rollout), torch.cat(own), torch.cat(steps), elements, config.trainer.clip_range)
 
 
-def must_recompute(policy: nn.Module, trajectories: Sequence[Trajectory], config: TrainConfig, step: int) -> bool:
-    """Whether this step's old log-probs are to be the trainer's own: by config, or because the guard found a mismatch.
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was found before the update."""
+
+    recompute: bool  # this step's old log-probs are to be the trainer's own: by config, or because of a mismatch
+    parity: Mapping[str, float]  # with rollout.ahead=1, of a sample under the weights that sampled it: `compare_sample`'s
+
+
+def inspect(learner: Learner, trajectories: Sequence[Trajectory], config: TrainConfig, step: int) -> Inspection:
+    """Compares a sample where `monitor.on_mismatch` asks for it, and with `rollout.ahead=1`, whose first mini-batch is scored
+    by another policy than the one that sampled it.
 
     Trajectories without log-probs, of a forward algorithm, have none to compare.
 
     Raises:
         MismatchError: the rollout's are not the trainer's, with monitor.on_mismatch=stop.
     """
+    recompute, action = config.trainer.old_log_probs is OldLogProbs.recompute, config.monitor.on_mismatch
     if not any(len(trajectory.log_probs) for trajectory in trajectories):
-        return False
-    if config.monitor.on_mismatch is not OnMismatch.alert:
-        found = compare_sample(policy, trajectories, config, seed=derive_seed(config.sampling.seed, step, "guard"))
-        if found["parity/bitwise_equal_fraction"] < 1:
-            if config.monitor.on_mismatch is OnMismatch.stop:
-                raise mismatch(step, found, config)
-            return True
-    return config.trainer.old_log_probs is OldLogProbs.recompute
+        return Inspection(recompute=False, parity={})
+    if action is OnMismatch.alert and not config.rollout.ahead:
+        return Inspection(recompute=recompute, parity={})
+    with learner.as_sampled() as network:
+        found = compare_sample(network, trajectories, config, seed=derive_seed(config.sampling.seed, step, "guard"))
+    different = found["parity/bitwise_equal_fraction"] < 1
+    if different and action is OnMismatch.stop:
+        raise mismatch(step, found, config)
+    recompute = recompute or (different and action is OnMismatch.recompute)
+    return Inspection(recompute=recompute, parity=found if config.rollout.ahead else {})
 
 
 def mismatch(step: int, found: Mapping[str, float], config: TrainConfig) -> MismatchError:

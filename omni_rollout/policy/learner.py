@@ -26,15 +26,16 @@ from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
 from omni_rollout.policy.engines.torch_engine import first_rank, on_first_rank
 from omni_rollout.policy.inputs import Shown
-from omni_rollout.policy.lora import attach_lora, base_alone, without_adapted
+from omni_rollout.policy.lora import as_saved, attach_lora, base_alone, without_adapted
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.policy.rng import seed_generators
 from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import PolicyUpdate, Update
 from omni_rollout.types import Trajectory
 
-# What an engine can be given: the policy that rollouts are sampled with, the one that is trained, its average.
-Which = Literal["sampler", "policy", "average"]
+# What an engine can be given: the policy that rollouts are sampled with, the one that is trained, its average, and with
+# rollout.ahead=1 the one before the latest update.
+Which = Literal["sampler", "policy", "average", "behaviour"]
 
 
 class Learner:
@@ -96,12 +97,15 @@ class Learner:
             ranks=ranks,
         )
         self.ema = ExponentialAverage(self.engine, trainer.ema_decay) if trainer.ema_decay else None
+        self.behaviour = ExponentialAverage(self.engine, None) if config.rollout.ahead else None
         if saved is not None and checkpoint is not None:
             self.engine.load_state_dict(saved.optimizer)
             if self.ema is not None and saved.average is not None:  # else it starts at the weights
                 self.ema.load(saved.average)
             if self.old is not None:  # a policy that had none starts as its own
                 self.old.restart() if saved.old is None else self.old.load(saved.old)
+            if self.behaviour is not None and saved.behaviour is not None:  # else the next batch is the policy's own
+                self.behaviour.load(saved.behaviour)
             load_generators(checkpoint)
 
     def expected(self, weights: str) -> dict[str, Any]:
@@ -133,6 +137,12 @@ class Learner:
 
         return base
 
+    @contextmanager
+    def as_sampled(self) -> Iterator[nn.Module]:
+        """Before `step`, inside: the network with the weights that sampled the batch to learn from."""
+        with nullcontext() if self.behaviour is None else self.behaviour.swapped():
+            yield self.engine.module
+
     def old_log_probs(self, trajectories: Sequence[Trajectory], *, recomputed: bool) -> list[torch.Tensor]:
         """What the ratio is taken to: the rollout's log-probs, or the trainer's own, by another forward pass."""
         if not recomputed:
@@ -144,6 +154,8 @@ class Learner:
         self, trajectories: Sequence[Trajectory], advantages: torch.Tensor, old: Sequence[torch.Tensor], step: int
     ) -> tuple[Update, float]:
         """The update of step 1, 2, ..., and the learning rate it was made with."""
+        if self.behaviour is not None:
+            self.behaviour.restart()
         rate = learning_rate_at(self.config.trainer, step - 1)
         seed = derive_seed(self.config.sampling.seed, step, "mini-batches")
         update = self.update(trajectories, advantages, old, learning_rate=rate, seed=seed)
@@ -160,16 +172,26 @@ class Learner:
 
     def weights(self, which: Which = "sampler") -> Iterator[tuple[str, torch.Tensor]]:
         """What an engine must hold to sample from one of the policies; sets `drift`. Collective, tensor by tensor."""
-        shown = {"sampler": self.old if self.lags else None, "policy": None, "average": self.ema}[which]
+        sampler = self.old if self.lags else None
+        shown = {"sampler": sampler, "policy": None, "average": self.ema, "behaviour": self.behaviour}[which]
         with nullcontext() if shown is None else shown.swapped():
             for name, tensor in self.drift.watch(effective_weights(self.policy, self.dtype, self.engine.gathered)):
                 # What was gathered goes, and what was swapped changes, when the next is asked for.
                 yield name, tensor if self.config.trainer.ranks == 1 and shown is None else tensor.clone()
 
+    def factors(self, which: Which = "sampler") -> dict[str, torch.Tensor]:
+        """Of a LoRA, what `weights` of the same policy are merged from, named as `save_lora` does.
+
+        Collective; fp32, on the CPU; ranks other than the first get none.
+        """
+        sampler = self.old_state if self.lags else self.state
+        by_policy = {"policy": self.state, "average": self.average_state, "behaviour": self.behaviour_state}
+        return as_saved(self.policy, by_policy.get(which, sampler)() or {})
+
     def state(self) -> dict[str, torch.Tensor]:
         """The trained parameters by their name in the policy: whole, fp32, on the CPU.
 
-        Collective, like the three below: every rank calls them, in the same order; ranks other than the first get none.
+        Collective, like the four below: every rank calls them, in the same order; ranks other than the first get none.
         """
         return self._whole(self.engine.parts())
 
@@ -181,14 +203,19 @@ class Learner:
         """The same of the old policy, where the algorithm has one."""
         return None if self.old is None else self._whole(self.old.parts)
 
+    def behaviour_state(self) -> dict[str, torch.Tensor] | None:
+        """The same of the policy before the latest update, with rollout.ahead=1."""
+        return None if self.behaviour is None else self._whole(self.behaviour.parts)
+
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         return self.engine.state_dict()
 
     def save(self, folder: Path, run: RunState) -> None:
         """Collective; the first rank writes, and alone raises OSError where that fails."""
-        weights, average, old, optimizer = self.state(), self.average_state(), self.old_state(), self.optimizer_state()
+        weights, optimizer = self.state(), self.optimizer_state()
+        beside = {"average": self.average_state(), "old": self.old_state(), "behaviour": self.behaviour_state()}
         if first_rank():
-            save_policy(folder, self.policy, weights, run=run, optimizer=optimizer, average=average, old=old)
+            save_policy(folder, self.policy, weights, run=run, optimizer=optimizer, **beside)
 
     def _whole(self, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return on_first_rank((name, self.engine.whole(name, part)) for name, part in parts.items())

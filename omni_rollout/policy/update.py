@@ -62,6 +62,7 @@ class Update:
     ref_kls: list[float] = field(default_factory=list)  # mean exact Gaussian KL to the reference, per micro-batch
     grad_norms: list[float] = field(default_factory=list)  # before clipping, per mini-batch; not finite: nothing was changed
     metrics: dict[str, list[float]] = field(default_factory=dict)  # the algorithm's own, per micro-batch
+    weights: list[torch.Tensor] = field(default_factory=list)  # of rollout correction, each [T] fp32, row by row
     moved: dict[str, int]  # expert -> the optimizer steps that its steps of the trajectories were part of
 
     def note(self, name: str, value: float) -> None:
@@ -164,7 +165,7 @@ class PolicyUpdate:
         log_probs = [(one.log_probs, old) for one, old in zip(rows.trajectories, rows.old_log_probs, strict=True)]
         weights = [rollout_correction.weights(algorithm, *both) for both in log_probs]
         kept = [rollout_correction.kept(algorithm, *both) for both in log_probs]
-        result.note("rollout_corr/rollout_is_mean", float(torch.cat(weights).mean()))
+        result.weights = weights if algorithm.rollout_is else []
         result.note("rollout_corr/rollout_rs_masked_fraction", 1 - sum(map(sum, kept)) / sum(map(len, kept)))
         left = {row: [pair for pair in pairs if kept[row][pair.index]] for row, pairs in chosen.items()}
         return replace(rows, weights=weights), left

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from verl.single_controller.base.decorator import Dispatch, register
 from omni_rollout import monitor
 from omni_rollout.integrations.verl.records import Weights, column, from_fields, run_config
 from omni_rollout.policy.learner import Learner, Which
+from omni_rollout.policy.lora import scale_of
 from omni_rollout.policy.recompute import check_fingerprint
 from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import Update
@@ -32,7 +33,7 @@ class RankUpdate:
 
     update: Update
     learning_rate: float
-    recomputed: bool  # the ratio was taken to the trainer's own log-probs
+    inspection: monitor.Inspection  # the same on all ranks
 
 
 class TrainerRank(Worker):
@@ -41,7 +42,7 @@ class TrainerRank(Worker):
         self._config = run_config(section)
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
-        self._expected: dict[str, Any] = {}
+        self._expected: dict[int, dict[str, Any]] = {}  # version -> what a trajectory's fingerprint must say; the latest two
 
     @every_rank
     def init_model(self, checkpoint: Path | None = None) -> None:
@@ -53,41 +54,61 @@ class TrainerRank(Worker):
         self._learner = Learner(self._config, rank=self.rank, ranks=self.world_size, checkpoint=checkpoint)
 
     @every_rank
-    def update_policy(self, keys: Sequence[str], partition: str, advantages: torch.Tensor, step: int) -> RankUpdate:
+    def update_policy(
+        self, keys: Sequence[str], partition: str, advantages: torch.Tensor, step: int, version: int
+    ) -> RankUpdate:
         """The update of one step, on this rank's share of the rows.
 
         Args:
             keys: of all trajectories in TransferQueue, in the order of their request ids.
             advantages: [B].
+            version: of the policy that sampled them.
 
         Raises:
-            FingerprintError: a trajectory of other weights than this rank published last.
+            FingerprintError: a trajectory of other weights than this rank published as that version.
             NotFiniteError, MismatchError: what must not reach the optimizer.
         """
         data = tq.kv_batch_get(keys=list(keys), partition_id=partition, select_fields=["trajectory"])
         trajectories = [from_fields(values) for values in column(data, "trajectory")]
         for trajectory in trajectories:
-            check_fingerprint(trajectory, self._expected)
+            check_fingerprint(trajectory, self._expected[version])
         monitor.check_finite(step, trajectories)
         # Every rank looks at the same sample of all rows, so all decide alike.
-        recompute_old = monitor.must_recompute(self._learner.engine.module, trajectories, self._config, step)
-        old = self._learner.old_log_probs(trajectories, recomputed=recompute_old)
+        inspection = monitor.inspect(self._learner, trajectories, self._config, step)
+        old = self._learner.old_log_probs(trajectories, recomputed=inspection.recompute)
         update, rate = self._learner.step(trajectories, advantages, old, step)
-        return RankUpdate(update=update, learning_rate=rate, recomputed=recompute_old)
+        return RankUpdate(update=update, learning_rate=rate, inspection=inspection)
 
     @every_rank
     def publish(self, version: int, which: Which = "sampler") -> Weights:
         """What the servers shall hold from now on; every rank digests its own, only the first puts them up."""
         digests: dict[str, str] = {}
         put: list[ray.ObjectRef] = []
+        size, lora = 0, self._config.trainer.lora_rank > 0
+
+        def send(named: Iterable[tuple[str, torch.Tensor]]) -> None:
+            nonlocal size
+            sent = [(name, tensor.cpu()) for name, tensor in named]
+            put.append(ray.put(sent))
+            size += sum(tensor.nbytes for _, tensor in sent)
+
         for bucket in buckets(self._learner.weights(which)):  # never the whole policy at once
             digests |= tensor_digests(bucket)
+            if self.rank == 0 and not lora:
+                send(bucket)
+        if lora:
+            factors = self._learner.factors(which)
             if self.rank == 0:
-                put.append(ray.put([(name, tensor.cpu()) for name, tensor in bucket]))
+                send(factors.items())
         digest = combined_digest(digests)
-        self._expected = self._learner.expected(digest)
-        machine, drift = self._expected.get("machine"), self._learner.drift.value
-        return Weights(version=version, digest=digest, buckets=tuple(put), machine=machine, drift=drift)
+        expected = self._learner.expected(digest)
+        latest = sorted({*self._expected, version})[-2:]
+        self._expected = {one: found for one, found in {**self._expected, version: expected}.items() if one in latest}
+        machine, drift = expected.get("machine"), self._learner.drift.value
+        scale = scale_of(self._config.trainer.lora_rank, self._config.trainer.lora_alpha) if lora else None
+        return Weights(
+            version=version, digest=digest, buckets=tuple(put), bytes=size, lora_scale=scale, machine=machine, drift=drift
+        )
 
     @every_rank
     def save_checkpoint(self, folder: Path, run: RunState) -> str | None:

@@ -42,6 +42,8 @@ class Weights:
     version: int
     digest: str
     buckets: tuple[ray.ObjectRef, ...]  # each a list of (name, tensor); held by the trainer's first rank
+    bytes: int = 0  # of all tensors in them
+    lora_scale: float | None = None  # they are the factors of an adapter, see `rollout.adapter.merged`; None: whole weights
     machine: Mapping[str, Any] | None = None  # of that rank, as its self-check found it; None: the profile is not exact
     drift: float = 0.0  # from where the run started, see `policy.drift`
 
@@ -57,6 +59,10 @@ class Order:
     weights: Weights
     step: int
     partition: str  # of TransferQueue: train or val
+
+    @property
+    def groups(self) -> list[str]:
+        return list(dict.fromkeys(request.group_id for request in self.requests))
 
 
 def run_config(section: Any) -> TrainConfig:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from omni_rollout.errors import EngineDiedError
 from omni_rollout.integrations.verl.records import Weights, run_config
+from omni_rollout.models import family_module
 from omni_rollout.policy.recompute import check_machine
 from omni_rollout.types import RolloutRequest, Trajectory
 
@@ -26,6 +27,7 @@ class RolloutServer:
         config = run_config(section)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        self._model = config.model
         self._engine = RolloutEngine(
             config.model.path,
             family=config.model.family,
@@ -47,8 +49,21 @@ class RolloutServer:
         if weights.machine is not None:
             check_machine(self._engine.machine, {"machine": weights.machine})
         if (self._engine.weights_digest, self._engine.policy_version) != (weights.digest, weights.version):
-            self._engine.update_weights(weights.fetch(), weights.version)
+            self._engine.update_weights(self._whole(weights), weights.version)
         return self._engine.weights_digest
+
+    def _whole(self, weights: Weights) -> Iterable[tuple[str, torch.Tensor]]:
+        """Of an adapter the factors come, and are merged into the checkpoint that the engine was made from, as by the ranks."""
+        named = weights.fetch()
+        if weights.lora_scale is None:
+            return named
+        from omni_rollout.rollout.adapter import merged
+
+        model, own = self._model, self._engine.policy_tensors()
+        device = next(iter(own.values())).device
+        factors = {name: tensor.to(device) for name, tensor in named}
+        scales = dict.fromkeys(family_module(model.family, "spec").EXPERTS, weights.lora_scale)
+        return merged(factors, scales, model.path, self._engine.policy_layout(), own)
 
     def generate(self, requests: Sequence[RolloutRequest], weights: Weights) -> Iterator[Trajectory]:
         """Trajectories as they finish, all of them under `weights`. Where the engine is lost, this process ends, too."""
