@@ -161,7 +161,7 @@ class Trainer:
             advantages = self.algorithm.advantages(compared, group_ids)
             with self._timed(timings, "old_log_probs", step):
                 inspection = monitor.inspect(self.learner, trajectories, config, step)
-                old = self.learner.old_log_probs(trajectories, recomputed=inspection.recompute)
+                old = self.learner.old_log_probs(trajectories, advantages, step, recomputed=inspection.recompute)
             with self._timed(timings, "update", step):
                 update, rate = self.learner.step(trajectories, advantages, old, step)
             with self._timed(timings, "weight_sync", step):

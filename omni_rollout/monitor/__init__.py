@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from omni_rollout.monitor.alerts import Alert, find_alerts
-from omni_rollout.monitor.guard import Inspection, MismatchError, NotFiniteError, StoppedError, check_finite, inspect
+from omni_rollout.monitor.guard import (
+    Inspection,
+    MismatchError,
+    NotFiniteError,
+    StoppedError,
+    check_finite,
+    inspect,
+    inspected_rows,
+)
 from omni_rollout.monitor.hacking import Guards
 from omni_rollout.monitor.last_words import last_words
 from omni_rollout.monitor.metrics import parity_metrics, ratio_metrics, reward_metrics
@@ -24,6 +32,7 @@ __all__ = [
     "check_finite",
     "find_alerts",
     "inspect",
+    "inspected_rows",
     "last_words",
     "parity_metrics",
     "ratio_metrics",

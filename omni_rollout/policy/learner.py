@@ -27,7 +27,6 @@ from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
 from omni_rollout.policy.engines.torch_engine import first_rank, on_first_rank
 from omni_rollout.policy.inputs import Shown
 from omni_rollout.policy.lora import as_saved, attach_lora, base_alone, without_adapted
-from omni_rollout.policy.recompute import recompute
 from omni_rollout.policy.rng import seed_generators
 from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import PolicyUpdate, Update
@@ -43,8 +42,8 @@ class Learner:
 
     Args:
         rank, ranks: of torch's process group, which must exist when there is more than one. Every rank loads the whole
-            policy and is given all rows; it scores its share of them, and the gradients are summed. What it keeps of the
-            policy is the trainer engine's matter.
+            policy and is told of all rows; it has the large tensors of those that it needs, scores its share, and the
+            gradients are summed. What it keeps of the policy is the trainer engine's matter.
         checkpoint: to go on from; the reference of a KL term stays the policy that `config` names.
         held: what the engine of this process holds: the weights that a LoRA does not touch are shared with it.
     """
@@ -143,12 +142,20 @@ class Learner:
         with nullcontext() if self.behaviour is None else self.behaviour.swapped():
             yield self.engine.module
 
-    def old_log_probs(self, trajectories: Sequence[Trajectory], *, recomputed: bool) -> list[torch.Tensor]:
+    def needed(self, trajectories: Sequence[Trajectory], advantages: torch.Tensor, step: int, *, recomputed: bool) -> set[int]:
+        """See `PolicyUpdate.needed`."""
+        return self.update.needed(trajectories, advantages, self._seed(step), recomputed=recomputed)
+
+    def old_log_probs(
+        self, trajectories: Sequence[Trajectory], advantages: torch.Tensor, step: int, *, recomputed: bool
+    ) -> list[torch.Tensor]:
         """What the ratio is taken to: the rollout's log-probs, or the trainer's own, by another forward pass."""
         if not recomputed:
             return [trajectory.log_probs for trajectory in trajectories]
-        size, family = self.config.trainer.micro_batch_size, self.config.model.family
-        return recompute(self.engine.module, trajectories, family=family, dtype=self.dtype, micro_batch_size=size)
+        return self.update.recompute(trajectories, advantages, self._seed(step))
+
+    def _seed(self, step: int) -> int:
+        return derive_seed(self.config.sampling.seed, step, "mini-batches")
 
     def step(
         self, trajectories: Sequence[Trajectory], advantages: torch.Tensor, old: Sequence[torch.Tensor], step: int
@@ -157,8 +164,7 @@ class Learner:
         if self.behaviour is not None:
             self.behaviour.restart()
         rate = learning_rate_at(self.config.trainer, step - 1)
-        seed = derive_seed(self.config.sampling.seed, step, "mini-batches")
-        update = self.update(trajectories, advantages, old, learning_rate=rate, seed=seed)
+        update = self.update(trajectories, advantages, old, learning_rate=rate, seed=self._seed(step))
         if self.ema is not None and any(math.isfinite(norm) for norm in update.grad_norms):
             self.ema.update()  # of weights that did not change, the average does not either
         if self.old is not None:

@@ -200,7 +200,7 @@ def to_sample(trajectory: Trajectory, score: dict[str, Any], step: int, partitio
         "breakdown": score["reward_extra_info"],
         "failures": score["failures"],
     }
-    learned_from = {"trajectory": to_fields(replace(trajectory, media=trajectory.media[:0]))} if partition == "train" else {}
+    learned_from = to_fields(replace(trajectory, media=trajectory.media[:0])) if partition == "train" else {}
     tag = {
         "status": "success",
         "request_id": trajectory.request_id,

@@ -16,7 +16,8 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 
 from omni_rollout import monitor
-from omni_rollout.integrations.verl.records import Weights, column, from_fields, run_config
+from omni_rollout.config import OldLogProbs
+from omni_rollout.integrations.verl.records import Weights, column, from_fields, run_config, size_of
 from omni_rollout.policy.learner import Learner, Which
 from omni_rollout.policy.lora import scale_of
 from omni_rollout.policy.recompute import check_fingerprint
@@ -34,6 +35,7 @@ class RankUpdate:
     update: Update
     learning_rate: float
     inspection: monitor.Inspection  # the same on all ranks
+    fetched: int  # bytes of the trajectories that this rank was sent
 
 
 class TrainerRank(Worker):
@@ -68,16 +70,29 @@ class TrainerRank(Worker):
             FingerprintError: a trajectory of other weights than this rank published as that version.
             NotFiniteError, MismatchError: what must not reach the optimizer.
         """
-        data = tq.kv_batch_get(keys=list(keys), partition_id=partition, select_fields=["trajectory"])
-        trajectories = [from_fields(values) for values in column(data, "trajectory")]
+        learner, config = self._learner, self._config
+        told = self._column(keys, partition, "trajectory")
+        trajectories = [from_fields(values) for values in told]
         for trajectory in trajectories:
             check_fingerprint(trajectory, self._expected[version])
-        monitor.check_finite(step, trajectories)
         # Every rank looks at the same sample of all rows, so all decide alike.
-        inspection = monitor.inspect(self._learner, trajectories, self._config, step)
-        old = self._learner.old_log_probs(trajectories, recomputed=inspection.recompute)
-        update, rate = self._learner.step(trajectories, advantages, old, step)
-        return RankUpdate(update=update, learning_rate=rate, inspection=inspection)
+        compared = monitor.inspected_rows(trajectories, config, step)
+        recomputed = config.trainer.old_log_probs is OldLogProbs.recompute or bool(compared)  # by config, or it may turn out so
+        rows = sorted(compared | learner.needed(trajectories, advantages, step, recomputed=recomputed))
+        tensors = self._column([keys[row] for row in rows], partition, "tensors")
+        for row, large in zip(rows, tensors, strict=True):
+            trajectories[row] = from_fields(told[row], large)
+        monitor.check_finite(step, trajectories)
+        inspection = monitor.inspect(learner, trajectories, config, step)
+        old = learner.old_log_probs(trajectories, advantages, step, recomputed=inspection.recompute)
+        update, rate = learner.step(trajectories, advantages, old, step)
+        fetched = sum(map(size_of, [*told, *tensors]))
+        return RankUpdate(update=update, learning_rate=rate, inspection=inspection, fetched=fetched)
+
+    def _column(self, keys: Sequence[str], partition: str, name: str) -> list[Any]:
+        if not keys:
+            return []
+        return column(tq.kv_batch_get(keys=list(keys), partition_id=partition, select_fields=[name]), name)
 
     @every_rank
     def publish(self, version: int, which: Which = "sampler") -> Weights:

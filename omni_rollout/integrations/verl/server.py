@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from omni_rollout.errors import EngineDiedError
+from omni_rollout.errors import EngineDiedError, WeightSyncError
 from omni_rollout.integrations.verl.records import Weights, run_config
 from omni_rollout.models import family_module
 from omni_rollout.policy.recompute import check_machine
@@ -43,13 +43,17 @@ class RolloutServer:
         """Takes a published version, unless it has it; returns the digest of what the engine then holds.
 
         Raises:
-            WeightSyncError: a tensor is different in the engine.
+            WeightSyncError: a tensor is different in the engine, or was merged to other bits than by the ranks.
             PinnedKnobError: what this machine samples, the trainer's could not score bit for bit.
         """
         if weights.machine is not None:
             check_machine(self._engine.machine, {"machine": weights.machine})
         if (self._engine.weights_digest, self._engine.policy_version) != (weights.digest, weights.version):
-            self._engine.update_weights(self._whole(weights), weights.version)
+            held = self._engine.update_weights(self._whole(weights), weights.version)
+            if held != weights.digest:
+                raise WeightSyncError(
+                    f"version {weights.version}: the engine holds {held[:16]}, expected {weights.digest[:16]}"
+                )
         return self._engine.weights_digest
 
     def _whole(self, weights: Weights) -> Iterable[tuple[str, torch.Tensor]]:

@@ -265,6 +265,7 @@ class OmniTrainer(PPOTrainer):
         ours |= {
             "rollout/servers": float(self.servers_in_step),
             "rollout/weights_bytes": float(self.weights.bytes),
+            "rollout/fetched_bytes": float(max(rank.fetched for rank in self.updates)),
             "rollout/retried": float(self.agent_loop_manager.retried),
             "perf/restarts": float(restarts(self.run.run_dir)),
             **evaluated,
