@@ -26,7 +26,7 @@ from omni_rollout.launch.progress import Progress
 from omni_rollout.monitor import CaptionedImage, Guards, Monitor
 from omni_rollout.policy.learner import Learner, Which
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
-from omni_rollout.rollout.choice import held_here, open_engine
+from omni_rollout.rollout.choice import give, held_here, open_engine
 from omni_rollout.run.batch import Batch, roll_out
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.evaluate import sampled
@@ -244,7 +244,7 @@ class Trainer:
         return settings.images > 0 and (step == steps or (settings.every > 0 and step % settings.every == 0))
 
     def _sync(self, which: Which = "sampler") -> None:
-        digest = self.engine.update_weights(self.learner.weights(which), self.version)
+        digest = give(self.engine, self.learner.weights(which), self.version, lambda: self.learner.adapter(which))
         self.expected = self.learner.expected(digest)
         check_machine(self.engine.machine, self.expected)  # before anything is sampled
 

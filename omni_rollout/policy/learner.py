@@ -30,6 +30,7 @@ from omni_rollout.policy.lora import as_saved, attach_lora, base_alone, without_
 from omni_rollout.policy.rng import seed_generators
 from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import PolicyUpdate, Update
+from omni_rollout.rollout.adapter import Adapter
 from omni_rollout.types import Trajectory
 
 # What an engine can be given: the policy that rollouts are sampled with, the one that is trained, its average, and with
@@ -185,14 +186,15 @@ class Learner:
                 # What was gathered goes, and what was swapped changes, when the next is asked for.
                 yield name, tensor if self.config.trainer.ranks == 1 and shown is None else tensor.clone()
 
-    def factors(self, which: Which = "sampler") -> dict[str, torch.Tensor]:
-        """Of a LoRA, what `weights` of the same policy are merged from, named as `save_lora` does.
-
-        Collective; fp32, on the CPU; ranks other than the first get none.
-        """
+    def adapter(self, which: Which = "sampler") -> Adapter | None:
+        """Of a LoRA, what `weights` of the same policy are merged from. Collective; the first rank alone gets factors."""
+        trainer = self.config.trainer
+        if not trainer.lora_rank:
+            return None
         sampler = self.old_state if self.lags else self.state
         by_policy = {"policy": self.state, "average": self.average_state, "behaviour": self.behaviour_state}
-        return as_saved(self.policy, by_policy.get(which, sampler)() or {})
+        factors = as_saved(self.policy, by_policy.get(which, sampler)() or {})
+        return Adapter(factors=factors, rank=trainer.lora_rank, alpha=trainer.lora_alpha or 2 * trainer.lora_rank)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The trained parameters by their name in the policy: whole, fp32, on the CPU.

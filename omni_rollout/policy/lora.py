@@ -231,11 +231,6 @@ def as_saved(transformer: nn.Module, factors: Mapping[str, torch.Tensor]) -> dic
     return {prefix + name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in factors.items()}
 
 
-def scale_of(rank: int, alpha: int | None) -> float:
-    """What the product B A is multiplied by."""
-    return (2 * rank if alpha is None else alpha) / rank
-
-
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], int, int]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: expected the folder of a LoRA checkpoint")

@@ -1,17 +1,20 @@
-"""LoRA factors, as `policy.lora.save_lora` names them, merged into the checkpoint that an engine was started with."""
+"""LoRA factors, as `policy.lora.save_lora` names them: sent in place of weights, and merged into the engine's checkpoint."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from omni_rollout.diffusion.exact_ops import merged_weight
 from omni_rollout.errors import UserError
 from omni_rollout.models.base.network import folder_of
+from omni_rollout.trajectories.digest import buckets, combined_digest, tensor_digests
 
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 METADATA = "lora_adapter_metadata"  # in a file's header; rank and alpha are in it
@@ -24,6 +27,39 @@ class AdapterError(UserError):
     def __init__(self, message: str, at: str | None = None) -> None:
         super().__init__(message)
         self.at = at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What all of a policy's experts are merged with, by the same rank and alpha."""
+
+    factors: Mapping[str, torch.Tensor]  # fp32, on the CPU
+    rank: int
+    alpha: int
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied by."""
+        return self.alpha / self.rank
+
+    def header(self) -> dict[str, str]:
+        """Of a file, for `scales_of`."""
+        experts = sorted({name.partition(".")[0] for name in self.factors})
+        of_each = {"r": self.rank, "lora_alpha": self.alpha}
+        return {METADATA: json.dumps({f"{expert}.{key}": of_each[key] for expert in experts for key in of_each})}
+
+
+def write(path: str, named: Iterable[tuple[str, torch.Tensor]], adapter: Adapter | None) -> str:
+    """Writes what a server is to be sent: all weights, or what they were merged from; returns the digest of all weights."""
+    if adapter is None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named}
+        save_file(tensors, path)
+        return combined_digest(tensor_digests(tensors.items()))
+    save_file({name: tensor.contiguous() for name, tensor in adapter.factors.items()}, path, metadata=adapter.header())
+    digests: dict[str, str] = {}
+    for bucket in buckets(named):
+        digests |= tensor_digests(bucket)
+    return combined_digest(digests)
 
 
 def is_adapter(names: set[str]) -> bool:

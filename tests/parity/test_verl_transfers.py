@@ -20,7 +20,6 @@ from omni_rollout.launch.compose import compose
 from omni_rollout.models.base.policy import batch_keys
 from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.policy.learner import Learner
-from omni_rollout.policy.lora import scale_of
 from omni_rollout.trajectories.digest import combined_digest, tensor_digests
 from omni_rollout.types import Prompt, RolloutRequest, Trajectory
 
@@ -79,9 +78,10 @@ def learner(config: TrainConfig, trajectories: list[Trajectory]) -> Learner:
 def published(learner: Learner, which: Any, **changes: Any) -> tuple[Weights, int]:
     """As a rank puts it up; and the bytes of what is merged from it."""
     whole = list(learner.weights(which))
-    factors = learner.factors(which)
+    adapter = learner.adapter(which)
+    assert adapter is not None and (adapter.rank, adapter.alpha) == (RANK, ALPHA)
     digest = combined_digest(tensor_digests(whole))
-    sent = Sent(version=1, digest=digest, buckets=(list(factors.items()),), lora_scale=scale_of(RANK, ALPHA))  # type: ignore[arg-type]
+    sent = Sent(version=1, digest=digest, buckets=(list(adapter.factors.items()),), lora_scale=ALPHA / RANK)  # type: ignore[arg-type]
     return replace(sent, **changes), size_of(dict(whole))
 
 
@@ -100,7 +100,7 @@ def test_factors_become_the_bits_that_the_ranks_compute_with(learner: Learner, s
 
 
 def test_what_is_merged_to_other_bits_is_refused(learner: Learner, server: RolloutServer) -> None:
-    weights, _ = published(learner, "policy", version=2, lora_scale=scale_of(RANK, ALPHA) * 1.01)
+    weights, _ = published(learner, "policy", version=2, lora_scale=ALPHA / RANK * 1.01)
     with pytest.raises(WeightSyncError, match="version 2: the engine holds"):
         server.load(weights)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,6 @@ from omni_rollout import monitor
 from omni_rollout.config import OldLogProbs
 from omni_rollout.integrations.verl.records import Weights, column, from_fields, run_config, size_of
 from omni_rollout.policy.learner import Learner, Which
-from omni_rollout.policy.lora import scale_of
 from omni_rollout.policy.recompute import check_fingerprint
 from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import Update
@@ -99,28 +98,21 @@ class TrainerRank(Worker):
         """What the servers shall hold from now on; every rank digests its own, only the first puts them up."""
         digests: dict[str, str] = {}
         put: list[ray.ObjectRef] = []
-        size, lora = 0, self._config.trainer.lora_rank > 0
-
-        def send(named: Iterable[tuple[str, torch.Tensor]]) -> None:
-            nonlocal size
-            sent = [(name, tensor.cpu()) for name, tensor in named]
-            put.append(ray.put(sent))
-            size += sum(tensor.nbytes for _, tensor in sent)
-
+        adapter, size = self._learner.adapter(which), 0
         for bucket in buckets(self._learner.weights(which)):  # never the whole policy at once
             digests |= tensor_digests(bucket)
-            if self.rank == 0 and not lora:
-                send(bucket)
-        if lora:
-            factors = self._learner.factors(which)
-            if self.rank == 0:
-                send(factors.items())
+            if self.rank == 0 and adapter is None:
+                put.append(ray.put([(name, tensor.cpu()) for name, tensor in bucket]))
+                size += sum(tensor.nbytes for _, tensor in bucket)
+        if self.rank == 0 and adapter is not None:
+            put.append(ray.put(list(adapter.factors.items())))
+            size = sum(tensor.nbytes for tensor in adapter.factors.values())
         digest = combined_digest(digests)
         expected = self._learner.expected(digest)
         latest = sorted({*self._expected, version})[-2:]
         self._expected = {one: found for one, found in {**self._expected, version: expected}.items() if one in latest}
         machine, drift = expected.get("machine"), self._learner.drift.value
-        scale = scale_of(self._config.trainer.lora_rank, self._config.trainer.lora_alpha) if lora else None
+        scale = None if adapter is None else adapter.scale
         return Weights(
             version=version, digest=digest, buckets=tuple(put), bytes=size, lora_scale=scale, machine=machine, drift=drift
         )

@@ -152,10 +152,14 @@ def _blank(outline: Any) -> Any:
 
 
 def size_of(values: Any) -> int:
-    """Bytes of all tensors and arrays in it."""
+    """Bytes of what is in it: tensors, arrays and text as they are, 8 for a number; names of mappings count."""
     if isinstance(values, Mapping):
-        return sum(map(size_of, values.values()))
-    return int(values.nbytes) if hasattr(values, "nbytes") else 0
+        return sum(size_of(name) + size_of(one) for name, one in values.items())
+    if isinstance(values, list | tuple):
+        return sum(map(size_of, values))
+    if isinstance(values, str):
+        return len(values.encode())
+    return int(values.nbytes) if hasattr(values, "nbytes") else 8
 
 
 def column(data: TensorDict, name: str) -> list[Any]:

@@ -84,7 +84,11 @@ async def _take(path: Path, server: Server, version: int, digest: str | None) ->
     if digest is not None:
         arrived = combined_digest(await asyncio.to_thread(lambda: tensor_digests(named.items())))
         if arrived != digest:
-            raise BadRequest(f"digest: {digest[:16]} was sent, {arrived[:16]} has arrived; send it again", "digest")
+            raise BadRequest(
+                f"digest: {digest[:16]} was sent, {arrived[:16]} has arrived; send it again, or, of LoRA factors: start this "
+                "server with the checkpoint that they are merged into",
+                "digest",
+            )
     try:
         held = await server.host.update_weights(named.items(), version)
     except WeightSyncError as error:
