@@ -174,6 +174,7 @@ class Trainer:
             failed=images - len(trajectories),
             group_ids=group_ids,
             elements=trajectories[0].latents[0].numel(),
+            padding=self.material.collator.padding(batch.requests),
             clip_range=config.trainer.clip_range,
             timings=timings,
             kept=batch.kept,

@@ -154,7 +154,7 @@ class OmniTrainer(PPOTrainer):
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         order, self.told = self.ordered.pop(self.global_steps), self.agent_loop_manager.settle(self.global_steps)
         self.version, self.sampled_by = order.weights.version, order.weights.digest  # Ray may let go of the tensors
-        self.samples = self._samples(batch)
+        self.samples, self.padding = self._samples(batch), self.material.collator.padding(order.requests)
         self.reused = self.seeds.record(order.requests) + self.seeds.record_noise(cast(Any, self.samples.sources))
         self.scored = self.rewards.batch(self.samples.breakdown, self.samples.failures)
         self.rewards.require(self.scored)
@@ -252,6 +252,7 @@ class OmniTrainer(PPOTrainer):
             failed=len(scored.total) - len(rewards.total),
             group_ids=self.group_ids,
             elements=samples.elements,
+            padding=self.padding,
             clip_range=self.run.trainer.clip_range,
             timings={**our_timings(timing_raw), "sampling": self.told["seconds"]},
             kept=self.told["kept"],
