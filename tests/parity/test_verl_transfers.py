@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("verl")
 
-from omni_rollout.config import TrainConfig
+from omni_rollout.algorithms.flow_grpo import FlowGRPO
+from omni_rollout.config import TrainConfig, TrainerConfig
 from omni_rollout.errors import WeightSyncError
 from omni_rollout.integrations.verl.records import Weights, from_fields, size_of, to_fields, to_section
 from omni_rollout.integrations.verl.server import RolloutServer
@@ -20,6 +21,7 @@ from omni_rollout.launch.compose import compose
 from omni_rollout.models.base.policy import batch_keys
 from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.policy.learner import Learner
+from omni_rollout.policy.update import PolicyUpdate
 from omni_rollout.trajectories.digest import combined_digest, tensor_digests
 from omni_rollout.types import Prompt, RolloutRequest, Trajectory
 
@@ -119,3 +121,33 @@ def test_a_row_of_another_rank_is_known_but_for_its_numbers(trajectories: list[T
     little, much = size_of(told[0]) - told[0]["media"].nbytes, size_of(large[0])
     print(f"a trajectory: {little} bytes for every rank, {much} for the one that computes with it")
     assert 10 * little < much
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_each_rank_is_sent_its_rows_alone(trajectories: list[Trajectory], recomputed: bool) -> None:
+    """Sixteen rows, of which four teach nothing: how many bytes the rank that gets most is sent, and was sent before."""
+    rows = [replace(one, group_id=str(place % 4), member=place) for place, one in enumerate(trajectories * 4)]
+    advantages = torch.tensor([0.0, 1.0, -1.0, 0.5] * 4)
+    sizes = [size_of(to_fields(one)["tensors"]) for one in rows]
+    told = sum(size_of(to_fields(one)["trajectory"]) - one.media.nbytes for one in rows)
+    for ranks in (1, 2, 4):
+        engine: Any = None
+        updates = [
+            PolicyUpdate(
+                engine,
+                FlowGRPO(),
+                TrainerConfig(micro_batch_size=2),
+                family="qwen_image",
+                dtype=torch.float32,
+                rank=rank,
+                ranks=ranks,
+            )
+            for rank in range(ranks)
+        ]
+        needed = [update.needed(rows, advantages, 7, recomputed=recomputed) for update in updates]
+        shares = updates[0].shares(rows, advantages, 7)
+        assert sorted(row for share in shares for row in share) == list(range(16)), "each row once"
+        assert all(needs == set(share) for needs, share in zip(needed, shares, strict=True)), "and nothing to fill up with"
+        most = max(sum(sizes[row] for row in needs) for needs in needed)
+        print(f"{ranks} ranks: {told + most} bytes to the rank that gets most, {told + sum(sizes)} before")
+        assert most <= sum(sizes) / ranks * 1.1
