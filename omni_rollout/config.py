@@ -138,6 +138,7 @@ class RolloutConfig:
     max_num_seqs: Any = 8  # requests denoised together; auto: what an engine in this process measures as it starts
     workers: int | None = None  # engines; None: one, or one beside each trainer rank. More than one with backend=verl
     placement: Placement = Placement.apart
+    ahead: int = 0  # 1: the next batch is sampled before, and on verl while, this one is learned from; see docs/ahead.md
     timeout: float = 600.0  # seconds without a finished image after which an engine is taken for dead
     keep_finished: bool = True  # trajectories on disk until a checkpoint holds what was learned from them
     url: str | None = None  # of an `omni-rollout serve` that samples instead of an engine here; of several: "A,B"
@@ -206,7 +207,7 @@ class TrainerConfig:
     lora_rank: int = 0  # 0: full weights
     lora_alpha: int | None = None  # None: twice the rank
     ema_decay: float = 0.0  # 0: no average is kept
-    old_log_probs: OldLogProbs = OldLogProbs.rollout
+    old_log_probs: OldLogProbs | None = None  # None: rollout; with rollout.ahead=1 recompute
     save_every: int = 0  # steps between checkpoints; 0: only at the end, or when a signal ends the run
     keep_checkpoints: int = 3  # the newest; 0: all
     resume: str = "none"  # none: run_dir must be new; auto: from its newest checkpoint that is whole; or a checkpoint's folder

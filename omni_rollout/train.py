@@ -5,41 +5,39 @@ for step in steps:
                                                     ▲                                     │
                           update_weights (digests) ─┘◄── PolicyUpdate ◄── old log-probs ◄─┘
     Monitor.log
+
+With rollout.ahead=1 the batch of step k + 1 is sampled before the update of step k.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from omni_rollout import monitor
-from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import TrainConfig
-from omni_rollout.data.collate import Collator
 from omni_rollout.data.seeds import SeedLedger
-from omni_rollout.data.stream import prompt_data
 from omni_rollout.launch.progress import Progress
-from omni_rollout.models import family_module
 from omni_rollout.monitor import CaptionedImage, Guards, Monitor
 from omni_rollout.policy.learner import Learner, Which
 from omni_rollout.policy.recompute import check_fingerprint, check_machine
-from omni_rollout.rewards import Meanwhile, make_rewards
-from omni_rollout.rollout.choice import held_here, open_engine
+from omni_rollout.rollout.choice import give, held_here, open_engine
+from omni_rollout.run.batch import Batch, roll_out
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.evaluate import sampled
 from omni_rollout.run.evaluation import captioned, evaluated
+from omni_rollout.run.material import Material
 from omni_rollout.run.profile import StepProfile
-from omni_rollout.run.resume import check_weights, enter, run_state
+from omni_rollout.run.resume import behaviour_version, check_weights, enter, run_state
 from omni_rollout.run.start import Start, find_start
 from omni_rollout.run.stop import StopFlag
 from omni_rollout.trajectories.journal import Journal
-from omni_rollout.types import RolloutRequest, Trajectory
+from omni_rollout.types import Trajectory
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> None:
@@ -117,20 +115,13 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, start: Start, progress: Progress) -> None:
         self.config, self.progress = config, progress
-        self.stream, self.evaluation_prompts = prompt_data(config)
-        all_prompts = [*self.stream.prompts, *self.evaluation_prompts]
-        self.rewards = make_rewards(config)
-        self.rewards.check(all_prompts, family_module(config.model.family, "spec").KIND)
-        tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
-        self.algorithm = get_algorithm(config.algorithm)
-        window = self.algorithm.window_start
-        self.collator = Collator(config.model.family, tokenizer, config.sampling, config.collate, window)
-        for prompt in all_prompts:  # all of them now, not one of them in an hour
-            self.collator.check(self.collator.spec(images=prompt.images), prompt)
+        self.material = Material.of(config)
+        self.rewards, self.algorithm = self.material.rewards, self.material.algorithm
         self.seeds = SeedLedger(Path(config.run_dir) / "seeds.jsonl")
         self.journal = Journal(config.run_dir, keep=config.rollout.keep_finished)
         self.guards = Guards(config.run_dir)
-        self.version = start.step
+        self.version, self._first_version = start.step, behaviour_version(start)
+        self._next: Batch | None = None  # of the step to come, sampled ahead
         self.engine = open_engine(config, progress)
         try:
             progress.stage("loading the model into the trainer", quiet=True)
@@ -145,22 +136,23 @@ class Trainer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._next is not None:
+            self._next.rewards.close()
         self.engine.close()
 
     def step(self, step: int) -> StepReport:
         """Step 1, 2, ...: one rollout, one update, one weight sync."""
         config, timings = self.config, dict[str, float]()
-        requests = self.collator.groups(self.stream.batch(step), step, config.rollout.group_size)
-        with timed(timings, "step"), Meanwhile(self.rewards, requests) as rewards:
+        with timed(timings, "step"):
             with self._timed(timings, "rollout", step):
-                reused = self.seeds.record(requests)
-                kept, trajectories = self._rollout(requests, step, rewards)
-                reused += self.seeds.record_noise(trajectories)
+                batch = self._batch(step)
+                reused = self.seeds.record(batch.requests) + self.seeds.record_noise(batch.trajectories)
+            trajectories, staleness = batch.trajectories, self.version - batch.version
             for trajectory in trajectories:
-                check_fingerprint(trajectory, self.expected)
+                check_fingerprint(trajectory, batch.expected)
             monitor.check_finite(step, trajectories)
-            with self._timed(timings, "reward", step):  # what is left of it
-                scored = rewards.result(trajectories)
+            with self._timed(timings, "reward", step), batch.rewards:  # what is left of it
+                scored = batch.rewards.result(trajectories)
             self.rewards.require(scored)
             images = len(trajectories)
             trajectories = [trajectories[row] for row in scored.scored]  # the others leave their groups
@@ -168,11 +160,10 @@ class Trainer:
             compared = torch.tensor(self.rewards.compared(scored, group_ids), dtype=torch.float32)
             advantages = self.algorithm.advantages(compared, group_ids)
             with self._timed(timings, "old_log_probs", step):
-                recomputed = monitor.must_recompute(self.learner.engine.module, trajectories, config, step)
-                old = self.learner.old_log_probs(trajectories, recomputed=recomputed)
+                inspection = monitor.inspect(self.learner, trajectories, config, step)
+                old = self.learner.old_log_probs(trajectories, advantages, step, recomputed=inspection.recompute)
             with self._timed(timings, "update", step):
                 update, rate = self.learner.step(trajectories, advantages, old, step)
-            sampled_by = self.expected["weights"]
             with self._timed(timings, "weight_sync", step):
                 self.version = step
                 self._sync()
@@ -183,23 +174,25 @@ class Trainer:
             failed=images - len(trajectories),
             group_ids=group_ids,
             elements=trajectories[0].latents[0].numel(),
-            padding=self.collator.padding(requests),
+            padding=self.material.collator.padding(batch.requests),
             clip_range=config.trainer.clip_range,
             timings=timings,
-            kept=kept,
+            kept=batch.kept,
             learning_rate=rate,
             collisions=self.seeds.collisions,
-            recomputed=recomputed,
+            recomputed=inspection.recompute,
+            staleness=staleness,
+            sampled=inspection.parity,
             drift=self.learner.drift.value,
         )
         texts, media = [one.prompt.text for one in trajectories], [one.media for one in trajectories]
         shown = captioned(scores.total, texts, media)
         notes = monitor.step_notes(
             update,
-            sampled_by=sampled_by,
-            recomputed=recomputed,
+            sampled_by=batch.expected["weights"],
+            recomputed=inspection.recompute,
             reused=reused,
-            not_kept=self.journal.failure,
+            not_kept=batch.not_kept,
             not_scored=scored.failures,
         )
         return StepReport(metrics=metrics, images=shown, notes=notes)
@@ -210,17 +203,36 @@ class Trainer:
         with timed(timings, stage):
             yield
 
-    def _rollout(self, requests: Sequence[RolloutRequest], step: int, rewards: Meanwhile) -> tuple[int, list[Trajectory]]:
-        """How many had been finished before the run was stopped, and all of them in the order of their ids."""
-        trajectories, left = self.journal.take(step, requests, self.expected, self.version)
-        kept = len(trajectories)
-        for trajectory in trajectories:
-            rewards.add(trajectory)
-        for trajectory in self.engine.generate(left, timeout=self.config.rollout.timeout):
-            self.journal.keep(step, trajectory)
-            trajectories.append(trajectory)
-            rewards.add(trajectory)
-        return kept, sorted(trajectories, key=lambda trajectory: trajectory.request_id)
+    def _batch(self, step: int) -> Batch:
+        """Of this step, to learn from; with rollout.ahead=1 that of the next is sampled here, too."""
+        batch, self._next = self._next or self._first(step), None
+        if self.config.rollout.ahead and step < self.config.trainer.steps:
+            self._next = self._rollout(step + 1)
+        return batch
+
+    def _first(self, step: int) -> Batch:
+        """Of a step that nothing was sampled ahead for: by the policy that would have, had the run not been stopped."""
+        if self.learner.behaviour is None or self._first_version == self.version:
+            return self._rollout(step)
+        self.version = self._first_version
+        self._sync("behaviour")
+        batch = self._rollout(step)
+        self.version = step - 1
+        self._sync()
+        return batch
+
+    def _rollout(self, step: int) -> Batch:
+        """By the policy that the engine holds now."""
+        return roll_out(
+            self.engine,
+            self.material.requests(step),
+            self.rewards,
+            self.journal,
+            step=step,
+            version=self.version,
+            expected=self.expected,
+            timeout=self.config.rollout.timeout,
+        )
 
     def saver(self, step: int, sight: Monitor) -> Callable[[Path], None]:
         """What writes the checkpoint of a step into a folder."""
@@ -233,7 +245,7 @@ class Trainer:
         return settings.images > 0 and (step == steps or (settings.every > 0 and step % settings.every == 0))
 
     def _sync(self, which: Which = "sampler") -> None:
-        digest = self.engine.update_weights(self.learner.weights(which), self.version)
+        digest = give(self.engine, self.learner.weights(which), self.version, lambda: self.learner.adapter(which))
         self.expected = self.learner.expected(digest)
         check_machine(self.engine.machine, self.expected)  # before anything is sampled
 
@@ -258,7 +270,7 @@ class Trainer:
     def _evaluate(
         self, name: str, what: str = "evaluating"
     ) -> tuple[dict[str, float], dict[str, str], list[float | None], list[Trajectory]]:
-        requests = self.collator.evaluation(self.evaluation_prompts, self.config.evaluation, name)
+        requests = self.material.evaluation(name)
         trajectories = sampled(self.engine, requests, self.progress, self.config.rollout.timeout, what)
         self.progress.stage(f"scoring {len(trajectories)} images", quiet=True)
         media, prompts = [one.media for one in trajectories], [one.prompt for one in trajectories]

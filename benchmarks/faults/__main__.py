@@ -26,7 +26,7 @@ from benchmarks.faults.scene import STEPS, Scene, SceneError
 from benchmarks.faults.witness import differences
 from omni_rollout.nano.random_weights import build_random
 
-NAMES = (*embedded.FAULTS, *(name for faults in on_ray.FAULTS.values() for name in faults))
+NAMES = (*embedded.FAULTS, *embedded.AHEAD_FAULTS, *(name for faults in on_ray.FAULTS.values() for name in faults))
 
 
 class Bench:
@@ -42,6 +42,10 @@ class Bench:
             act, reference = embedded.FAULTS[name], self._embedded
             scene = self._play(name, "embedded", lambda scene, act=act, other=reference: act(scene, other))
             self._add(scene, reference, embedded.CHANGES_LATER_STEPS.get(name))
+        for name in (name for name in embedded.AHEAD_FAULTS if name in wanted):
+            act, reference = embedded.AHEAD_FAULTS[name], self._ahead
+            scene = self._play(name, "embedded", lambda scene, act=act, other=reference: act(scene, other), *embedded.AHEAD)
+            self._add(scene, reference)
         for backend, faults in on_ray.FAULTS.items():
             if not wanted & faults.keys():
                 continue
@@ -57,9 +61,13 @@ class Bench:
     def _embedded(self) -> Scene:
         return self._play("undisturbed, embedded", "embedded", embedded.undisturbed)
 
-    def _play(self, name: str, backend: str, act: Callable[[Scene], None]) -> Scene:
+    @cached_property
+    def _ahead(self) -> Scene:
+        return self._play("undisturbed, ahead", "embedded", embedded.undisturbed, *embedded.AHEAD)
+
+    def _play(self, name: str, backend: str, act: Callable[[Scene], None], *more: str) -> Scene:
         start = time.monotonic()
-        scene = Scene(self._root / name.replace(", ", "-").replace(" ", "-"), self._model, backend)
+        scene = Scene(self._root / name.replace(", ", "-").replace(" ", "-"), self._model, backend, *more)
         try:
             with scene:
                 act(scene)

@@ -39,6 +39,23 @@ def killed(scene: Scene, _: Scene) -> None:
         strike.broken.append(f"rollout/kept is not {kept} in step 2 and 0 in all others")
 
 
+def killed_ahead(scene: Scene, _: Scene) -> None:
+    scene.start()
+    scene.in_rollout(3)
+    scene.send(signal.SIGKILL)
+    scene.wait()
+    what = "rollout.ahead=1: kill -9 of the process in the rollout of step 3, before the update of step 2; resume=auto"
+    strike = scene.strike("process, ahead", what, 3)
+    kept = PER_STEP - strike.unfinished
+    scene.start("trainer.resume=auto")
+    scene.finish()
+    scene.must_say(strike, f"step 1: {PER_STEP + kept} finished trajectories kept, 0 steps to repeat")
+    if [line["rollout/kept"] for line in metrics(scene.run_dir)] != [0, PER_STEP, kept, 0]:
+        strike.broken.append(f"rollout/kept is not {PER_STEP} in step 2, {kept} in step 3 and 0 in all others")
+    if [line["staleness"] for line in metrics(scene.run_dir)] != [0, 1, 1, 1]:
+        strike.broken.append("not every step but the first learned from the policy of one update earlier")
+
+
 def stopped(scene: Scene, _: Scene) -> None:
     scene.start()
     scene.in_rollout(2)
@@ -173,4 +190,6 @@ FAULTS: dict[str, Callable[[Scene, Scene], None]] = {
     "NaN": not_a_number,
     "engine thread": hanging,
 }
+AHEAD_FAULTS: dict[str, Callable[[Scene, Scene], None]] = {"process, ahead": killed_ahead}  # of runs with AHEAD
+AHEAD = ("rollout.ahead=1",)
 CHANGES_LATER_STEPS = {"NaN": 1}  # name -> steps before that

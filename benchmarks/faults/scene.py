@@ -58,14 +58,15 @@ class Scene:
     Args:
         model: a checkpoint in diffusers layout.
         backend: of STEPS: embedded, verl, or verl with colocated engines.
+        more: overrides of all of its commands.
     """
 
-    def __init__(self, folder: Path, model: Path, backend: str) -> None:
+    def __init__(self, folder: Path, model: Path, backend: str, *more: str) -> None:
         self.folder, self.run_dir, self.backend = folder, folder / "run", backend
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log.txt"
         self.log.touch()
-        self._overrides = _overrides(model, folder, self.run_dir, backend)
+        self._overrides = [*_overrides(model, folder, self.run_dir, backend), *more]
         self.witness = Witness(self.run_dir, folder / "finished")
         self.strikes: list[Strike] = []
         self._process: subprocess.Popen[bytes] | None = None

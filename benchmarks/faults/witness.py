@@ -148,17 +148,17 @@ def counted_twice_or_not(run_dir: Path, steps: int, per_step: int) -> list[str]:
 
 
 def mixed_policies(run_dir: Path, witness: Witness) -> Iterator[str]:
-    """What contradicts that each trajectory is of one policy: the one of its step.
+    """What contradicts that each trajectory is of one policy: the one of its step, or with rollout.ahead=1 the one before.
 
     The trainer scores each step of each trajectory again, under the weights of that step: equal bits leave room for no other.
     """
     for line in metrics(run_dir):
         if line["parity/ppo_kl_mb0"] != 0.0 or line["parity/bitwise_equal_fraction"] != 1.0:
             yield f"step {line['step']}: the trainer's log-probs are not the engine's"
-    digests = {line["step"]: line["weights/digest"] for line in metrics(run_dir)}
+    policies = {line["step"]: (line["step"] - 1 - line["staleness"], line["weights/digest"]) for line in metrics(run_dir)}
     for one in witness.finished:
         trajectory = load_capsule(one.copy)
-        if (trajectory.policy_version, trajectory.fingerprint["weights"]) != (one.step - 1, digests.get(one.step)):
+        if (trajectory.policy_version, trajectory.fingerprint["weights"]) != policies.get(one.step):
             yield f"{one.request_id} was sampled by version {trajectory.policy_version}, not by the policy of its step"
 
 

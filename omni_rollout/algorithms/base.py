@@ -32,7 +32,7 @@ class Loss:
 class Steps:
     """B (trajectory, step) pairs, as a coupled loss gets them. The first three of the second part carry gradients."""
 
-    old_log_probs: torch.Tensor  # [B], of the policy that sampled
+    old_log_probs: torch.Tensor  # [B], of the policy before this step's update, which sampled, but for rollout.ahead=1
     advantages: torch.Tensor  # [B]; rollout correction's weight is in them
     clip_range: float  # trainer.clip_range
     log_probs: torch.Tensor  # [B]
@@ -175,7 +175,7 @@ class Coupled(Algorithm):
         if config.sampling.sde_type is SDETypeName.cps and self.kl_coef and not self.kl_with_dt:
             yield "algorithm.kl_with_dt=false with sampling.sde_type=cps: its steps have no dt to leave out; give true"
         yield from rollout_correction.problems(self)
-        if (self.rollout_is or self.rollout_rs) and config.trainer.old_log_probs is OldLogProbs.rollout:
+        if (self.rollout_is or self.rollout_rs) and config.trainer.old_log_probs is not OldLogProbs.recompute:
             yield (
                 "trainer.old_log_probs=rollout with rollout correction: they are the rollout's own, so every ratio is 1; "
                 "give trainer.old_log_probs=recompute"

@@ -23,7 +23,7 @@ from omni_rollout import plugins
 from omni_rollout.algorithms import algorithm_class, names, source_name
 from omni_rollout.config import AlgorithmConfig, RewardConfig, TrainConfig
 from omni_rollout.errors import UserError
-from omni_rollout.launch import aliases
+from omni_rollout.launch import ahead, aliases
 from omni_rollout.launch.paths import config_dir, recipe_dir
 
 
@@ -110,7 +110,7 @@ _HOW_TO_GIVE = {
 
 def typed(section: Any) -> TrainConfig:
     """A whole configuration, checked against the schema that goes with its algorithm."""
-    return cast(TrainConfig, OmegaConf.to_object(_with_algorithm(section)))
+    return ahead.implied(cast(TrainConfig, OmegaConf.to_object(_with_algorithm(section))))
 
 
 def to_yaml(config: TrainConfig) -> str:

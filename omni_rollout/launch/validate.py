@@ -28,7 +28,7 @@ from omni_rollout.config import (
     TrainerEngineName,
 )
 from omni_rollout.errors import UserError
-from omni_rollout.launch import model_files
+from omni_rollout.launch import ahead, model_files
 from omni_rollout.launch.outputs import file_problem, folder_problem
 from omni_rollout.launch.processes import max_num_seqs_problems, process_problems
 from omni_rollout.launch.sources import prompt_problems, reward_problems, unknown
@@ -47,7 +47,7 @@ def validate(config: TrainConfig) -> None:
     """
     common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *prompt_problems(config)]
     own = [*_learning(config), *reward_problems(config), *_trainer(config), *_guard(config), *process_problems(config)]
-    _raise([*common, *own, *max_num_seqs_problems(config), *_folder("run_dir", config.run_dir)])
+    _raise([*common, *own, *max_num_seqs_problems(config), *ahead.problems(config), *_folder("run_dir", config.run_dir)])
 
 
 def validate_rollout(config: TrainConfig, out: str) -> None:

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from omni_rollout.monitor.alerts import Alert, find_alerts
-from omni_rollout.monitor.guard import MismatchError, NotFiniteError, StoppedError, check_finite, must_recompute
+from omni_rollout.monitor.guard import (
+    Inspection,
+    MismatchError,
+    NotFiniteError,
+    StoppedError,
+    check_finite,
+    inspect,
+    inspected_rows,
+)
 from omni_rollout.monitor.hacking import Guards
 from omni_rollout.monitor.last_words import last_words
 from omni_rollout.monitor.metrics import parity_metrics, ratio_metrics, reward_metrics
@@ -16,14 +24,16 @@ __all__ = [
     "Alert",
     "CaptionedImage",
     "Guards",
+    "Inspection",
     "MismatchError",
     "Monitor",
     "NotFiniteError",
     "StoppedError",
     "check_finite",
     "find_alerts",
+    "inspect",
+    "inspected_rows",
     "last_words",
-    "must_recompute",
     "parity_metrics",
     "ratio_metrics",
     "reward_metrics",

@@ -65,8 +65,30 @@ def parity_metrics(
 
 
 def timestep_gaps(metrics: Mapping[str, float]) -> dict[int, float]:
-    """Step index -> mean |d| of its log-probs, out of what `parity_metrics` returned."""
+    """Step index -> mean |d| of its log-probs, out of a step's metrics; none where |d| is of two policies (`staleness`)."""
+    if metrics.get("staleness"):
+        return {}
     return {int(name.removeprefix(PER_TIMESTEP)): value for name, value in metrics.items() if name.startswith(PER_TIMESTEP)}
+
+
+def weight_metrics(weights: torch.Tensor) -> dict[str, float]:
+    """Rollout correction's weights as they are used, under verl's names.
+
+    - `rollout_corr/rollout_is_mean`, `_min`, `_max`.
+    - `rollout_corr/rollout_is_eff_sample_size`: mean(w)^2 / mean(w^2), the share of the samples that as many of equal weight
+      would be worth; 1 where all weigh the same, 0 where all are 0.
+
+    Args:
+        weights: [N] fp32, never negative.
+    """
+    values = weights.double()
+    square = values.square().mean().item()
+    return {
+        "rollout_corr/rollout_is_mean": values.mean().item(),
+        "rollout_corr/rollout_is_min": values.min().item(),
+        "rollout_corr/rollout_is_max": values.max().item(),
+        "rollout_corr/rollout_is_eff_sample_size": values.mean().item() ** 2 / square if square else 0.0,
+    }
 
 
 def ratio_metrics(log_probs: torch.Tensor, old_log_probs: torch.Tensor, clip_range: float) -> dict[str, float]:

@@ -9,6 +9,7 @@ from omni_rollout.config import OldLogProbs, TrainConfig
 ENGINE_AGAINST_TRAINER = "rollout engine against trainer"
 TRAINER_AGAINST_ITSELF = "trainer against itself"
 TRAINER_AGAINST_START = "trainer against the policy the run started from"
+SAMPLER_AGAINST_TRAINER = "the policy that sampled against the trainer's, `staleness` updates later"
 NOT_APPLICABLE = "not applicable: learns from final latents, not from log-probs"
 PPO_KL_COMPARES = "actor/ppo_kl/compares"  # the note of each step that says it for its own `actor/*`
 
@@ -29,7 +30,7 @@ def pairs_of(config: TrainConfig) -> dict[str, str]:
         "parity/over_clip": ENGINE_AGAINST_TRAINER,
         "parity/bitwise_equal_fraction": ENGINE_AGAINST_TRAINER,
         "parity/weights_equal": ENGINE_AGAINST_TRAINER,
-        "rollout_corr/*": ENGINE_AGAINST_TRAINER,
+        "rollout_corr/*": SAMPLER_AGAINST_TRAINER if config.rollout.ahead else ENGINE_AGAINST_TRAINER,
         "actor/ppo_kl": old,
         "actor/ratio_*": old,
         "actor/pg_clipfrac*": old,

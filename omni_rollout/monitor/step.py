@@ -27,6 +27,8 @@ def step_metrics(
     learning_rate: float,
     collisions: int,
     recomputed: bool,
+    staleness: int,
+    sampled: Mapping[str, float],
     drift: float,
 ) -> dict[str, float]:
     """Metrics of a step whose weights have been synced.
@@ -40,10 +42,14 @@ def step_metrics(
         kept: trajectories that had been finished before the run was stopped.
         collisions: repeated seeds so far.
         recomputed: whether the trainer computed the old log-probs anew.
+        staleness: updates between the policy that sampled and the one that this step updated.
+        sampled: see `Inspection.parity`.
         drift: of the weights after the step, see `policy.drift`.
     """
     return {
+        "staleness": float(staleness),
         **update_metrics(update, elements=elements, clip_range=clip_range),
+        **{name: value for name, value in sampled.items() if name.startswith("parity/")},
         **reward_metrics(rewards, group_ids, breakdown),
         "critic/rewards/failed": float(failed),
         **{f"timing_s/{stage}": seconds for stage, seconds in timings.items()},

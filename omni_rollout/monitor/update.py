@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from omni_rollout.monitor.metrics import parity_metrics, ratio_metrics
+from omni_rollout.monitor.metrics import parity_metrics, ratio_metrics, weight_metrics
 from omni_rollout.policy.update import Update
 
 
@@ -15,6 +15,7 @@ def update_metrics(update: Update, *, elements: int, clip_range: float) -> dict[
     """Metrics of one update: parity before its first optimizer step, ratios over all of it, where log-probs were scored."""
     return {
         **(_log_prob_metrics(update, elements, clip_range) if update.first.log_probs else {}),
+        **(weight_metrics(torch.cat(update.weights)) if update.weights else {}),
         **{name: statistics.fmean(values) for name, values in update.metrics.items()},
         "actor/pg_loss": statistics.fmean(update.losses) if update.losses else 0.0,
         "actor/grad_norm": max(update.grad_norms, default=0.0),

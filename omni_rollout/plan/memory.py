@@ -68,6 +68,9 @@ def _state(run: Run, ranks: int) -> Iterator[Part]:
         yield Part(name="AdamW's moments", bytes=8 * trained // share.moments, why=why)
     if trainer.ema_decay and on_gpu:
         yield Part(name="average (EMA)", bytes=4 * trained // share.weights, why=f"4 bytes x {_billions(trained)} trained{cut}")
+    if config.rollout.ahead and on_gpu:
+        why = f"2 x 4 bytes x {_billions(trained)} trained{cut}: kept, and its own set aside while it is compared"
+        yield Part(name="policy that sampled", bytes=2 * 4 * trained // share.weights, why=why)
     algorithm = get_algorithm(config.algorithm)
     if algorithm.keeps_old and on_gpu:
         yield Part(name="old policy", bytes=4 * trained // share.weights, why=f"4 bytes x {_billions(trained)} trained{cut}")
@@ -179,14 +182,14 @@ def _engine(run: Run) -> list[Part]:
 def host_parts(run: Run, ranks: int, engines: int, shared: int) -> list[Part]:
     """In the memory of one node that has `ranks` trainer ranks and `engines` of them; `shared`: ranks of the whole run."""
     share, trainer = Sharing.of(run.config, shared), run.config.trainer
-    weights = run.item * run.parameters
+    weights = 4 * run.trained if run.rank else run.item * run.parameters  # of a LoRA the factors are sent
     why = f"{ranks} ranks x {run.master} bytes x {_billions(run.parameters)}: each loads the whole checkpoint"
     parts = [Part(name="loading the policy", bytes=ranks * run.master * run.parameters, why=why)] if ranks else []
     if trainer.offload is not Offload.none and ranks:
         each = (4 + 8 + 4) * run.trained // share.moments
         if trainer.offload is Offload.all:
-            average = run.trained if trainer.ema_decay else 0
-            each += (run.master * run.parameters + 4 * ((run.trained if run.rank else 0) + average)) // share.weights
+            beside = run.trained * (bool(trainer.ema_decay) + 2 * run.config.rollout.ahead)
+            each += (run.master * run.parameters + 4 * ((run.trained if run.rank else 0) + beside)) // share.weights
         parts.append(Part(name="offloaded state", bytes=ranks * each, why=f"{ranks} ranks x {_gib(each)} (trainer.offload)"))
     if engines:
         why = f"{engines} engines x {_gib(weights)}: the new weights as they arrive"

@@ -6,6 +6,7 @@ lora/                      kind lora: load_lora_weights of the family's pipeline
 transformer_2/, lora_2/    the same of a second expert, where there is one
 ema/transformer|lora/      the same for the averaged weights, where an average is kept
 old/transformer|lora/      the same for the old policy, where the algorithm has one
+behaviour/transformer|lora/  the same for the policy that samples the next batch, with rollout.ahead=1
 optimizer.safetensors      what TrainerEngine.state_dict() gave
 rng.safetensors            the process's generators, see `rng.py`
 """
@@ -30,7 +31,7 @@ from omni_rollout.errors import UserError
 from omni_rollout.models.base.policy import experts
 from omni_rollout.policy.lora import check_fit, has_lora, load_lora, read_lora, save_lora
 from omni_rollout.policy.rng import restore_rng, rng_state
-from omni_rollout.policy.state import EMA, LORA, OLD, RunState, kind_of, read_state, verify, write_state
+from omni_rollout.policy.state import BEHAVIOUR, EMA, LORA, OLD, RunState, kind_of, read_state, verify, write_state
 
 CONFIG = "config.json"  # diffusers' name
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
@@ -45,6 +46,7 @@ class Saved:
     run: RunState
     average: dict[str, torch.Tensor] | None  # by parameter name, for ExponentialAverage.load
     old: dict[str, torch.Tensor] | None  # likewise, of the old policy
+    behaviour: dict[str, torch.Tensor] | None  # likewise, of the one that samples the next batch
     optimizer: dict[str, torch.Tensor]  # for TrainerEngine.load_state_dict
 
 
@@ -57,12 +59,13 @@ def save_policy(
     optimizer: Mapping[str, torch.Tensor],
     average: Mapping[str, torch.Tensor] | None = None,
     old: Mapping[str, torch.Tensor] | None = None,
+    behaviour: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes a checkpoint beside `folder` and renames it at the end; an older one of that name is replaced.
 
     Args:
         transformer: asked for its configuration alone; its parameters may be shards.
-        weights: the trained parameters by name, whole, as `Learner.state` gives them; `average` and `old` likewise.
+        weights: the trained parameters by name, whole, as `Learner.state` gives them; the three last likewise.
 
     Raises:
         OSError: it could not be written; nothing of it is left, and an older one of that name is still there.
@@ -72,7 +75,7 @@ def save_policy(
     try:
         partial.mkdir(parents=True)
         _save_weights(partial, transformer, weights)
-        for name, beside in ((EMA, average), (OLD, old)):
+        for name, beside in ((EMA, average), (OLD, old), (BEHAVIOUR, behaviour)):
             if beside is not None:
                 _save_weights(partial / name, transformer, beside)
         save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, partial / OPTIMIZER)
@@ -101,8 +104,9 @@ def load_policy(folder: Path, transformer: nn.Module) -> Saved:
             f"{folder} holds full weights, this run trains a LoRA adapter; set trainer.lora_rank=0, or resume from another"
         )
     load_weights(folder, transformer)
-    average, old = (_read_beside(folder / name, experts(transformer)) for name in (EMA, OLD))
-    return Saved(run=read_state(folder), average=average, old=old, optimizer=load_file(folder / OPTIMIZER))
+    average, old, behaviour = (_read_beside(folder / name, experts(transformer)) for name in (EMA, OLD, BEHAVIOUR))
+    optimizer = load_file(folder / OPTIMIZER)
+    return Saved(run=read_state(folder), average=average, old=old, behaviour=behaviour, optimizer=optimizer)
 
 
 def _read_beside(folder: Path, networks: Mapping[str, nn.Module]) -> dict[str, torch.Tensor] | None:

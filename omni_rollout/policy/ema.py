@@ -32,9 +32,11 @@ class ExponentialAverage:
         for name, part in self._engine.parts().items():
             self.parts[name].lerp_(part, 1 - decay)
 
+    @torch.no_grad()
     def restart(self) -> None:
         """The average becomes what the parameters are now."""
-        self.parts = _copies(self._engine)
+        for name, part in self._engine.parts().items():
+            self.parts[name].copy_(part)
 
     @torch.no_grad()
     def load(self, whole: Mapping[str, torch.Tensor]) -> None:

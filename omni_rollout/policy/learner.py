@@ -26,15 +26,16 @@ from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
 from omni_rollout.policy.engines.torch_engine import first_rank, on_first_rank
 from omni_rollout.policy.inputs import Shown
-from omni_rollout.policy.lora import attach_lora, base_alone, without_adapted
-from omni_rollout.policy.recompute import recompute
+from omni_rollout.policy.lora import as_saved, attach_lora, base_alone, without_adapted
 from omni_rollout.policy.rng import seed_generators
 from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import PolicyUpdate, Update
+from omni_rollout.rollout.adapter import Adapter
 from omni_rollout.types import Trajectory
 
-# What an engine can be given: the policy that rollouts are sampled with, the one that is trained, its average.
-Which = Literal["sampler", "policy", "average"]
+# What an engine can be given: the policy that rollouts are sampled with, the one that is trained, its average, and with
+# rollout.ahead=1 the one before the latest update.
+Which = Literal["sampler", "policy", "average", "behaviour"]
 
 
 class Learner:
@@ -42,8 +43,8 @@ class Learner:
 
     Args:
         rank, ranks: of torch's process group, which must exist when there is more than one. Every rank loads the whole
-            policy and is given all rows; it scores its share of them, and the gradients are summed. What it keeps of the
-            policy is the trainer engine's matter.
+            policy and is told of all rows; it has the large tensors of those that it needs, scores its share, and the
+            gradients are summed. What it keeps of the policy is the trainer engine's matter.
         checkpoint: to go on from; the reference of a KL term stays the policy that `config` names.
         held: what the engine of this process holds: the weights that a LoRA does not touch are shared with it.
     """
@@ -96,12 +97,15 @@ class Learner:
             ranks=ranks,
         )
         self.ema = ExponentialAverage(self.engine, trainer.ema_decay) if trainer.ema_decay else None
+        self.behaviour = ExponentialAverage(self.engine, None) if config.rollout.ahead else None
         if saved is not None and checkpoint is not None:
             self.engine.load_state_dict(saved.optimizer)
             if self.ema is not None and saved.average is not None:  # else it starts at the weights
                 self.ema.load(saved.average)
             if self.old is not None:  # a policy that had none starts as its own
                 self.old.restart() if saved.old is None else self.old.load(saved.old)
+            if self.behaviour is not None and saved.behaviour is not None:  # else the next batch is the policy's own
+                self.behaviour.load(saved.behaviour)
             load_generators(checkpoint)
 
     def expected(self, weights: str) -> dict[str, Any]:
@@ -133,20 +137,35 @@ class Learner:
 
         return base
 
-    def old_log_probs(self, trajectories: Sequence[Trajectory], *, recomputed: bool) -> list[torch.Tensor]:
+    @contextmanager
+    def as_sampled(self) -> Iterator[nn.Module]:
+        """Before `step`, inside: the network with the weights that sampled the batch to learn from."""
+        with nullcontext() if self.behaviour is None else self.behaviour.swapped():
+            yield self.engine.module
+
+    def needed(self, trajectories: Sequence[Trajectory], advantages: torch.Tensor, step: int, *, recomputed: bool) -> set[int]:
+        """See `PolicyUpdate.needed`."""
+        return self.update.needed(trajectories, advantages, self._seed(step), recomputed=recomputed)
+
+    def old_log_probs(
+        self, trajectories: Sequence[Trajectory], advantages: torch.Tensor, step: int, *, recomputed: bool
+    ) -> list[torch.Tensor]:
         """What the ratio is taken to: the rollout's log-probs, or the trainer's own, by another forward pass."""
         if not recomputed:
             return [trajectory.log_probs for trajectory in trajectories]
-        size, family = self.config.trainer.micro_batch_size, self.config.model.family
-        return recompute(self.engine.module, trajectories, family=family, dtype=self.dtype, micro_batch_size=size)
+        return self.update.recompute(trajectories, advantages, self._seed(step))
+
+    def _seed(self, step: int) -> int:
+        return derive_seed(self.config.sampling.seed, step, "mini-batches")
 
     def step(
         self, trajectories: Sequence[Trajectory], advantages: torch.Tensor, old: Sequence[torch.Tensor], step: int
     ) -> tuple[Update, float]:
         """The update of step 1, 2, ..., and the learning rate it was made with."""
+        if self.behaviour is not None:
+            self.behaviour.restart()
         rate = learning_rate_at(self.config.trainer, step - 1)
-        seed = derive_seed(self.config.sampling.seed, step, "mini-batches")
-        update = self.update(trajectories, advantages, old, learning_rate=rate, seed=seed)
+        update = self.update(trajectories, advantages, old, learning_rate=rate, seed=self._seed(step))
         if self.ema is not None and any(math.isfinite(norm) for norm in update.grad_norms):
             self.ema.update()  # of weights that did not change, the average does not either
         if self.old is not None:
@@ -160,17 +179,28 @@ class Learner:
 
     def weights(self, which: Which = "sampler") -> Iterator[tuple[str, torch.Tensor]]:
         """What an engine must hold to sample from one of the policies; sets `drift`. Collective, tensor by tensor."""
-        shown = {"sampler": self.old if self.lags else None, "policy": None, "average": self.ema}[which]
+        sampler = self.old if self.lags else None
+        shown = {"sampler": sampler, "policy": None, "average": self.ema, "behaviour": self.behaviour}[which]
         whole = self.config.trainer.ranks == 1 or self.config.trainer.engine is TrainerEngineName.torch
         with nullcontext() if shown is None else shown.swapped():
             for name, tensor in self.drift.watch(effective_weights(self.policy, self.dtype, self.engine.gathered)):
                 # What was gathered goes, and what was swapped changes, when the next is asked for.
                 yield name, tensor if whole and shown is None else tensor.clone()
 
+    def adapter(self, which: Which = "sampler") -> Adapter | None:
+        """Of a LoRA, what `weights` of the same policy are merged from. Collective; the first rank alone gets factors."""
+        trainer = self.config.trainer
+        if not trainer.lora_rank:
+            return None
+        sampler = self.old_state if self.lags else self.state
+        by_policy = {"policy": self.state, "average": self.average_state, "behaviour": self.behaviour_state}
+        factors = as_saved(self.policy, by_policy.get(which, sampler)() or {})
+        return Adapter(factors=factors, rank=trainer.lora_rank, alpha=trainer.lora_alpha or 2 * trainer.lora_rank)
+
     def state(self) -> dict[str, torch.Tensor]:
         """The trained parameters by their name in the policy: whole, fp32, on the CPU.
 
-        Collective, like the three below: every rank calls them, in the same order; ranks other than the first get none.
+        Collective, like the four below: every rank calls them, in the same order; ranks other than the first get none.
         """
         return self._whole(self.engine.parts())
 
@@ -182,14 +212,19 @@ class Learner:
         """The same of the old policy, where the algorithm has one."""
         return None if self.old is None else self._whole(self.old.parts)
 
+    def behaviour_state(self) -> dict[str, torch.Tensor] | None:
+        """The same of the policy before the latest update, with rollout.ahead=1."""
+        return None if self.behaviour is None else self._whole(self.behaviour.parts)
+
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         return self.engine.state_dict()
 
     def save(self, folder: Path, run: RunState) -> None:
         """Collective; the first rank writes, and alone raises OSError where that fails."""
-        weights, average, old, optimizer = self.state(), self.average_state(), self.old_state(), self.optimizer_state()
+        weights, optimizer = self.state(), self.optimizer_state()
+        beside = {"average": self.average_state(), "old": self.old_state(), "behaviour": self.behaviour_state()}
         if first_rank():
-            save_policy(folder, self.policy, weights, run=run, optimizer=optimizer, average=average, old=old)
+            save_policy(folder, self.policy, weights, run=run, optimizer=optimizer, **beside)
 
     def _whole(self, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return on_first_rank((name, self.engine.whole(name, part)) for name, part in parts.items())

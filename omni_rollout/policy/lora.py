@@ -221,6 +221,16 @@ def check_fit(path: Path, tensors: Mapping[str, torch.Tensor], own: Mapping[str,
             raise UserError(f"{path} holds another model: {name} is {list(tensors[name].shape)}, here {list(own[name].shape)}")
 
 
+def as_saved(transformer: nn.Module, factors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Factors by parameter name, under the names that `save_lora` gives them: below their expert's folder.
+
+    Args:
+        transformer: asked for its experts alone.
+    """
+    prefix = PREFIX if len(experts(transformer)) == 1 else ""
+    return {prefix + name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in factors.items()}
+
+
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], int, int]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: expected the folder of a LoRA checkpoint")

@@ -15,6 +15,7 @@ FORMAT_VERSION = 2
 STATE = "state.json"
 EMA = "ema"  # folder of a checkpoint: the averaged weights, laid out like the checkpoint's own
 OLD = "old"  # the same of the old policy, where the algorithm has one
+BEHAVIOUR = "behaviour"  # the same of the policy that samples the next batch, with rollout.ahead=1
 LORA = "lora"  # folder of an adapter; a second expert's is lora_2
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import islice
 
 import torch
-import torch.distributed as dist
 
 from omni_rollout.algorithms import rollout_correction
 from omni_rollout.algorithms.base import Algorithm, Coupled
@@ -20,10 +19,10 @@ from omni_rollout.config import TrainerConfig
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.models import family_module
 from omni_rollout.models.base.policy import batch_keys, steps_to_learn
-from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.policy.engines import TrainerEngine
 from omni_rollout.policy.inputs import Inputs, Rows, Shown
 from omni_rollout.policy.recompute import Pair, micro_batches
+from omni_rollout.policy.shares import Passes, check_ranks_agree, expert_of, gathered, passes_of
 from omni_rollout.types import Trajectory
 
 
@@ -62,6 +61,7 @@ class Update:
     ref_kls: list[float] = field(default_factory=list)  # mean exact Gaussian KL to the reference, per micro-batch
     grad_norms: list[float] = field(default_factory=list)  # before clipping, per mini-batch; not finite: nothing was changed
     metrics: dict[str, list[float]] = field(default_factory=dict)  # the algorithm's own, per micro-batch
+    weights: list[torch.Tensor] = field(default_factory=list)  # of rollout correction, each [T] fp32, row by row
     moved: dict[str, int]  # expert -> the optimizer steps that its steps of the trajectories were part of
 
     def note(self, name: str, value: float) -> None:
@@ -74,7 +74,7 @@ class MiniBatch:
 
     chosen: list[Pair]
     used: bool  # whether any rank has a gradient for it
-    passes: list[tuple[list[Pair], bool]]  # this rank's micro-batches; False: only fills up, see `_passes`
+    passes: Passes  # this rank's micro-batches
     experts: list[str]  # that they go through, one by one
 
     @property
@@ -88,8 +88,8 @@ class PolicyUpdate:
 
     Args:
         reference: inside, gives the policy the run started from, for algorithms that need one; `old`: the old policy.
-        rank, ranks: which share of the rows to score. All ranks are given all rows, so the mean is over all of them; an engine
-            for several ranks sums their gradients.
+        rank, ranks: which share of the rows to score. All ranks are given all rows, so the mean is over all of them, but the
+            large tensors of those that are `needed` alone; an engine for several ranks sums their gradients.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class PolicyUpdate:
         result = Update(coupled=isinstance(self._algorithm, Coupled), moved=dict.fromkeys(experts, 0))
         keys = batch_keys(trajectories)
         rows = Rows(trajectories=trajectories, advantages=advantages, old_log_probs=old_log_probs, seed=seed)
-        rows, pairs = self._pairs(rows, result)
+        rows, pairs = self._corrected(rows, self._pairs(rows), result)
         mini_batches = [self._mini_batch(rows, keys, chosen, experts) for chosen in self._cut(rows, pairs)]
         if self._algorithm.recalls:
             for pass_, _ in (one for later in mini_batches[1:] for one in later.passes):
@@ -151,20 +151,73 @@ class PolicyUpdate:
                     result.moved[expert] += 1
         return result
 
-    def _pairs(self, rows: Rows, result: Update) -> tuple[Rows, dict[int, list[Pair]]]:
-        """Row -> what is learned from it, as the algorithm and rollout correction say; the rows with the latter's weights."""
+    def shares(self, trajectories: Sequence[Trajectory], advantages: torch.Tensor, seed: int) -> list[list[int]]:
+        """Rank -> rows, each row once: those that the rank learns from, and its part of those that none learns from."""
+        rows = Rows(trajectories=trajectories, advantages=advantages, old_log_probs=(), seed=seed)
+        shares: list[list[int]] = [[] for _ in range(self._ranks)]
+        for units in self._cut(rows, self._pairs(rows)):
+            used = self._used(rows, units)
+            for rank, share in enumerate(shares):
+                share += dict.fromkeys(pair.row for unit in used[rank :: self._ranks] for pair in unit)
+        left = sorted(set(range(len(trajectories))).difference(*shares))
+        return [sorted([*share, *left[rank :: self._ranks]]) for rank, share in enumerate(shares)]
+
+    def needed(self, trajectories: Sequence[Trajectory], advantages: torch.Tensor, seed: int, *, recomputed: bool) -> set[int]:
+        """Rows whose large tensors this rank computes with: its share, and what it fills up with.
+
+        Args:
+            recomputed: whether `recompute` is called, too.
+        """
+        if self._ranks == 1 or (isinstance(self._algorithm, Coupled) and self._algorithm.rollout_rs):
+            return set(range(len(trajectories)))  # what is rejected, and so who learns from what, shows after a recompute
+        keys, shares = batch_keys(trajectories), self.shares(trajectories, advantages, seed)
+        rows = Rows(trajectories=trajectories, advantages=advantages, old_log_probs=(), seed=seed)
+        experts: tuple[str, ...] = family_module(self._family, "spec").EXPERTS
+        mini_batches = [self._mini_batch(rows, keys, units, experts) for units in self._cut(rows, self._pairs(rows))]
+        passes = [pairs for mini_batch in mini_batches for pairs, _ in mini_batch.passes]
+        passes += [pairs for pairs, _ in self._scoring(trajectories, shares)] if recomputed else []
+        if mini_batches and not mini_batches[0].used:
+            passes += self._unused(rows, keys, mini_batches[0])
+        return {*shares[self._rank], *(pair.row for pairs in passes for pair in pairs)}
+
+    @torch.no_grad()
+    def recompute(self, trajectories: Sequence[Trajectory], advantages: torch.Tensor, seed: int) -> list[torch.Tensor]:
+        """The log-probs of all trajectories under the policy, each scored by one rank: [T] fp32. Collective."""
+        shares = self.shares(trajectories, advantages, seed)
+        own = {row: torch.empty_like(trajectories[row].log_probs) for row in shares[self._rank]}
+        rows = Rows(trajectories=trajectories, advantages=advantages, old_log_probs=(), seed=seed)
+        for pairs, counts in self._scoring(trajectories, shares):
+            scored = self._inputs.score(rows, pairs).log_prob.cpu()
+            for pair, log_prob in zip(pairs, scored, strict=True) if counts else ():
+                own[pair.row][pair.index] = log_prob
+        everyones = {row: log_probs for found in gathered(own) for row, log_probs in found.items()}
+        return [everyones[row] for row in range(len(trajectories))]
+
+    def _scoring(self, trajectories: Sequence[Trajectory], shares: Sequence[Sequence[int]]) -> Passes:
+        """This rank's passes over the stochastic steps of its share."""
+        pairs = [
+            [Pair(row, index) for row in share for index in range(len(trajectories[row].step_indices))] for share in shares
+        ]
+        return passes_of(self._rank, pairs, trajectories, batch_keys(trajectories), self._trainer.micro_batch_size)
+
+    def _pairs(self, rows: Rows) -> dict[int, list[Pair]]:
+        """Row -> what is learned from it, as the algorithm says."""
         chosen: dict[int, list[Pair]] = {}
         for row, trajectory in enumerate(rows.trajectories):
             draw = random.Random(derive_seed(rows.seed, "steps", self._inputs.draws_by(trajectory)))
             indices = self._algorithm.steps(len(steps_to_learn(trajectory)), draw)
             chosen[row] = [Pair(row, index) for index in indices]
+        return chosen
+
+    def _corrected(self, rows: Rows, chosen: dict[int, list[Pair]], result: Update) -> tuple[Rows, dict[int, list[Pair]]]:
+        """What rollout correction leaves of it; the rows with its weights."""
         algorithm = self._algorithm
         if not isinstance(algorithm, Coupled) or not (algorithm.rollout_is or algorithm.rollout_rs):
             return rows, chosen
         log_probs = [(one.log_probs, old) for one, old in zip(rows.trajectories, rows.old_log_probs, strict=True)]
         weights = [rollout_correction.weights(algorithm, *both) for both in log_probs]
         kept = [rollout_correction.kept(algorithm, *both) for both in log_probs]
-        result.note("rollout_corr/rollout_is_mean", float(torch.cat(weights).mean()))
+        result.weights = weights if algorithm.rollout_is else []
         result.note("rollout_corr/rollout_rs_masked_fraction", 1 - sum(map(sum, kept)) / sum(map(len, kept)))
         left = {row: [pair for pair in pairs if kept[row][pair.index]] for row, pairs in chosen.items()}
         return replace(rows, weights=weights), left
@@ -184,35 +237,21 @@ class PolicyUpdate:
     def _mini_batch(
         self, rows: Rows, keys: Sequence[Sequence[object]], units: list[list[Pair]], experts: Sequence[str]
     ) -> MiniBatch:
-        chosen = [pair for unit in units for pair in unit]
-        # No advantage and no KL term: no gradient. Such rows still count in the mean.
-        used = [unit for unit in units if unit and not (self._skips and rows.advantages[unit[0].row] == 0)]
+        chosen, used = [pair for unit in units for pair in unit], self._used(rows, units)
         passes = self._passes(rows.trajectories, keys, used)
         order = [experts[expert_of(rows.trajectories, pairs)] for pairs, _ in passes]
         return MiniBatch(chosen=chosen, used=bool(used), passes=passes, experts=order)
 
-    def _passes(
-        self, trajectories: Sequence[Trajectory], keys: Sequence[Sequence[object]], units: Sequence[Sequence[Pair]]
-    ) -> list[tuple[list[Pair], bool]]:
-        """This rank's micro-batches, filled up to as many as any rank has: forward and backward may gather weights from all.
+    def _used(self, rows: Rows, units: list[list[Pair]]) -> list[list[Pair]]:
+        """Without those of no advantage and no KL term, which have no gradient. They still count in the mean."""
+        return [unit for unit in units if unit and not (self._skips and rows.advantages[unit[0].row] == 0)]
 
-        Expert by expert, so that all ranks compute with the same one at a time. False beside one that only fills up: the first
-        with that expert, which weighs nothing then.
-        """
+    def _passes(self, trajectories: Sequence[Trajectory], keys: Sequence[Sequence[object]], units: list[list[Pair]]) -> Passes:
+        """This rank's micro-batches, of whole units."""
         together = self._algorithm.rows_together
         size = max(self._trainer.micro_batch_size // together, 1) * together
-        shares: list[dict[int, list[list[Pair]]]] = [{} for _ in range(self._ranks)]
-        for rank, share in enumerate(shares):
-            own = [pair for unit in units[rank :: self._ranks] for pair in unit]
-            for pairs in micro_batches(trajectories, keys, own, size):
-                share.setdefault(expert_of(trajectories, pairs), []).append(pairs)
-        passes: list[tuple[list[Pair], bool]] = []
-        for expert in sorted({expert for share in shares for expert in share}):
-            of_expert = [share.get(expert, []) for share in shares]
-            own_batches, most = of_expert[self._rank], max(map(len, of_expert))
-            filler = next(batches[0] for batches in of_expert if batches)
-            passes += [(pairs, True) for pairs in own_batches] + [(filler, False)] * (most - len(own_batches))
-        return passes
+        shares = [[pair for unit in units[rank :: self._ranks] for pair in unit] for rank in range(self._ranks)]
+        return passes_of(self._rank, shares, trajectories, keys, size)
 
     def _loss(self, rows: Rows, pairs: Sequence[Pair], own: bool, result: Update) -> torch.Tensor:
         """The mean over the pairs; what was scored is kept in `result`, unless it only fills up."""
@@ -235,30 +274,14 @@ class PolicyUpdate:
         result.first = result.all.copy()
         if mini_batch.used or not mini_batch.chosen:
             return
-        pairs = next(micro_batches(rows.trajectories, keys, mini_batch.chosen, self._trainer.micro_batch_size))
+        (pairs,) = self._unused(rows, keys, mini_batch)
         with torch.no_grad():
             step = self._inputs.score(rows, pairs)
         old = torch.stack([rows.old_log_probs[pair.row][pair.index] for pair in pairs])
         for scores in (result.first, result.all) if self._rank == 0 else ():
             scores.add(rows.trajectories, pairs, old, step.log_prob)
 
-
-def expert_of(trajectories: Sequence[Trajectory], pairs: Sequence[Pair]) -> int:
-    """The one that all of a micro-batch takes."""
-    trajectory = trajectories[pairs[0].row]
-    return expert_at(trajectory.spec, steps_to_learn(trajectory)[pairs[0].index])
-
-
-def check_ranks_agree(order: Sequence[str]) -> None:
-    """Experts are of equal shapes: ranks that met in different ones would mix their weights and gradients without a word.
-
-    Raises:
-        RuntimeError: another rank is about to compute with other experts, or in another order. Collective.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    orders: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(orders, list(order))
-    for rank, other in enumerate(orders):
-        if other != orders[0]:
-            raise RuntimeError(f"rank {rank} would compute with the experts {other}, rank 0 with {orders[0]}: not begun")
+    def _unused(self, rows: Rows, keys: Sequence[Sequence[object]], mini_batch: MiniBatch) -> list[list[Pair]]:
+        """What is scored of a mini-batch that nothing is learned from: one micro-batch, or none."""
+        batches = micro_batches(rows.trajectories, keys, mini_batch.chosen, self._trainer.micro_batch_size)
+        return list(islice(batches, 1))

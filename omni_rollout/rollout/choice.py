@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 
 from omni_rollout.config import AUTO, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.launch.progress import Progress
 from omni_rollout.rollout import in_flight
+from omni_rollout.rollout.adapter import Adapter
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.rollout.remote import RemoteEngine
 from omni_rollout.rollout.several import RemoteEngines
@@ -20,6 +23,13 @@ def open_engine(config: TrainConfig, progress: Progress) -> Engine:
     url = config.rollout.url
     progress.stage("loading the model into the engine" if url is None else f"asking {url}")
     return make_engine(config, progress) if url is None else _remote(config)
+
+
+def give(engine: Engine, named: Iterable[tuple[str, torch.Tensor]], version: int, adapter: Callable[[], Adapter | None]) -> str:
+    """`update_weights` of an engine; one elsewhere is sent the adapter that they were merged from, where there is one."""
+    if isinstance(engine, RolloutEngine):
+        return engine.update_weights(named, version)
+    return engine.update_weights(named, version, adapter())
 
 
 def held_here(engine: Engine) -> dict[str, torch.Tensor]:

@@ -18,18 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import safetensors.torch
 import torch
 
 from omni_rollout.errors import EngineDiedError, EngineHungError, RunFailedError, UserError, WeightSyncError
 from omni_rollout.models.base.images import read_image
+from omni_rollout.rollout.adapter import Adapter, write
 from omni_rollout.rollout.delivery import OnError, Result, delivered
 from omni_rollout.rollout.guards import check_distinct
 from omni_rollout.rollout.serve import wire
 from omni_rollout.rollout.serve.shared import new_name, offered, sweep
 from omni_rollout.rollout.serve.wire import SHARED_BYTES, SHARED_NAME, CutOffError, frames, sharing, to_body
 from omni_rollout.trajectories.capsule import decode_capsule, load_capsule
-from omni_rollout.trajectories.digest import combined_digest, tensor_digests
 from omni_rollout.types import RequestError, RolloutRequest, Trajectory
 
 TOKEN = "OMNI_ROLLOUT_TOKEN"  # environment, of both sides
@@ -121,15 +120,17 @@ class RemoteEngine:
             except LOST as error:
                 self._find_again(last + patience, error)
 
-    def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
-        """As `RolloutEngine.update_weights`; what was sent is kept in a file as long as it is the policy."""
+    def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int, adapter: Adapter | None = None) -> str:
+        """As `RolloutEngine.update_weights`; what was sent is kept in a file as long as it is the policy.
+
+        Args:
+            adapter: what `named` were merged from: it is sent in their place, and merged there into the server's checkpoint.
+        """
         self._check_open()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named}
-        digest = combined_digest(tensor_digests(tensors.items()))
         if self._weights is not None:
             self._weights.close()
         self._weights = tempfile.NamedTemporaryFile(prefix="omni_rollout-", suffix=".safetensors")  # noqa: SIM115, till `close`
-        safetensors.torch.save_file(tensors, self._weights.name)
+        digest = write(self._weights.name, named, adapter)
         self.policy_version, self.weights_digest = version, digest
         try:
             self._send_weights()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from omni_rollout.errors import EngineDiedError, EngineHungError, UserError
+from omni_rollout.rollout.adapter import Adapter
 from omni_rollout.rollout.delivery import OnError, delivered
 from omni_rollout.rollout.dispatch import Dispatcher
 from omni_rollout.rollout.guards import check_distinct
@@ -73,10 +74,10 @@ class RemoteEngines:
         finally:
             run.stop()
 
-    def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
-        """On every server; one that is lost gets them when it is back."""
+    def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int, adapter: Adapter | None = None) -> str:
+        """On every server, as on one; one that is lost gets them when it is back."""
         tensors = dict(named)
-        return next(iter([engine.update_weights(tensors.items(), version) for engine in self._engines]))
+        return next(iter([engine.update_weights(tensors.items(), version, adapter) for engine in self._engines]))
 
     def close(self) -> None:
         for engine in self._engines:

@@ -16,7 +16,7 @@ from typing import Any
 from omni_rollout.config import TrainConfig
 from omni_rollout.data.prompts import prompts_digest
 from omni_rollout.errors import UserError
-from omni_rollout.policy.state import RunState
+from omni_rollout.policy.state import BEHAVIOUR, RunState
 from omni_rollout.run.folder import EVALUATIONS, ORIGIN, START_IMAGES
 from omni_rollout.run.start import NOT_KEPT, Start, changed_keys, flat, run_dir_of
 from omni_rollout.trajectories.journal import Journal
@@ -59,6 +59,13 @@ def check_weights(start: Start, digest: str) -> None:
             f"{start.checkpoint} gives weights {digest[:16]}, but {start.run.weights[:16]} were saved: the model at model.path "
             "is another than the run was started from; give that model"
         )
+
+
+def behaviour_version(start: Start) -> int:
+    """Of the policy that samples the first batch of a run with rollout.ahead=1: the one before the checkpoint's latest update,
+    where it was kept, for that has sampled it in a run that was never stopped."""
+    kept = start.checkpoint is not None and (start.checkpoint / BEHAVIOUR).is_dir()
+    return start.step - 1 if kept else start.step
 
 
 def _bring_evaluations(source: Path, run_dir: Path, start: Start) -> None:

@@ -50,6 +50,16 @@ def test_a_killed_process_costs_what_was_unfinished(killed, reference):
     assert 11 <= row.finished == row.kept < 16 and row.finished + row.unfinished == 16 and row.repeated == 0
 
 
+def test_a_killed_process_that_had_sampled_ahead_costs_what_was_unfinished(random_checkpoint, tmp_path):
+    with Scene(tmp_path / "whole", random_checkpoint, "embedded", *embedded.AHEAD) as whole:
+        embedded.undisturbed(whole)
+    with Scene(tmp_path / "killed", random_checkpoint, "embedded", *embedded.AHEAD) as scene:
+        embedded.killed_ahead(scene, whole)
+    row = only_row(scene, whole)
+    assert row.good, row
+    assert 19 <= row.finished == row.kept < 24 and row.finished + row.unfinished == 24 and row.repeated == 0
+
+
 def weights_of_another_step(folder: Path) -> None:
     rewrite(folder, lambda line: {**line, "weights/digest": "0" * 64} if line["step"] == 3 else line)
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
+from omni_rollout.rollout import remote
 from omni_rollout.rollout.remote import RemoteEngine
 from omni_rollout.train import train
 from tests.e2e.serving import LIMIT, Serving
@@ -68,12 +70,30 @@ def test_a_run_with_a_server_is_the_same_run(random_checkpoint, own, tmp_path, m
         with pytest.raises(UserError, match="it serves dtype float32, here bfloat16"):
             train(compose(run(random_checkpoint, tmp_path / "other", f"rollout.url={server.url}", "model.dtype=bfloat16")))
         train(compose(run(random_checkpoint, tmp_path / "run", f"rollout.url={server.url}")))
+        sizes = factors_sent(monkeypatch)
+        train(compose(run(random_checkpoint, tmp_path / "lora", f"rollout.url={server.url}", "trainer.lora_rank=2")))
+    adapted = [line for line in of_the_run(tmp_path / "lora") if line["step"]]
+    assert [line["parity/bitwise_equal_fraction"] for line in adapted] == [1.0] * STEPS
+    assert len({line["weights/digest"] for line in adapted}) == STEPS and len(sizes) == STEPS + 1 and max(sizes) < 200_000
     lines = of_the_run(tmp_path / "run")
     assert [line["parity/ppo_kl_mb0"] for line in lines if line["step"]] == [0.0] * STEPS
     assert lines == of_the_run(own)
     saved = f"checkpoints/step_{STEPS:05d}/transformer"
     assert files(tmp_path / "run", "*.png", "seeds.jsonl") == files(own, "*.png", "seeds.jsonl")
     assert files(tmp_path / "run" / saved, "*") == files(own / saved, "*") != {}
+
+
+def factors_sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each file that is sent from now on: the model has 2.6 MB."""
+    sizes, original = list[int](), remote.write
+
+    def write(path: str, *args: Any) -> str:
+        digest = original(path, *args)
+        sizes.append(Path(path).stat().st_size)
+        return digest
+
+    monkeypatch.setattr(remote, "write", write)
+    return sizes
 
 
 @pytest.mark.slow

@@ -102,11 +102,29 @@ def digest(learner: Learner, which: Which = "policy") -> str:
 
 def steps(learner: Learner, trajectories: list[Trajectory], numbers: range, advantages: torch.Tensor) -> list[float]:
     old = [trajectory.log_probs for trajectory in trajectories]
-    return [norm for number in numbers for norm in learner.step(trajectories, advantages, old, number)[0].grad_norms]
+    updates = [learner.step(held(learner, trajectories, advantages, n), advantages, old, n)[0] for n in numbers]
+    return [norm for update in updates for norm in update.grad_norms]
+
+
+def held(
+    learner: Learner, trajectories: list[Trajectory], advantages: torch.Tensor, step: int, *, recomputed: bool = False
+) -> list[Trajectory]:
+    """As a rank has them: of the rows that it does not need, shapes without numbers."""
+    needed = learner.needed(trajectories, advantages, step, recomputed=recomputed)
+    return [trajectory if row in needed else without_numbers(trajectory) for row, trajectory in enumerate(trajectories)]
+
+
+def without_numbers(trajectory: Trajectory) -> Trajectory:
+    names = ("latents", "prompt_embeds", "negative_prompt_embeds")
+    return replace(trajectory, **{name: getattr(trajectory, name).to("meta") for name in names})
+
+
+def recomputed(learner: Learner, trajectories: list[Trajectory]) -> list[torch.Tensor]:
+    return learner.old_log_probs(held(learner, trajectories, ADVANTAGES, 1, recomputed=True), ADVANTAGES, 1, recomputed=True)
 
 
 def first_steps(learner: Learner, trajectories: list[Trajectory]) -> dict[str, Any]:
-    scored = learner.old_log_probs(trajectories, recomputed=True)
+    scored = recomputed(learner, trajectories)
     start = digest(learner)
     (broken,) = steps(learner, trajectories, range(1, 2), ADVANTAGES * torch.tensor([1.0, 1.0, 1.0, torch.nan, 1.0]))
     moments = learner.optimizer_state()
@@ -114,8 +132,17 @@ def first_steps(learner: Learner, trajectories: list[Trajectory]) -> dict[str, A
         "engine's log-probs": all(torch.equal(a, b.log_probs) for a, b in zip(scored, trajectories, strict=True)),
         "engine's weights": start == trajectories[0].fingerprint["weights"],
         "NaN changes nothing": broken != broken and digest(learner) == start and not any(map(int, steps_in(moments).values())),
-        "no advantage, no step": not learner.step(trajectories, ADVANTAGES * 0, scored, 1)[0].grad_norms,
+        "no advantage, no step": not steps(learner, trajectories, range(1, 2), ADVANTAGES * 0),
+        "each row is one rank's": shared(learner, trajectories),
     }
+
+
+def shared(learner: Learner, trajectories: list[Trajectory]) -> bool:
+    """That every row is looked after by one rank, and that this one needs no more than it can use."""
+    shares = learner.update.shares(trajectories, ADVANTAGES, learner._seed(1))
+    needed = learner.needed(trajectories, ADVANTAGES, 1, recomputed=False)
+    fills_up = len(shares) > 1 and len(needed) == len(trajectories)
+    return sorted(row for share in shares for row in share) == list(range(len(trajectories))) and not fills_up
 
 
 def steps_in(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -139,7 +166,7 @@ def run_case(folder: Path, kind: str, engine: str, after: str, rank: int, ranks:
     result["norms"] += steps(learner, trajectories, range(4, 6), ADVANTAGES)
     result["digest"] = digest(learner)
     result["average"] = digest(learner, "average")
-    learner.old_log_probs(trajectories, recomputed=True)
+    recomputed(learner, trajectories)
     result["a forward pass keeps nothing"] = digest(learner, "average") == result["average"]
     result["restored"] = digest(learner) == result["digest"]
     state = {**learner.state(), **learner.optimizer_state()}
@@ -168,7 +195,8 @@ def two_rows(folder: Path, engine: str, rank: int, ranks: int) -> dict[str, Any]
     trajectories = [load_capsule(path) for path in sorted((folder / "full").iterdir())]
     learner = Learner(config_of(folder, "full", engine, ranks), rank=rank, ranks=ranks)
     norms = steps(learner, trajectories, range(1, 3), torch.tensor([0.0, 0.0, 1.0, -1.0, 0.0]))
-    update, _ = learner.step(trajectories, ADVANTAGES, [t.log_probs for t in trajectories], 3)
+    old = [trajectory.log_probs for trajectory in trajectories]
+    update, _ = learner.step(held(learner, trajectories, ADVANTAGES, 3), ADVANTAGES, old, 3)
     return {"norms": norms, "digest": digest(learner), "scored": len(update.all.step_indices), "losses": len(update.losses)}
 
 

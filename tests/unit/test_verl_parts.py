@@ -83,8 +83,9 @@ def test_a_trajectory_comes_back_from_its_fields_as_it_was():
         fingerprint={"weights": "abc", "batch_sizes": [2]},
     )
     stored = to_fields(trajectory)
-    stored["spec"]["step_indices"] = list(stored["spec"]["step_indices"])  # TransferQueue knows no tuples
-    back = from_fields(stored)
+    spec = stored["trajectory"]["spec"]
+    spec["step_indices"] = list(spec["step_indices"])  # TransferQueue knows no tuples
+    back = from_fields(stored["trajectory"], stored["tensors"])
     for field in fields(Trajectory):
         one, other = getattr(trajectory, field.name), getattr(back, field.name)
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else np.array_equal(one, other), field.name
@@ -148,6 +149,7 @@ def test_merged_shares_are_all_rows():
             losses=list(rows),
             grad_norms=[2.0],
             metrics=metrics,
+            weights=[torch.tensor([0.5, 2.0])],
             moved={"transformer": 1},
         )
 
@@ -155,6 +157,8 @@ def test_merged_shares_are_all_rows():
     assert torch.cat(both.all.log_probs).tolist() == [1.0, 2.0, 3.0]
     assert both.losses == [1.0, 2.0, 3.0] and both.grad_norms == [2.0]
     assert both.metrics == {"actor/dropped": [1.0, 2.0, 3.0]}
+    assert [weights.tolist() for weights in both.weights] == [[0.5, 2.0]], "every rank has those of all rows"
+    assert {field.name for field in fields(Update)} == set(vars(both)), "nothing is left behind"
 
 
 @pytest.mark.parametrize("field", ["threads", "calls", "kernels"])

@@ -49,11 +49,12 @@ class AgentLoopWorker:
 
     async def generate(self, order: Order) -> dict[str, Any]:
         """Returns when every trajectory lies in TransferQueue; says how many requests had to be sent again, how many had been
-        finished before the run was stopped, and why some could not be kept.
+        finished before the run was stopped, why some could not be kept, and how many seconds it took.
 
         Raises:
             RolloutFailed: requests that were tried `ATTEMPTS` times, or all servers are lost; the finished ones are kept.
         """
+        start = time.monotonic()
         left: dict[str, dict[int, RolloutRequest]] = {}
         for request in order.requests:
             left.setdefault(request.group_id, {})[request.member] = request
@@ -72,7 +73,8 @@ class AgentLoopWorker:
             await sampling.run()
         finally:
             await asyncio.gather(*storing)
-        return {"retried": sampling.retried, "kept": len(kept), "not_kept": self._journal.failure}
+        seconds = time.monotonic() - start
+        return {"retried": sampling.retried, "kept": len(kept), "not_kept": self._journal.failure, "seconds": seconds}
 
     def _kept(self, order: Order) -> tuple[Sequence[Trajectory], Sequence[RolloutRequest]]:
         if order.partition != "train":
@@ -205,7 +207,7 @@ def to_sample(trajectory: Trajectory, score: dict[str, Any], step: int, partitio
         "breakdown": score["reward_extra_info"],
         "failures": score["failures"],
     }
-    learned_from = {"trajectory": to_fields(replace(trajectory, media=trajectory.media[:0]))} if partition == "train" else {}
+    learned_from = to_fields(replace(trajectory, media=trajectory.media[:0])) if partition == "train" else {}
     tag = {
         "status": "success",
         "request_id": trajectory.request_id,
@@ -237,25 +239,36 @@ class AgentLoopManager(VerlAgentLoopManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.agent_loop_workers_class = ray.remote(runtime_env=RUNTIME_ENV)(AgentLoopWorker)
         super().__init__(*args, **kwargs)
-        self._running: list[ray.ObjectRef] = []
+        self._running: dict[ray.ObjectRef, Order] = {}
         self.retried = 0  # requests that were sent again, over the run
-        self._told: dict[str, Any] = {}  # what the order that ended last said
+        self._told: dict[int, dict[str, Any]] = {}  # step -> what its order said of itself, of training ones
 
     def generate_sequences(self, prompts: Order) -> None:  # type: ignore[override]  # verl: "fully replaceable"
-        self._running.append(self.agent_loop_workers[0].generate.remote(prompts))
+        """Returns at once; verl's replay buffer waits for the order's groups."""
+        tags = [{"is_prompt": True, "status": "pending", "global_steps": prompts.step} for _ in prompts.groups]
+        tq.kv_batch_put(keys=prompts.groups, partition_id=prompts.partition, tags=tags)
+        self._running[self.agent_loop_workers[0].generate.remote(prompts)] = prompts
 
     def wait(self, seconds: float) -> None:
         """Returns when an order is done, or after `seconds`; raises what ended one early."""
         if not self._running:
             time.sleep(seconds)
             return
-        done, self._running = ray.wait(self._running, timeout=seconds)
+        done, _ = ray.wait(list(self._running), timeout=seconds)
         for reference in done:
-            self._told = ray.get(reference)
-            self.retried += self._told["retried"]
+            order = self._running.pop(reference)
+            told = ray.get(reference)
+            self.retried += told["retried"]
+            if order.partition == "train":
+                self._told[order.step] = told
 
-    def settle(self) -> dict[str, Any]:
-        """What the last order says of itself, once all have ended; their trajectories are there before that."""
+    def settle(self, step: int) -> dict[str, Any]:
+        """What a step's order says of itself, once it has ended; its trajectories are there before that."""
+        while step not in self._told:
+            self.wait(1.0)
+        return self._told.pop(step)
+
+    def drain(self) -> None:
+        """Returns when no order is under way: the servers are idle."""
         while self._running:
             self.wait(1.0)
-        return self._told

@@ -77,6 +77,7 @@ def merged(updates: Sequence[Update]) -> Update:
             for name in dict.fromkeys(name for update in updates for name in update.metrics)
         },
         grad_norms=updates[0].grad_norms,  # of the sum over the ranks, the same on each
+        weights=updates[0].weights,  # of all rows, as each rank has them
         moved=updates[0].moved,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,8 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 
 from omni_rollout import monitor
-from omni_rollout.integrations.verl.records import Weights, column, from_fields, run_config
+from omni_rollout.config import OldLogProbs
+from omni_rollout.integrations.verl.records import Weights, column, from_fields, run_config, size_of
 from omni_rollout.policy.learner import Learner, Which
 from omni_rollout.policy.recompute import check_fingerprint
 from omni_rollout.policy.state import RunState
@@ -32,7 +33,8 @@ class RankUpdate:
 
     update: Update
     learning_rate: float
-    recomputed: bool  # the ratio was taken to the trainer's own log-probs
+    inspection: monitor.Inspection  # the same on all ranks
+    fetched: int  # bytes of the trajectories that this rank was sent
 
 
 class TrainerRank(Worker):
@@ -41,7 +43,7 @@ class TrainerRank(Worker):
         self._config = run_config(section)
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
-        self._expected: dict[str, Any] = {}
+        self._expected: dict[int, dict[str, Any]] = {}  # version -> what a trajectory's fingerprint must say; the latest two
 
     @every_rank
     def init_model(self, checkpoint: Path | None = None) -> None:
@@ -57,44 +59,67 @@ class TrainerRank(Worker):
         tq.init()
 
     @every_rank
-    def update_policy(self, keys: Sequence[str], partition: str, advantages: torch.Tensor, step: int) -> RankUpdate:
+    def update_policy(
+        self, keys: Sequence[str], partition: str, advantages: torch.Tensor, step: int, version: int
+    ) -> RankUpdate:
         """The update of one step, on this rank's share of the rows.
 
         Args:
             keys: of all trajectories in TransferQueue, in the order of their request ids.
             advantages: [B].
+            version: of the policy that sampled them.
 
         Raises:
-            FingerprintError: a trajectory of other weights than this rank published last.
+            FingerprintError: a trajectory of other weights than this rank published as that version.
             NotFiniteError, MismatchError: what must not reach the optimizer.
         """
-        data = tq.kv_batch_get(keys=list(keys), partition_id=partition, select_fields=["trajectory"])
-        trajectories = [from_fields(values) for values in column(data, "trajectory")]
+        learner, config = self._learner, self._config
+        told = self._column(keys, partition, "trajectory")
+        trajectories = [from_fields(values) for values in told]
         for trajectory in trajectories:
-            check_fingerprint(trajectory, self._expected)
-        monitor.check_finite(step, trajectories)
+            check_fingerprint(trajectory, self._expected[version])
         # Every rank looks at the same sample of all rows, so all decide alike.
-        recompute_old = monitor.must_recompute(self._learner.engine.module, trajectories, self._config, step)
-        old = self._learner.old_log_probs(trajectories, recomputed=recompute_old)
-        update, rate = self._learner.step(trajectories, advantages, old, step)
-        return RankUpdate(update=update, learning_rate=rate, recomputed=recompute_old)
+        compared = monitor.inspected_rows(trajectories, config, step)
+        recomputed = config.trainer.old_log_probs is OldLogProbs.recompute or bool(compared)  # by config, or it may turn out so
+        rows = sorted(compared | learner.needed(trajectories, advantages, step, recomputed=recomputed))
+        tensors = self._column([keys[row] for row in rows], partition, "tensors")
+        for row, large in zip(rows, tensors, strict=True):
+            trajectories[row] = from_fields(told[row], large)
+        monitor.check_finite(step, trajectories)
+        inspection = monitor.inspect(learner, trajectories, config, step)
+        old = learner.old_log_probs(trajectories, advantages, step, recomputed=inspection.recompute)
+        update, rate = learner.step(trajectories, advantages, old, step)
+        fetched = sum(map(size_of, [*told, *tensors]))
+        return RankUpdate(update=update, learning_rate=rate, inspection=inspection, fetched=fetched)
+
+    def _column(self, keys: Sequence[str], partition: str, name: str) -> list[Any]:
+        if not keys:
+            return []
+        return column(tq.kv_batch_get(keys=list(keys), partition_id=partition, select_fields=[name]), name)
 
     @every_rank
     def publish(self, version: int, which: Which = "sampler") -> Weights:
         """What the servers shall hold from now on; every rank digests its own, only the first puts them up."""
         digests: dict[str, str] = {}
         put: list[ray.ObjectRef] = []
+        adapter, size = self._learner.adapter(which), 0
         for bucket in buckets(self._learner.weights(which)):  # never the whole policy at once
             digests |= tensor_digests(bucket)
-            if self.rank == 0:
+            if self.rank == 0 and adapter is None:
                 put.append(ray.put([(name, tensor.cpu()) for name, tensor in bucket]))
-        return self._published(version, combined_digest(digests), put)
+                size += sum(tensor.nbytes for _, tensor in bucket)
+        if self.rank == 0 and adapter is not None:
+            put.append(ray.put(list(adapter.factors.items())))
+            size = sum(tensor.nbytes for tensor in adapter.factors.values())
+        scale = None if adapter is None else adapter.scale
+        return replace(self._published(version, combined_digest(digests)), buckets=tuple(put), bytes=size, lora_scale=scale)
 
-    def _published(self, version: int, digest: str, put: Sequence[ray.ObjectRef] = ()) -> Weights:
+    def _published(self, version: int, digest: str) -> Weights:
         """Said once all weights have been handed out: of a cut policy the drift is known only then."""
-        self._expected = self._learner.expected(digest)
-        machine, drift = self._expected.get("machine"), self._learner.drift.value
-        return Weights(version=version, digest=digest, buckets=tuple(put), machine=machine, drift=drift)
+        expected = self._learner.expected(digest)
+        latest = sorted({*self._expected, version})[-2:]
+        self._expected = {one: found for one, found in {**self._expected, version: expected}.items() if one in latest}
+        return Weights(version=version, digest=digest, machine=expected.get("machine"), drift=self._learner.drift.value)
 
     @every_rank
     def save_checkpoint(self, folder: Path, run: RunState) -> str | None:

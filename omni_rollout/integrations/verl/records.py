@@ -41,7 +41,9 @@ class Weights:
 
     version: int
     digest: str
-    buckets: tuple[ray.ObjectRef, ...]  # each a list of (name, tensor), held by the first rank; colocated: none
+    buckets: tuple[ray.ObjectRef, ...] = ()  # each a list of (name, tensor), held by the first rank; colocated: none
+    bytes: int = 0  # of all tensors in them
+    lora_scale: float | None = None  # they are the factors of an adapter, see `rollout.adapter.merged`; None: whole weights
     machine: Mapping[str, Any] | None = None  # of that rank, as its self-check found it; None: the profile is not exact
     drift: float = 0.0  # from where the run started, see `policy.drift`
 
@@ -57,6 +59,10 @@ class Order:
     weights: Weights
     step: int
     partition: str  # of TransferQueue: train or val
+
+    @property
+    def groups(self) -> list[str]:
+        return list(dict.fromkeys(request.group_id for request in self.requests))
 
 
 def run_config(section: Any) -> TrainConfig:
@@ -97,24 +103,63 @@ def adopt(config: DictConfig) -> TrainConfig:
     return run
 
 
-def to_fields(trajectory: Trajectory) -> dict[str, Any]:
-    """A trajectory in types that TransferQueue carries as they are; it would turn a dataclass into a dictionary."""
+LARGE = ("latents", "prompt_embeds", "negative_prompt_embeds", "conditions")  # of a trajectory; the rest is a few KB
+
+
+def to_fields(trajectory: Trajectory) -> dict[str, dict[str, Any]]:
+    """A trajectory in types that TransferQueue carries as they are; it would turn a dataclass into a dictionary.
+
+    In two columns: `trajectory`, which every rank is given, with what its large tensors are like; and `tensors`, for those
+    ranks that compute with them.
+    """
     values = {field.name: getattr(trajectory, field.name) for field in fields(Trajectory)}
     values["prompt"] = trajectory.prompt.to_json()
     values["spec"] = trajectory.spec.to_json()
     values["fingerprint"] = dict(trajectory.fingerprint)
-    return values
+    values["conditions"] = dict(trajectory.conditions)
+    tensors = {name: values[name] for name in LARGE}
+    return {"trajectory": {**values, **{name: _outline(tensor) for name, tensor in tensors.items()}}, "tensors": tensors}
 
 
-def from_fields(values: Mapping[str, Any]) -> Trajectory:
+def from_fields(values: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> Trajectory:
+    """Args: as `to_fields` gave them; without `tensors`, the large ones are on the device `meta`, shapes without numbers."""
     given = dict(values)
+    large = {name: given[name] for name in LARGE}
     return Trajectory(
         **{
             **given,
+            **({name: _blank(outline) for name, outline in large.items()} if tensors is None else tensors),
             "prompt": Prompt.from_json(given["prompt"]),
             "spec": SamplingSpec.from_json(given["spec"]),
         }
     )
+
+
+def _outline(tensor: Any) -> Any:
+    """dtype and shape of a tensor, or of each in a mapping; None of None."""
+    if isinstance(tensor, torch.Tensor):
+        return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+    return None if tensor is None else {name: _outline(one) for name, one in tensor.items()}
+
+
+def _blank(outline: Any) -> Any:
+    if isinstance(outline, Mapping):
+        return {name: _blank(one) for name, one in outline.items()}
+    if outline is None:
+        return None
+    dtype, shape = outline
+    return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="meta")
+
+
+def size_of(values: Any) -> int:
+    """Bytes of what is in it: tensors, arrays and text as they are, 8 for a number; names of mappings count."""
+    if isinstance(values, Mapping):
+        return sum(size_of(name) + size_of(one) for name, one in values.items())
+    if isinstance(values, list | tuple):
+        return sum(map(size_of, values))
+    if isinstance(values, str):
+        return len(values.encode())
+    return int(values.nbytes) if hasattr(values, "nbytes") else 8
 
 
 def column(data: TensorDict, name: str) -> list[Any]:

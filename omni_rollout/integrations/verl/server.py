@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from omni_rollout.errors import EngineDiedError
+from omni_rollout.errors import EngineDiedError, WeightSyncError
 from omni_rollout.integrations.verl.records import Weights, run_config
+from omni_rollout.models import family_module
 from omni_rollout.policy.recompute import check_machine
 from omni_rollout.types import RolloutRequest, Trajectory
 
@@ -26,6 +27,7 @@ class RolloutServer:
         config = run_config(section)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        self._model = config.model
         self.engine = RolloutEngine(
             config.model.path,
             family=config.model.family,
@@ -41,14 +43,31 @@ class RolloutServer:
         """Takes a published version, unless it has it; returns the digest of what the engine then holds.
 
         Raises:
-            WeightSyncError: a tensor is different in the engine.
+            WeightSyncError: a tensor is different in the engine, or was merged to other bits than by the ranks.
             PinnedKnobError: what this machine samples, the trainer's could not score bit for bit.
         """
         if weights.machine is not None:
             check_machine(self.engine.machine, {"machine": weights.machine})
         if (self.engine.weights_digest, self.engine.policy_version) != (weights.digest, weights.version):
-            self.engine.update_weights(weights.fetch(), weights.version)
+            held = self.engine.update_weights(self._whole(weights), weights.version)
+            if held != weights.digest:
+                raise WeightSyncError(
+                    f"version {weights.version}: the engine holds {held[:16]}, expected {weights.digest[:16]}"
+                )
         return self.engine.weights_digest
+
+    def _whole(self, weights: Weights) -> Iterable[tuple[str, torch.Tensor]]:
+        """Of an adapter the factors come, and are merged into the checkpoint that the engine was made from, as by the ranks."""
+        named = weights.fetch()
+        if weights.lora_scale is None:
+            return named
+        from omni_rollout.rollout.adapter import merged
+
+        model, own = self._model, self.engine.policy_tensors()
+        device = next(iter(own.values())).device
+        factors = {name: tensor.to(device) for name, tensor in named}
+        scales = dict.fromkeys(family_module(model.family, "spec").EXPERTS, weights.lora_scale)
+        return merged(factors, scales, model.path, self.engine.policy_layout(), own)
 
     def generate(self, requests: Sequence[RolloutRequest], weights: Weights) -> Iterator[Trajectory]:
         """Trajectories as they finish, all of them under `weights`. Where the engine is lost, this process ends, too."""

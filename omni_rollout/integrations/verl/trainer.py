@@ -6,6 +6,9 @@ _compute_advantage    rewards ─► advantages
 _update_actor         keys, advantages ─► TrainerRank.update_policy, on every rank
 on_step_end           TrainerRank.publish ─► every RolloutServer, digests compared
 _compute_metrics      Monitor.log
+
+With rollout.ahead=1 the next step is ordered as soon as this one is sampled (on_sample_end), and the servers, busy with it,
+get what on_step_end published when it is done.
 """
 
 from __future__ import annotations
@@ -13,44 +16,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-import ray
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
 from transfer_queue import KVBatchMeta
-from transformers import AutoTokenizer
-from verl.plugin.platform import get_platform
-from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.trainer.ppo.v1 import PPOTrainer, register_trainer
 from verl.utils.debug import marked_timer
 
-from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import Placement
-from omni_rollout.data.collate import Collator
 from omni_rollout.data.seeds import SeedLedger
-from omni_rollout.data.stream import prompt_data
 from omni_rollout.errors import WeightSyncError
 from omni_rollout.integrations.verl import NAME, replica
 from omni_rollout.integrations.verl.agent_loop import AgentLoopManager
-from omni_rollout.integrations.verl.colocated import ColocatedRank
 from omni_rollout.integrations.verl.deaths import find_dead, restarts
+from omni_rollout.integrations.verl.group import rank_group
 from omni_rollout.integrations.verl.metrics import Samples, captioned, merged, our_timings
-from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank
-from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, Weights, adopt, column
+from omni_rollout.integrations.verl.rank import RankUpdate
+from omni_rollout.integrations.verl.records import Order, Weights, adopt, column
 from omni_rollout.integrations.verl.replay_buffer import WatchedReplayBuffer
 from omni_rollout.integrations.verl.reward import RewardWorkers
-from omni_rollout.models import family_module
 from omni_rollout.monitor import Guards, Monitor, last_words, step_metrics, step_notes
 from omni_rollout.policy.learner import Which
 from omni_rollout.policy.recompute import check_machine
-from omni_rollout.rewards import make_rewards
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.evaluation import evaluated
-from omni_rollout.run.resume import check_weights, enter, run_state
+from omni_rollout.run.material import Material
+from omni_rollout.run.resume import behaviour_version, check_weights, enter, run_state
 from omni_rollout.run.start import find_start
 from omni_rollout.run.stop import StopFlag
 from omni_rollout.trajectories.journal import Journal
-from omni_rollout.types import Prompt, RolloutRequest
+from omni_rollout.types import Prompt
 
 
 @register_trainer(NAME)
@@ -75,36 +70,18 @@ class OmniTrainer(PPOTrainer):
         enter(self.run, self.start)
         self._init_dump_executor()
         self._init_dataloader()
-        ranks = self.run.trainer.ranks
-        accelerated = get_platform().device_name != "cpu"
-        pool = RayResourcePool(process_on_nodes=[1] * ranks, use_gpu=accelerated, max_colocate_count=1, name_prefix=NAME)
         section = OmegaConf.to_container(self.config[NAME])  # a node would take all of verl's configuration along
-        colocated = self.run.rollout.placement is Placement.colocated
-        rank = ray.remote(ColocatedRank if colocated else TrainerRank)
-        worker = RayClassWithInitArgs(cls=rank, section=section)
-        self.actor_rollout_wg = RayWorkerGroup(
-            resource_pool=pool,
-            ray_cls_with_init=worker,
-            device_name=get_platform().device_name,
-            worker_env=RUNTIME_ENV["env_vars"],
-        )
+        self.actor_rollout_wg = rank_group(self.run, section)
         self.reward_loop_manager = RewardWorkers(config=self.config)
-        rollout = self.config.actor_rollout_ref.rollout
+        colocated, rollout = self.run.rollout.placement is Placement.colocated, self.config.actor_rollout_ref.rollout
         self.servers = self.actor_rollout_wg.workers if colocated else replica.launch(rollout, section, self.run.engines)
         self.actor_rollout_wg.init_model(self.start.checkpoint)
         self.global_steps = self.start.step
 
     def _init_dataloader(self) -> None:
         run = self.run
-        self.stream, self.evaluation_prompts = prompt_data(run)
-        all_prompts = [*self.stream.prompts, *self.evaluation_prompts]
-        self.rewards = make_rewards(run)
-        self.rewards.check(all_prompts, family_module(run.model.family, "spec").KIND)
-        tokenizer = AutoTokenizer.from_pretrained(run.model.path, subfolder="tokenizer")
-        self.algorithm = get_algorithm(run.algorithm)
-        self.collator = Collator(run.model.family, tokenizer, run.sampling, run.collate, self.algorithm.window_start)
-        for prompt in all_prompts:
-            self.collator.check(self.collator.spec(images=prompt.images), prompt)
+        self.material = Material.of(run)
+        self.rewards, self.algorithm = self.material.rewards, self.material.algorithm
         self.guards = Guards(run.run_dir)
         self.seeds = SeedLedger(Path(run.run_dir) / "seeds.jsonl")
         self.total_training_steps = self.steps_per_epoch = max(run.trainer.steps, 1)
@@ -117,6 +94,7 @@ class OmniTrainer(PPOTrainer):
         return self.reward_loop_manager.reward_loop_worker_handles
 
     def on_init_end(self) -> None:
+        self.ordered: dict[int, Order] = {}  # step -> what is being sampled, or was and is to be learned from
         self._publish()  # also proves, before the first rollout, that all sides read the same checkpoint
         check_weights(self.start, self.weights.digest)
 
@@ -140,20 +118,16 @@ class OmniTrainer(PPOTrainer):
                 raise
 
     def prepare_step(self) -> dict[str, float]:
-        step, size = self.global_steps, self.run.rollout.group_size
-        requests = self.collator.groups(self.stream.batch(step), step, size)
-        self.reused, self.padding = self.seeds.record(requests), self.collator.padding(requests)
-        self._submit(requests, "train")
+        if self.global_steps not in self.ordered:
+            ahead, first = self.run.rollout.ahead, behaviour_version(self.start)
+            behind = ahead and first < self.weights.version == self.start.step  # a run that goes on: as it would have been
+            self._order(self.global_steps, self._published("behaviour", first) if behind else self.weights)
         return {}
 
-    def _submit(self, requests: list[RolloutRequest], partition: str) -> int:
-        """Orders trajectories, and returns how many groups there will be."""
-        groups = list(dict.fromkeys(request.group_id for request in requests))
-        tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps} for _ in groups]
-        tq.kv_batch_put(keys=groups, partition_id=partition, tags=tags)
-        order = Order(requests=tuple(requests), weights=self.weights, step=self.global_steps, partition=partition)
-        self.agent_loop_manager.generate_sequences(order)
-        return len(groups)
+    def _order(self, step: int, weights: Weights) -> None:
+        requests = tuple(self.material.requests(step))
+        self.ordered[step] = Order(requests=requests, weights=weights, step=step, partition="train")
+        self.agent_loop_manager.generate_sequences(self.ordered[step])
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], **_: Any) -> KVBatchMeta:
         """In the order of request ids, whatever the order of arrival; the ranks share the rows out themselves."""
@@ -169,9 +143,10 @@ class OmniTrainer(PPOTrainer):
         return batch  # the ranks have the rollout's, or recompute them
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        self.told = self.agent_loop_manager.settle()
-        self.samples = self._samples(batch)
-        self.reused += self.seeds.record_noise(cast(Any, self.samples.sources))
+        order, self.told = self.ordered.pop(self.global_steps), self.agent_loop_manager.settle(self.global_steps)
+        self.version, self.sampled_by = order.weights.version, order.weights.digest  # Ray may let go of the tensors
+        self.samples, self.padding = self._samples(batch), self.material.collator.padding(order.requests)
+        self.reused = self.seeds.record(order.requests) + self.seeds.record_noise(cast(Any, self.samples.sources))
         self.scored = self.rewards.batch(self.samples.breakdown, self.samples.failures)
         self.rewards.require(self.scored)
         self.group_ids = [self.samples.group_ids[row] for row in self.scored.scored]  # the others leave their groups
@@ -181,27 +156,40 @@ class OmniTrainer(PPOTrainer):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         keys, update = [batch.keys[row] for row in self.scored.scored], self.actor_rollout_wg.update_policy
-        self.updates: list[RankUpdate] = update(keys, batch.partition_id, self.advantages, self.global_steps)
-        self.sampled_by = self.weights.digest
+        self.updates: list[RankUpdate] = update(keys, batch.partition_id, self.advantages, self.global_steps, self.version)
         return batch
 
-    def on_sample_end(self) -> None: ...
+    def on_sample_end(self) -> None:
+        if self.run.rollout.ahead and self.global_steps < self.run.trainer.steps:
+            self._push()
+            self._order(self.global_steps + 1, self.weights)
 
     def on_step_end(self) -> None:
         with marked_timer("update_weights", self.timing_raw), last_words(self.sight, self.global_steps):
-            self._publish()
+            self.weights = self._published("sampler", self.global_steps)
+            if not self.ordered:
+                self._push()
 
     def _publish(self, which: Which = "sampler") -> None:
-        """Every server holds the ranks' weights afterwards, or will before it samples again."""
-        published: list[Weights] = self.actor_rollout_wg.publish(self.global_steps, which)
+        self.weights = self._published(which, self.global_steps)
+        self._push()
+
+    def _push(self) -> None:
+        """Every server holds `weights` afterwards, or will before it samples again; what they sample now is finished first."""
+        if self.ordered:
+            self.agent_loop_manager.drain()
+        self.servers_in_step = replica.push(self.servers, self.weights, self.run.rollout.timeout)
+
+    def _published(self, which: Which, version: int) -> Weights:
+        """What the ranks hold, all of them the same."""
+        published: list[Weights] = self.actor_rollout_wg.publish(version, which)
         digests = {weights.digest for weights in published}
         if len(digests) > 1:
             raise WeightSyncError(f"step {self.global_steps}: the trainer ranks hold different weights, {sorted(digests)}")
-        self.weights = published[0]
         for weights in published[1:]:
             if weights.machine is not None:
-                check_machine(weights.machine, {"machine": self.weights.machine})
-        self.servers_in_step = replica.push(self.servers, self.weights, self.run.rollout.timeout)
+                check_machine(weights.machine, {"machine": published[0].machine})
+        return published[0]
 
     def _samples(self, batch: KVBatchMeta) -> Samples:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=str(batch.partition_id), select_fields=["sample"])
@@ -213,6 +201,8 @@ class OmniTrainer(PPOTrainer):
         averages = self.run.trainer.ema_decay > 0 and self.global_steps > 0
         if self.algorithm.samples_with_old:
             self._publish("policy")
+        elif self.ordered:
+            self._push()
         metrics, notes, scored, samples = self._evaluate(name)
         self.images = captioned(samples, scored)
         texts = [prompt["text"] for prompt in samples.prompts]
@@ -229,9 +219,10 @@ class OmniTrainer(PPOTrainer):
         return metrics | guarded
 
     def _evaluate(self, name: str) -> tuple[dict[str, float], dict[str, str], list[float | None], Samples]:
-        requests = self.collator.evaluation(self.evaluation_prompts, self.run.evaluation, name)
-        groups = self._submit(requests, "val")
-        batch, _ = self.replay_buffer.sample(self.global_steps, "val", groups)
+        step, requests = self.global_steps, tuple(self.material.evaluation(name))
+        order = Order(requests=requests, weights=self.weights, step=step, partition="val")
+        self.agent_loop_manager.generate_sequences(order)
+        batch, _ = self.replay_buffer.sample(step, "val", len(order.groups))
         batch = self._balance_batch(batch, {})
         samples = self._samples(batch)
         tq.kv_clear(keys=batch.keys, partition_id="val")
@@ -254,22 +245,26 @@ class OmniTrainer(PPOTrainer):
             elements=samples.elements,
             padding=self.padding,
             clip_range=self.run.trainer.clip_range,
-            timings=our_timings(timing_raw),
+            timings={**our_timings(timing_raw), "sampling": self.told["seconds"]},
             kept=self.told["kept"],
             learning_rate=first.learning_rate,
             collisions=self.seeds.collisions,
-            recomputed=first.recomputed,
+            recomputed=first.inspection.recompute,
+            staleness=global_steps - 1 - self.version,
+            sampled=first.inspection.parity,
             drift=self.weights.drift,
         )
         ours |= {
             "rollout/servers": float(self.servers_in_step),
+            "rollout/weights_bytes": float(self.weights.bytes),
+            "rollout/fetched_bytes": float(max(rank.fetched for rank in self.updates)),
             "rollout/retried": float(self.agent_loop_manager.retried),
             "perf/restarts": float(restarts(self.run.run_dir)),
             **evaluated,
         }
         lost = {"not_kept": self.told["not_kept"], "not_scored": scored.failures}
-        digest, recomputed = self.sampled_by, first.recomputed
-        notes = step_notes(first.update, sampled_by=digest, recomputed=recomputed, reused=self.reused, **lost)
+        seen = {"sampled_by": self.sampled_by, "recomputed": first.inspection.recompute, "reused": self.reused}
+        notes = step_notes(first.update, **seen, **lost)
         metrics.update(ours)
         images = self.images if evaluated else ()
         notes |= {**(self.lost if evaluated else {}), **self.checkpoints.notes()}
@@ -288,13 +283,8 @@ class OmniTrainer(PPOTrainer):
             self.total_training_steps = step  # ends verl's loop
 
     def _write(self, folder: Path) -> None:
-        state = run_state(
-            self.run,
-            step=self.global_steps,
-            weights=self.weights.digest,
-            wandb_id=self.sight.wandb_id,
-            lines={"metrics.jsonl": self.sight.lines, "seeds.jsonl": self.seeds.lines},
-        )
+        lines, weights = {"metrics.jsonl": self.sight.lines, "seeds.jsonl": self.seeds.lines}, self.weights.digest
+        state = run_state(self.run, step=self.global_steps, weights=weights, wandb_id=self.sight.wandb_id, lines=lines)
         for failure in self.actor_rollout_wg.save_checkpoint(folder, state):
             if failure is not None:
                 raise OSError(failure)

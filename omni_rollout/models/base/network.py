@@ -30,9 +30,7 @@ def load_network(kind: Any, path: str, folder: str = "transformer", held: Held |
         UserError: weights that are not there.
         WeightSyncError: a held tensor that is not, rounded to its dtype, what the checkpoint says.
     """
-    own = Path(path)
-    if not (own / "config.json").is_file():
-        own = (own if own.is_dir() else Path(snapshot_download(path, allow_patterns=f"{folder}/*"))) / folder
+    own = folder_of(path, folder)
     with init_empty_weights():
         network = kind.from_config(kind.load_config(own))
     network.register_to_config(_name_or_path=path)
@@ -42,6 +40,14 @@ def load_network(kind: Any, path: str, folder: str = "transformer", held: Held |
         raise UserError(f"{own} has no {missing[0]} ({len(missing)} missing): expected the weights of a {kind.__name__}")
     network.load_state_dict(state, assign=True)
     return network
+
+
+def folder_of(path: str, folder: str) -> Path:
+    """Where a transformer lies: `path` is a checkpoint in diffusers layout, the transformer's own, or a name on the hub."""
+    own = Path(path)
+    if (own / "config.json").is_file():
+        return own
+    return (own if own.is_dir() else Path(snapshot_download(path, allow_patterns=f"{folder}/*"))) / folder
 
 
 def _taken(name: str, tensor: torch.Tensor, held: Held) -> torch.Tensor:

@@ -45,30 +45,32 @@ def steps_to_learn(trajectory: Trajectory) -> list[int]:
     return trajectory.step_indices.tolist() or list(range(len(trajectory.timesteps)))
 
 
-def conditioning(trajectory: Trajectory, device: torch.device) -> Conditioning:
-    """Guided as it was sampled, where it was sampled by stochastic steps.
+def conditioning(trajectory: Trajectory, device: torch.device | None) -> Conditioning:
+    """Guided as it was sampled, where it was sampled by stochastic steps. On a device; None: where its tensors are.
 
     What final latents of an ode teach is the velocity of the prompt alone: no straight line leads to a guided one.
     """
     stochastic = bool(len(trajectory.step_indices))
 
-    def on_device(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None or not stochastic else tensor.to(device)
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if device is None else tensor.to(device)
+
+    def if_guided(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None or not stochastic else there(tensor)
 
     return Conditioning(
-        prompt_embeds=trajectory.prompt_embeds.to(device),
-        prompt_embeds_mask=trajectory.prompt_embeds_mask.to(device),
-        negative_prompt_embeds=on_device(trajectory.negative_prompt_embeds),
-        negative_prompt_embeds_mask=on_device(trajectory.negative_prompt_embeds_mask),
+        prompt_embeds=there(trajectory.prompt_embeds),
+        prompt_embeds_mask=there(trajectory.prompt_embeds_mask),
+        negative_prompt_embeds=if_guided(trajectory.negative_prompt_embeds),
+        negative_prompt_embeds_mask=if_guided(trajectory.negative_prompt_embeds_mask),
         spec=trajectory.spec,
-        conditions={name: tensor.to(device) for name, tensor in trajectory.conditions.items()},
+        conditions={name: there(tensor) for name, tensor in trajectory.conditions.items()},
     )
 
 
 def batch_keys(trajectories: Sequence[Trajectory]) -> list[list[tuple[object, ...]]]:
     """One key per trajectory and step of `steps_to_learn`; steps of equal keys may share a forward pass."""
-    cpu = torch.device("cpu")
-    rows = [conditioning(trajectory, cpu) for trajectory in trajectories]
+    rows = [conditioning(trajectory, None) for trajectory in trajectories]
     return [
         [row.batch_key(step) for step in steps_to_learn(trajectory)] for row, trajectory in zip(rows, trajectories, strict=True)
     ]

@@ -64,6 +64,9 @@ class Meanwhile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         for _group, future in self._scored:
             future.cancel()
         self._asked.put(None)

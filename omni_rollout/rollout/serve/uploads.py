@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
 import torch
 from fastapi import Request
 
+from omni_rollout.diffusion.machine import pin_thread
 from omni_rollout.errors import WeightSyncError
 from omni_rollout.models import family_module
-from omni_rollout.rollout.serve.adapter import is_adapter, merged
+from omni_rollout.rollout.adapter import AdapterError, is_adapter, merged, scales_of
 from omni_rollout.rollout.serve.errors import BadRequest
 from omni_rollout.rollout.serve.state import Server
 from omni_rollout.rollout.serve.wire import SHARED_NAME, SHARED_TOKEN
@@ -83,7 +84,11 @@ async def _take(path: Path, server: Server, version: int, digest: str | None) ->
     if digest is not None:
         arrived = combined_digest(await asyncio.to_thread(lambda: tensor_digests(named.items())))
         if arrived != digest:
-            raise BadRequest(f"digest: {digest[:16]} was sent, {arrived[:16]} has arrived; send it again", "digest")
+            raise BadRequest(
+                f"digest: {digest[:16]} was sent, {arrived[:16]} has arrived; send it again, or, of LoRA factors: start this "
+                "server with the checkpoint that they are merged into",
+                "digest",
+            )
     try:
         held = await server.host.update_weights(named.items(), version)
     except WeightSyncError as error:
@@ -93,14 +98,12 @@ async def _take(path: Path, server: Server, version: int, digest: str | None) ->
 
 
 def _load(path: Path, server: Server) -> dict[str, torch.Tensor]:
-    layout, model = server.host.layout, server.config.model
+    layout = server.host.layout
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = set(file.keys())
             if is_adapter(names):
-                factors = {name: file.get_tensor(name) for name in names}
-                experts = family_module(model.family, "spec").EXPERTS
-                return merged(factors, file.metadata() or {}, model.path, experts, layout, server.host.threads)
+                return _merged({name: file.get_tensor(name) for name in names}, file.metadata() or {}, server)
             for name in sorted(names | layout.keys()):
                 if name not in names:
                     raise BadRequest(f"{name}: missing; send all tensors of the transformer", name[:80])
@@ -113,6 +116,16 @@ def _load(path: Path, server: Server) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in layout}
     except (safetensors.SafetensorError, OSError) as error:
         raise BadRequest(f"body: not readable safetensors ({str(error)[:120]})", "body") from None
+
+
+def _merged(factors: Mapping[str, torch.Tensor], header: Mapping[str, str], server: Server) -> dict[str, torch.Tensor]:
+    pin_thread(server.host.threads)
+    model = server.config.model
+    try:
+        scales = scales_of(header, family_module(model.family, "spec").EXPERTS)
+        return dict(merged(factors, scales, model.path, server.host.layout))
+    except AdapterError as error:
+        raise BadRequest(str(error), error.at) from error
 
 
 def _count(shape: list[int]) -> int:
