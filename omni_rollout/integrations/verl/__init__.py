@@ -3,7 +3,7 @@
     launch.py    TrainConfig -> verl's configuration -> verl's run_ppo
     trainer.py   the V1 trainer that verl runs: what happens in a step, in which order
     agent_loop.py, server.py, replica.py   requests -> engines, one in each Ray actor -> TransferQueue
-    rank.py      one trainer rank: PolicyUpdate on its share of the rows
+    rank.py, group.py   a trainer rank: PolicyUpdate on its share of the rows; all of them as a worker group
     colocated.py   a trainer rank and an engine in one process, instead of both
     reward.py    the rewards in verl's reward workers
     platform.py  verl on machines without an accelerator; loaded by verl itself, through the entry point `verl.plugins`
