@@ -229,6 +229,7 @@ class EvaluationConfig:
 @dataclass
 class MonitorConfig:
     on_mismatch: OnMismatch = OnMismatch.alert
+    tensorboard: bool = False  # event files in run_dir/tensorboard, with wandb's names; metrics.jsonl is always written
 
 
 @dataclass
@@ -257,7 +258,7 @@ class LaunchConfig:
 class WandbConfig:
     project: str = "omni_rollout"
     mode: str | None = None  # online|offline|disabled; None: online with a key at hand, else offline
-    images: int = 8  # per step
+    images: int = 8  # per step, to wandb and TensorBoard
 
 
 @dataclass

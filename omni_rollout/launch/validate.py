@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,8 @@ def trainer_engine(trainer: TrainerConfig) -> Iterator[str]:
 
 
 def _guard(config: TrainConfig) -> Iterator[str]:
+    if config.monitor.tensorboard and find_spec("tensorboard") is None:
+        yield "monitor.tensorboard=true: the package is not installed: pip install tensorboard, or leave it out"
     action = config.monitor.on_mismatch
     if action is not OnMismatch.alert and config.parity is Parity.fast:
         yield (
