@@ -104,6 +104,7 @@ ALIASES: dict[str, tuple[str, str]] = {
     "n_gpus_per_node": ("trainer.ranks", "with backend=verl; launch.gpus_per_node under Slurm"),
     "nnodes": ("launch.nodes", "with launch=slurm"),
     "strategy": ("trainer.engine", "torch, fsdp2 or deepspeed"),
+    "hybrid_engine": ("rollout.placement", "apart or colocated"),
     "param_offload": ("trainer.offload", "none, optimizer or all"),
     "optimizer_offload": ("trainer.offload", "none, optimizer or all"),
     "enable_gradient_checkpointing": ("trainer.gradient_checkpointing", ""),

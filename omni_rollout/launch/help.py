@@ -29,6 +29,7 @@ TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
            |diffusion_nft|awm|diffusion_dpo|sft
                                           these four learn from sampling.sde_type=ode; or algorithm.source=FILE.py
   backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
+  rollout.placement=apart|colocated       on verl: engines in processes of their own, or one beside each trainer rank
   trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|fsdp2|deepspeed
   prompts=FILE                            .txt (one a line), .jsonl or .parquet with `prompt`; other columns go to the rewards
   evaluation.images, .every, .prompts     fixed seeds, before and after training
