@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from omni_rollout.algorithms import get_algorithm
 from omni_rollout.algorithms.base import Coupled
-from omni_rollout.config import OldLogProbs, TrainConfig
+from omni_rollout.config import OldLogProbs, Placement, TrainConfig
 from omni_rollout.errors import UserError
 
 
@@ -42,6 +42,11 @@ def problems(config: TrainConfig) -> Iterator[str]:
         )
     elif algorithm.samples_with_old:
         yield f"rollout.ahead=1: {algorithm.name} samples with an old policy of its own; give rollout.ahead=0"
+    if config.rollout.placement is Placement.colocated:
+        yield (
+            "rollout.ahead=1 with rollout.placement=colocated: an engine and a rank in one process take turns, so nothing is "
+            "sampled meanwhile; give rollout.placement=apart, or rollout.ahead=0"
+        )
     if config.trainer.old_log_probs is OldLogProbs.rollout:
         yield (
             "trainer.old_log_probs=rollout with rollout.ahead=1: those are of an older policy than the one to learn from; "

@@ -181,10 +181,11 @@ class Learner:
         """What an engine must hold to sample from one of the policies; sets `drift`. Collective, tensor by tensor."""
         sampler = self.old if self.lags else None
         shown = {"sampler": sampler, "policy": None, "average": self.ema, "behaviour": self.behaviour}[which]
+        whole = self.config.trainer.ranks == 1 or self.config.trainer.engine is TrainerEngineName.torch
         with nullcontext() if shown is None else shown.swapped():
             for name, tensor in self.drift.watch(effective_weights(self.policy, self.dtype, self.engine.gathered)):
                 # What was gathered goes, and what was swapped changes, when the next is asked for.
-                yield name, tensor if self.config.trainer.ranks == 1 and shown is None else tensor.clone()
+                yield name, tensor if whole and shown is None else tensor.clone()
 
     def adapter(self, which: Which = "sampler") -> Adapter | None:
         """Of a LoRA, what `weights` of the same policy are merged from. Collective; the first rank alone gets factors."""

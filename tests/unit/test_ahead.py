@@ -53,6 +53,10 @@ def test_it_implies_a_bounded_correction_and_is_off_by_default(composed):
         (["rollout.ahead=1", "algorithm=diffusion_nft"], "rollout.ahead=1: diffusion_nft reads no log-probs"),
         (["rollout.ahead=1", "algorithm=awm"], "rollout.ahead=1: awm reads no log-probs"),
         (["rollout.ahead=1", "trainer.old_log_probs=rollout"], "trainer.old_log_probs=rollout with rollout.ahead=1"),
+        (
+            ["rollout.ahead=1", "backend=verl", "rollout.placement=colocated"],
+            "rollout.ahead=1 with rollout.placement=colocated",
+        ),
         (["rollout.ahead=1", "monitor.on_mismatch=recompute"], "every step recomputes already"),
         (["rollout.ahead=1", "algorithm.rollout_is_threshold=0"], "algorithm.rollout_is_threshold=0: expected"),
     ],

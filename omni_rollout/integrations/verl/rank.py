@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,12 +47,16 @@ class TrainerRank(Worker):
 
     @every_rank
     def init_model(self, checkpoint: Path | None = None) -> None:
+        self._join()
+        self._learner = Learner(self._config, rank=self.rank, ranks=self.world_size, checkpoint=checkpoint)
+
+    def _join(self) -> None:
+        """The other ranks, and TransferQueue."""
         if self.world_size > 1:
             device = get_platform()
             backend = "gloo" if device.device_name == "cpu" else f"cpu:gloo,{device.device_name}:nccl"
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size)
         tq.init()
-        self._learner = Learner(self._config, rank=self.rank, ranks=self.world_size, checkpoint=checkpoint)
 
     @every_rank
     def update_policy(
@@ -107,15 +111,16 @@ class TrainerRank(Worker):
         if self.rank == 0 and adapter is not None:
             put.append(ray.put(list(adapter.factors.items())))
             size = sum(tensor.nbytes for tensor in adapter.factors.values())
-        digest = combined_digest(digests)
+        scale = None if adapter is None else adapter.scale
+        return replace(self._published(version, combined_digest(digests)), buckets=tuple(put), bytes=size, lora_scale=scale)
+
+    def _published(self, version: int, digest: str) -> Weights:
+        """Said once all weights have been handed out: of a cut policy the drift is known only then."""
         expected = self._learner.expected(digest)
         latest = sorted({*self._expected, version})[-2:]
         self._expected = {one: found for one, found in {**self._expected, version: expected}.items() if one in latest}
         machine, drift = expected.get("machine"), self._learner.drift.value
-        scale = None if adapter is None else adapter.scale
-        return Weights(
-            version=version, digest=digest, buckets=tuple(put), bytes=size, lora_scale=scale, machine=machine, drift=drift
-        )
+        return Weights(version=version, digest=digest, machine=machine, drift=drift)
 
     @every_rank
     def save_checkpoint(self, folder: Path, run: RunState) -> str | None:

@@ -1,4 +1,4 @@
-"""One RolloutEngine as a Ray actor, in a process of its own."""
+"""One RolloutEngine as a Ray actor, in a process of its own or beside a trainer rank."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RolloutServer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._model = config.model
-        self._engine = RolloutEngine(
+        self.engine = RolloutEngine(
             config.model.path,
             family=config.model.family,
             dtype=config.model.dtype.value,
@@ -47,14 +47,14 @@ class RolloutServer:
             PinnedKnobError: what this machine samples, the trainer's could not score bit for bit.
         """
         if weights.machine is not None:
-            check_machine(self._engine.machine, {"machine": weights.machine})
-        if (self._engine.weights_digest, self._engine.policy_version) != (weights.digest, weights.version):
-            held = self._engine.update_weights(self._whole(weights), weights.version)
+            check_machine(self.engine.machine, {"machine": weights.machine})
+        if (self.engine.weights_digest, self.engine.policy_version) != (weights.digest, weights.version):
+            held = self.engine.update_weights(self._whole(weights), weights.version)
             if held != weights.digest:
                 raise WeightSyncError(
                     f"version {weights.version}: the engine holds {held[:16]}, expected {weights.digest[:16]}"
                 )
-        return self._engine.weights_digest
+        return self.engine.weights_digest
 
     def _whole(self, weights: Weights) -> Iterable[tuple[str, torch.Tensor]]:
         """Of an adapter the factors come, and are merged into the checkpoint that the engine was made from, as by the ranks."""
@@ -63,17 +63,17 @@ class RolloutServer:
             return named
         from omni_rollout.rollout.adapter import merged
 
-        model, own = self._model, self._engine.policy_tensors()
+        model, own = self._model, self.engine.policy_tensors()
         device = next(iter(own.values())).device
         factors = {name: tensor.to(device) for name, tensor in named}
         scales = dict.fromkeys(family_module(model.family, "spec").EXPERTS, weights.lora_scale)
-        return merged(factors, scales, model.path, self._engine.policy_layout(), own)
+        return merged(factors, scales, model.path, self.engine.policy_layout(), own)
 
     def generate(self, requests: Sequence[RolloutRequest], weights: Weights) -> Iterator[Trajectory]:
         """Trajectories as they finish, all of them under `weights`. Where the engine is lost, this process ends, too."""
         self.load(weights)
         try:
-            yield from self._engine.generate(requests)
+            yield from self.engine.generate(requests)
         except EngineDiedError:
             logger.exception("this server ends, to be started again")
             logging.shutdown()
