@@ -28,7 +28,7 @@ slow: $(INSTALLED)
 
 # One process, and verl with one and two ranks under every trainer engine, over the same steps: prints the table.
 equality: $(INSTALLED)
-	$(BIN)/pytest -q -s -m slow tests/e2e/test_equality.py
+	$(BIN)/pytest -q -s -m slow tests/e2e/test_equality.py tests/e2e/test_equality_ahead.py
 
 # Engine against trainer under every instruction set of this CPU and several numbers of threads: rewrites the table of docs/parity.md.
 exact: $(INSTALLED)

@@ -31,11 +31,6 @@ def problems(config: TrainConfig) -> Iterator[str]:
         yield f"rollout.ahead={ahead}: expected 0, or 1 to sample the next batch while this one is learned from"
     if ahead != 1:
         return
-    if config.rollout.placement is Placement.colocated:
-        yield (
-            "rollout.ahead=1 with rollout.placement=colocated: an engine and a rank of one process take turns, so nothing is "
-            "sampled while something is learned; give rollout.placement=apart"
-        )
     try:
         algorithm = get_algorithm(config.algorithm)
     except UserError:  # told where algorithms are checked
@@ -47,6 +42,11 @@ def problems(config: TrainConfig) -> Iterator[str]:
         )
     elif algorithm.samples_with_old:
         yield f"rollout.ahead=1: {algorithm.name} samples with an old policy of its own; give rollout.ahead=0"
+    if config.rollout.placement is Placement.colocated:
+        yield (
+            "rollout.ahead=1 with rollout.placement=colocated: an engine and a rank in one process take turns, so nothing is "
+            "sampled meanwhile; give rollout.placement=apart, or rollout.ahead=0"
+        )
     if config.trainer.old_log_probs is OldLogProbs.rollout:
         yield (
             "trainer.old_log_probs=rollout with rollout.ahead=1: those are of an older policy than the one to learn from; "

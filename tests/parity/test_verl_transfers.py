@@ -48,7 +48,7 @@ def config(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def server(config: TrainConfig) -> Iterator[RolloutServer]:
     server = RolloutServer(to_section(config))
     yield server
-    server._engine.close()
+    server.engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def trajectories(server: RolloutServer) -> list[Trajectory]:
         )
         for index in range(4)
     ]
-    return sorted(server._engine.generate(requests), key=lambda one: one.request_id)
+    return sorted(server.engine.generate(requests), key=lambda one: one.request_id)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_factors_become_the_bits_that_the_ranks_compute_with(learner: Learner, s
     for which in ("policy", "average", "behaviour", "policy"):
         weights, whole = published(learner, which)
         assert server.load(weights) == weights.digest
-        held = server._engine.policy_tensors()
+        held = server.engine.policy_tensors()
         assert all(torch.equal(held[name], tensor) for name, tensor in learner.weights(which))
         digests.add(weights.digest)
         factors = size_of(dict(weights.fetch()))

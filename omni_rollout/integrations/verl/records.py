@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -13,10 +13,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 
 from omni_rollout.config import TrainConfig
-from omni_rollout.errors import UserError
+from omni_rollout.errors import UserError, WeightSyncError
 from omni_rollout.integrations.verl import NAME
 from omni_rollout.launch.compose import compose, typed
 from omni_rollout.launch.validate import validate
+from omni_rollout.policy.recompute import check_machine
 from omni_rollout.types import Prompt, RolloutRequest, SamplingSpec, Trajectory
 
 # Of an actor: verl loads the trainer in every process of the job; most have no use for it. Ray pickles tensors, at 1 GB/s,
@@ -41,7 +42,8 @@ class Weights:
 
     version: int
     digest: str
-    buckets: tuple[ray.ObjectRef, ...] = ()  # each a list of (name, tensor), held by the first rank; colocated: none
+    # Each a list of (name, tensor), held by the trainer's first rank; none where engines are colocated.
+    buckets: tuple[ray.ObjectRef, ...] = ()
     bytes: int = 0  # of all tensors in them
     lora_scale: float | None = None  # they are the factors of an adapter, see `rollout.adapter.merged`; None: whole weights
     machine: Mapping[str, Any] | None = None  # of that rank, as its self-check found it; None: the profile is not exact
@@ -49,6 +51,22 @@ class Weights:
 
     def fetch(self) -> list[tuple[str, torch.Tensor]]:
         return [named for bucket in ray.get(list(self.buckets)) for named in bucket]
+
+
+def agreed(published: Sequence[Weights], step: int) -> Weights:
+    """What all ranks hold, as the first put it up.
+
+    Raises:
+        WeightSyncError: they hold different weights.
+        PinnedKnobError: they would not compute the same bits.
+    """
+    digests = {weights.digest for weights in published}
+    if len(digests) > 1:
+        raise WeightSyncError(f"step {step}: the trainer ranks hold different weights, {sorted(digests)}")
+    for weights in published[1:]:
+        if weights.machine is not None:
+            check_machine(weights.machine, {"machine": published[0].machine})
+    return published[0]
 
 
 @dataclass(frozen=True, kw_only=True)

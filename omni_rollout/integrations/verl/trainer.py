@@ -25,19 +25,17 @@ from verl.utils.debug import marked_timer
 
 from omni_rollout.config import Placement
 from omni_rollout.data.seeds import SeedLedger
-from omni_rollout.errors import WeightSyncError
 from omni_rollout.integrations.verl import NAME, replica
 from omni_rollout.integrations.verl.agent_loop import AgentLoopManager
 from omni_rollout.integrations.verl.deaths import find_dead, restarts
 from omni_rollout.integrations.verl.group import rank_group
 from omni_rollout.integrations.verl.metrics import Samples, captioned, merged, our_timings
 from omni_rollout.integrations.verl.rank import RankUpdate
-from omni_rollout.integrations.verl.records import Order, Weights, adopt, column
+from omni_rollout.integrations.verl.records import Order, Weights, adopt, agreed, column
 from omni_rollout.integrations.verl.replay_buffer import WatchedReplayBuffer
 from omni_rollout.integrations.verl.reward import RewardWorkers
 from omni_rollout.monitor import Guards, Monitor, last_words, step_metrics, step_notes
 from omni_rollout.policy.learner import Which
-from omni_rollout.policy.recompute import check_machine
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.evaluation import evaluated
 from omni_rollout.run.material import Material
@@ -181,15 +179,7 @@ class OmniTrainer(PPOTrainer):
         self.servers_in_step = replica.push(self.servers, self.weights, self.run.rollout.timeout)
 
     def _published(self, which: Which, version: int) -> Weights:
-        """What the ranks hold, all of them the same."""
-        published: list[Weights] = self.actor_rollout_wg.publish(version, which)
-        digests = {weights.digest for weights in published}
-        if len(digests) > 1:
-            raise WeightSyncError(f"step {self.global_steps}: the trainer ranks hold different weights, {sorted(digests)}")
-        for weights in published[1:]:
-            if weights.machine is not None:
-                check_machine(weights.machine, {"machine": published[0].machine})
-        return published[0]
+        return agreed(self.actor_rollout_wg.publish(version, which), self.global_steps)
 
     def _samples(self, batch: KVBatchMeta) -> Samples:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=str(batch.partition_id), select_fields=["sample"])
