@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_rollout.config import OldLogProbs, TrainConfig
@@ -76,6 +76,7 @@ def test_an_algorithm_that_samples_with_its_old_policy_is_refused(composed, tmp_
         validate(composed("rollout.ahead=1", f"algorithm.source={tmp_path / 'mine.py'}"))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 4, width=32), min_size=1, max_size=40))
 def test_the_figures_of_the_weights_are_those_of_independent_arithmetic(weights: list[float]) -> None:
     found = weight_metrics(torch.tensor(weights, dtype=torch.float32))
