@@ -49,11 +49,25 @@ class TrainerEngineName(Enum):
 
 
 class Offload(Enum):
-    """What the trainer keeps in the memory of the CPU."""
+    """What the trainer keeps in the memory of the CPU: fsdp2 and deepspeed always, torch while a rollout is sampled."""
 
     none = "none"
-    optimizer = "optimizer"  # its state and its step: deepspeed's stages 1 to 3
-    all = "all"  # parameters too: fsdp2, or deepspeed's stage 3
+    optimizer = "optimizer"  # its state; of deepspeed, stages 1 to 3, its step too
+    all = "all"  # parameters too: torch, fsdp2, or deepspeed's stage 3
+
+
+class RolloutOffload(Enum):
+    """What of the engine leaves the device while the trainer computes."""
+
+    none = "none"
+    encoders = "encoders"  # text encoder and VAE
+
+
+class Fit(Enum):
+    """Whether keys that were not given are set so that a run fits the machine's memory."""
+
+    none = "none"
+    auto = "auto"  # by what `omni-rollout plan` says; only those that change nothing of what is learned
 
 
 class Reduce(Enum):
@@ -123,6 +137,7 @@ class RolloutConfig:
     workers: int = 1  # engines; more than one with backend=verl
     timeout: float = 600.0  # seconds without a finished image after which an engine is taken for dead
     keep_finished: bool = True  # trajectories on disk until a checkpoint holds what was learned from them
+    offload: RolloutOffload = RolloutOffload.none
     url: str | None = None  # of an `omni-rollout serve` that samples instead of an engine here; of several: "A,B"
 
 
@@ -175,6 +190,7 @@ class TrainerConfig:
     zero_stage: int = 1  # with engine=deepspeed: 0 cuts nothing, 1 the optimizer, 2 gradients too, 3 parameters too
     offload: Offload = Offload.none
     reduce: Reduce = Reduce.update
+    fit: Fit = Fit.none
     steps: int = 30
     learning_rate: float = 1e-4
     warmup_steps: int = 5

@@ -30,6 +30,9 @@ TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
                                           these four learn from sampling.sde_type=ode; or algorithm.source=FILE.py
   backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
   trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|fsdp2|deepspeed
+  trainer.fit=auto                        set what makes the run fit this machine's memory, and say so
+  rollout.offload=none|encoders, trainer.offload=none|optimizer|all
+                                          what leaves the device while it is not needed: docs/planning.md
   prompts=FILE                            .txt (one a line), .jsonl or .parquet with `prompt`; other columns go to the rewards
   evaluation.images, .every, .prompts     fixed seeds, before and after training
   wandb.mode=online|offline|disabled      without a key: offline

@@ -10,7 +10,7 @@ from rich.table import Table
 from omni_rollout.config import TrainConfig
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sampling import assumed_images
-from omni_rollout.plan.parts import Part, When, total
+from omni_rollout.plan.parts import Part, phases, total
 from omni_rollout.plan.split import Plan
 
 
@@ -28,9 +28,11 @@ def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) ->
     else:
         where = f"trainer.ranks={made.ranks} rollout.workers={made.engines}"
         rank, engine = gib(made.rank_bytes), gib(total(made.engine))
-        console.print(f"apart ({where}): rank {rank}, engine {engine} of {size}: {_verdict(made.fits)}")
+        console.print(f"apart ({where}): rank {rank}, engine {engine} of {size}: {_verdict(made.fits_apart)}")
         together = f"{gib(made.together_bytes)} of {size}: {_verdict(made.fits_together)}"
-        console.print(f"a rank and an engine on every GPU (not built: arithmetic alone): {together}")
+        console.print(f"a rank and an engine in one process on every GPU: {together}")
+        if made.fits_together and not made.fits_apart:
+            console.print(_table(f"an engine and one of {gpus.count} ranks in one process", made.together))
         console.print(_table(f"a trainer rank (of {made.ranks}, trainer.engine={config.trainer.engine.value})", made.rank))
         if total(made.start) > total(made.rank):
             console.print(_table("a trainer rank as it starts, which is more", made.start))
@@ -39,8 +41,9 @@ def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) ->
     if not made.fits:
         console.print("closest that fit:" if better else f"no change that is known here makes it fit {gpus}")
     for text, one in better:
-        need = f"ranks {one.ranks}, engines {one.engines}; rank {gib(one.rank_bytes)}"
-        console.print(f"  {text}: {gib(one.together_bytes) if gpus.count == 1 else need}")
+        apart = f"ranks {one.ranks}, engines {one.engines}; rank {gib(one.rank_bytes)}"
+        together = gib(one.together_bytes) + ("" if gpus.count == 1 else ", a rank and an engine in one process on every GPU")
+        console.print(f"  {text}: {apart if one.fits_apart else together}")
 
 
 def _table(title: str, parts: Sequence[Part]) -> Table:
@@ -50,12 +53,11 @@ def _table(title: str, parts: Sequence[Part]) -> Table:
     table.add_column("why", overflow="fold")
     for part in parts:
         table.add_row(part.name, f"{part.bytes / 2**30:.2f}", part.why)
-    phases = [when for when in (When.rollout, When.update) if any(part.when is when for part in parts)]
-    if len(phases) < 2:
+    sums = phases(parts)
+    if len(set(sums.values())) == 1:
         table.add_row("sum", f"{total(parts) / 2**30:.2f}", "", style="bold")
     else:
-        for when in phases:
-            needed = total([part for part in parts if part.when in (When.always, when)])
+        for when, needed in sums.items():
             table.add_row(f"in {when.value}", f"{needed / 2**30:.2f}", "", style="bold")
     return table
 
