@@ -34,6 +34,7 @@ from omni_rollout.rollout.serve.wire import frame, frames
 from omni_rollout.trajectories.capsule import decode_capsule, encode_capsule, load_capsule, packed
 from omni_rollout.types import Prompt, RolloutRequest, SamplingSpec, Trajectory
 
+IMAGES = 32  # of a rollout
 PIECE = 1 << 16  # bytes that are read at a time, as an HTTP client does
 
 
@@ -136,7 +137,7 @@ def receive(connection: socket.socket, folder: Path | None, rounds: int) -> None
 
 
 def overhead(rounds: int, in_flight: int) -> None:
-    """Rollouts of the nano model of `in_flight` requests: here, over shared memory, over the socket, turn by turn."""
+    """Rollouts of the nano model of IMAGES requests: here, over shared memory, over the socket, turn by turn."""
     from omni_rollout.launch.compose import compose
     from omni_rollout.rollout.choice import make_engine
     from omni_rollout.rollout.remote import RemoteEngine
@@ -151,14 +152,14 @@ def overhead(rounds: int, in_flight: int) -> None:
         RolloutRequest(
             request_id=f"r{seed}", prompt=Prompt(text="a red 4"), spec=spec, seed=seed, group_id=f"g{seed}", member=0
         )
-        for seed in range(in_flight)
+        for seed in range(IMAGES)
     ]
     command = [sys.executable, "-m", "omni_rollout.cli", "serve", *settings, "serve.port=0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert server.stdout is not None
         url = server.stdout.readline().split()[-1]
-        with make_engine(config) as engine, RemoteEngine(url) as shared, RemoteEngine(url, shared=False) as plain:
+        with make_engine(config) as engine, RemoteEngine(url, shared=0) as shared, RemoteEngine(url) as plain:
             roads = {"in process": engine, "shared memory": shared, "socket": plain}
             taken: dict[str, list[float]] = {name: [] for name in roads}
             cpu = dict.fromkeys(roads, 0.0)
@@ -166,11 +167,11 @@ def overhead(rounds: int, in_flight: int) -> None:
             for number in range(rounds + 1):
                 for name, road in roads.items():
                     start, used = time.perf_counter(), cpu_of(both)
-                    assert len(list(road.generate(requests))) == in_flight
+                    assert len(list(road.generate(requests))) == IMAGES
                     if number:  # the first warms up
                         taken[name].append(time.perf_counter() - start)
                         cpu[name] += (cpu_of(both) - used) / rounds
-        print(f"\nnano, {in_flight} in flight, {rounds} rounds taking turns\n")
+        print(f"\nnano, {IMAGES} images, {in_flight} in flight, {rounds} rounds taking turns\n")
         print("| road | median s | over in process, round by round | mean s of CPU, both sides | over in process |")
         print("|---|---|---|---|---|")
         for name, seconds in taken.items():

@@ -100,6 +100,14 @@ class RewardNormalise(Enum):
     group = "group"  # each reward by its own mean and standard deviation in the group, before the sum
 
 
+class Width(Enum):
+    """How many text tokens the transformer sees of a prompt, padding included."""
+
+    fixed = "fixed"  # collate.prompt_width, whatever the prompt
+    bucketed = "bucketed"  # the next multiple of 16, at most that; both guidance branches as wide as the wider one
+    natural = "natural"  # the prompt's own tokens: no padding
+
+
 @dataclass
 class ModelConfig:
     path: str = MISSING  # a checkpoint in diffusers layout
@@ -109,7 +117,8 @@ class ModelConfig:
 
 @dataclass
 class CollateConfig:
-    prompt_width: int | None = None  # text tokens the transformer sees for every prompt, padding included; None: the family's
+    width: Width = Width.fixed  # a trajectory records its own, and the trainer keeps to it
+    prompt_width: int | None = None  # text tokens of a prompt at most; with width=fixed of every one; None: the family's
     negative_prompt_width: int | None = None  # None: as wide as prompt_width
 
 

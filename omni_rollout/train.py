@@ -186,6 +186,7 @@ class Trainer:
             failed=images - len(trajectories),
             group_ids=group_ids,
             elements=trajectories[0].latents[0].numel(),
+            padding=self.collator.padding(requests),
             clip_range=config.trainer.clip_range,
             timings=timings,
             kept=kept,

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from typing import Any
 
-from omni_rollout.config import CollateConfig, EvaluationConfig, SamplingConfig
+from omni_rollout.config import CollateConfig, EvaluationConfig, SamplingConfig, Width
 from omni_rollout.data.prompts import group_id
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sampling import check_text
 from omni_rollout.types import InputImage, Prompt, RequestError, RolloutRequest, SamplingSpec
 
+BUCKET = 16  # text tokens
 SPEC_KEYS = (
     "height",
     "width",
@@ -54,6 +55,11 @@ class Collator:
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._collate = collate
+        if collate.width is not Width.fixed and not self._family.RULES.masks_padding:
+            raise RequestError(
+                f"collate.width={collate.width.value}: {family} attends to padding, so the width is part of what it learned; "
+                "give collate.width=fixed"
+            )
         if not self._family.RULES.images[0]:  # else a spec hangs on the prompt's images
             self.check(self.spec())
 
@@ -95,7 +101,7 @@ class Collator:
         window = self.window(group, 1, steps) if placed and (steps is None or steps > 1) else None  # of 1, the resolver says it
         spec = self.spec(given, window, prompt.images)
         self.check(spec, prompt)
-        return self.request(prompt, spec, group, member, seed)
+        return self.request(prompt, self._fitted(spec, prompt, given), group, member, seed)
 
     def check(self, spec: SamplingSpec, prompt: Prompt | None = None) -> None:
         """Raises RequestError when a text does not fit its width, or is none where the family needs one."""
@@ -114,6 +120,35 @@ class Collator:
                     f"shorten it, or set collate.{what.replace(' ', '_')}_width={tokens}"
                 )
 
+    def _fitted(self, spec: SamplingSpec, prompt: Prompt, given: Mapping[str, Any] | None = None) -> SamplingSpec:
+        """With texts as wide as `collate.width` has them, from the widest that `spec` says; what was `given` stays."""
+        kind = self._collate.width
+        if kind is Width.fixed or not {"prompt_width", "negative_prompt_width"}.isdisjoint(given or ()):
+            return spec
+        own, negative = self._tokens(spec, prompt)
+        if kind is Width.bucketed:
+            own = min(-(-own // BUCKET) * BUCKET, spec.prompt_width)
+            negative = min(-(-negative // BUCKET) * BUCKET, spec.negative_prompt_width)
+            if self._collate.negative_prompt_width is None:
+                own = negative = max(own, negative)  # branches of one width share a pass
+        return replace(spec, prompt_width=own, negative_prompt_width=negative if spec.guided else own)
+
+    def _tokens(self, spec: SamplingSpec, prompt: Prompt) -> tuple[int, int]:
+        """Of the prompt and of the negative prompt; 0: there is none."""
+        texts = prompt.text, spec.negative_prompt
+        own, negative = (0 if text is None else self._family.text_tokens(self._tokenizer, text, spec) for text in texts)
+        return own, negative
+
+    def padding(self, requests: Sequence[RolloutRequest]) -> float:
+        """Share of the text tokens of all branches that are padding."""
+        valid = seen = 0
+        for request in requests:
+            spec = request.spec
+            own, negative = self._tokens(spec, request.prompt)
+            valid += own + negative
+            seen += spec.prompt_width + (spec.negative_prompt_width if spec.guided else 0)
+        return 1 - valid / seen
+
     def groups(self, prompts: Sequence[Prompt], step: int, group_size: int) -> list[RolloutRequest]:
         """`group_size` requests per prompt; members share the prompt and the SDE window, not the seed."""
         requests = []
@@ -121,6 +156,7 @@ class Collator:
             group = f"{step:05d}-{position:03d}-{group_id(prompt)}"
             spec = self.spec(window=self.window(group, step), images=prompt.images)
             self.check(spec, prompt)
+            spec = self._fitted(spec, prompt)
             requests += [self.request(prompt, spec, group, member) for member in range(group_size)]
         return requests
 
@@ -130,7 +166,7 @@ class Collator:
         return [
             self.request(
                 prompt,
-                self.spec({"sde_type": "ode"}, images=prompt.images),
+                self._fitted(self.spec({"sde_type": "ode"}, images=prompt.images), prompt),
                 f"evaluation-{name}-{index:05d}",
                 0,
                 seed=derive_seed(settings.seed, index),

@@ -24,12 +24,24 @@ LANES = 64  # a multiple of what any vector body takes at a time
 
 def exact_silu(x: torch.Tensor) -> torch.Tensor:
     """x / (1 + exp(-x)) in x's dtype. Differentiable."""
-    return _applied(_SiLU, x) if x.device.type == "cpu" else F.silu(x)
+    return F.silu(x) if _in_one_call(x) else _applied(_SiLU, x)
 
 
 def exact_gelu(x: torch.Tensor) -> torch.Tensor:
     """GELU in its tanh form, in x's dtype. Differentiable."""
-    return _applied(_GELU, x) if x.device.type == "cpu" else F.gelu(x, approximate="tanh")
+    return F.gelu(x, approximate="tanh") if _in_one_call(x) else _applied(_GELU, x)
+
+
+def _in_one_call(x: torch.Tensor) -> bool:
+    """Whether torch's own call has no tail in any thread's share: then its way back is taken too, without Python on it."""
+    if x.device.type != "cpu":
+        return True
+    length, threads = x.numel(), torch.get_num_threads()
+    if not x.is_contiguous():
+        return False
+    if length >= threads * ALL_THREADS:
+        return length % (threads * LANES) == 0
+    return length <= ONE_THREAD and length % LANES == 0
 
 
 def _applied(function: type[torch.autograd.Function], x: torch.Tensor) -> torch.Tensor:

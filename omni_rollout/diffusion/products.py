@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class Calls(Enum):
 
 
 _calls = Calls.blocks
-# (what a call depends on beside its rows) -> numbers of rows that were found to give one and the same bits, ascending
+# (what calls depend on beside their rows) -> numbers of rows that were found to give one and the same bits, ascending
 _equal: dict[tuple[Any, ...], tuple[int, ...]] = {}
 
 
@@ -73,17 +73,26 @@ def candidates(out_features: int, in_features: int, *, conditioning: bool, devic
     return WIDE_CANDIDATES if out_features * in_features >= WIDE else CANDIDATES
 
 
-def set_equal_rows(weight: torch.Tensor, rows: Sequence[int], *, conditioning: bool) -> None:
-    """Of products with a bias and a weight of this shape, in this thread: what `self_check` found to give a block's bits."""
-    _equal[_kind(weight, conditioning)] = tuple(sorted(rows))
+def set_equal_rows(weight: torch.Tensor, rows: Sequence[int], *, conditioning: bool, parts: Sequence[int] = ()) -> None:
+    """Of products with a bias and a weight of this shape, in this thread: what `self_check` found to give a block's bits.
+
+    Args:
+        parts: of a fused weight: the bits are those that its parts have, each multiplied by itself.
+    """
+    _equal[_kind(weight, conditioning, parts)] = tuple(sorted(rows))
+
+
+def equal_rows(weight: torch.Tensor, *, conditioning: bool, parts: Sequence[int] = ()) -> tuple[int, ...] | None:
+    """What was set; None: nothing was."""
+    return _equal.get(_kind(weight, conditioning, parts))
 
 
 def forget_equal_rows() -> None:
     _equal.clear()
 
 
-def _kind(weight: torch.Tensor, conditioning: bool) -> tuple[Any, ...]:
-    return *weight.shape, weight.dtype, weight.device.type, conditioning, torch.get_num_threads()
+def _kind(weight: torch.Tensor, conditioning: bool, parts: Sequence[int]) -> tuple[Any, ...]:
+    return *weight.shape, weight.dtype, weight.device.type, conditioning, torch.get_num_threads(), *parts
 
 
 def exact_linear(
@@ -95,31 +104,37 @@ def exact_linear(
         x: [B, S, K], tokens; or [B, K], one conditioning row a sample.
         weight: [N, K].
         bias: [N], or None.
-        parts: output features of the projections that a fused weight is made of: each is multiplied by itself, as the
-            layers are that were not fused, since N is part of a call's shape too.
+        parts: output features of the projections that a fused weight is made of: each has the bits of a layer that was not
+            fused, by a call of its own where `self_check` did not find that one call gives them, since N is part of a call's
+            shape too.
 
     Returns:
         [..., N] in x's dtype. Differentiable.
     """
-    if parts is not None and len(parts) > 1:
+    conditioning = x.dim() == 2
+    parts = () if parts is None or len(parts) == 1 else parts
+    sizes = _sizes(weight, bias, conditioning, parts)
+    if not sizes:
         biases = [None] * len(parts) if bias is None else bias.split(list(parts))
         weights = weight.split(list(parts))
         return torch.cat([exact_linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    conditioning = x.dim() == 2
-    cuts = _cuts_by_sample(x) if _calls is Calls.samples else _cuts(len(rows), _sizes(weight, bias, conditioning))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weight, bias)):
-        product = _Product.apply(rows, weight, bias, cuts)
-        assert isinstance(product, torch.Tensor)
+    cuts = _cuts_by_sample(x) if _calls is Calls.samples else _cuts(len(rows), sizes)
+    if len(cuts) == 1 and cuts[0][2] == len(rows) and rows.device.type == "cpu":
+        product = _call(rows, weight, bias, None)  # torch's own way back takes no Python
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weight, bias)):
+        product = cast(torch.Tensor, _Product.apply(rows, weight, bias, cuts))
     else:
         product = _multiply(rows, weight, bias, cuts)
     return product.view(*x.shape[:-1], weight.shape[0])
 
 
-def _sizes(weight: torch.Tensor, bias: torch.Tensor | None, conditioning: bool) -> tuple[int, ...]:
-    """Numbers of rows that calls may have, ascending."""
-    found = None if bias is None else _equal.get(_kind(weight, conditioning))
-    return found or (block_rows(*weight.shape, conditioning=conditioning, device=weight.device.type),)
+def _sizes(weight: torch.Tensor, bias: torch.Tensor | None, conditioning: bool, parts: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of rows that calls may have, ascending; none: fused parts need calls of their own."""
+    found = None if bias is None or _calls is Calls.samples else equal_rows(weight, conditioning=conditioning, parts=parts)
+    if found or parts:
+        return found or ()
+    return (block_rows(*weight.shape, conditioning=conditioning, device=weight.device.type),)
 
 
 Cuts = Sequence[tuple[int, int, int]]  # (first row, row after the last, rows of the call)
@@ -162,10 +177,10 @@ def in_calls_of(size: int, rows: torch.Tensor, weight: torch.Tensor, bias: torch
     return _multiply(rows, weight, bias, _cuts(len(rows), (size,)))
 
 
-def _call(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+def _call(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
     if rows.device.type == "cuda":  # a slice may begin anywhere
         rows, weight, bias = _aligned(rows), _aligned(weight), None if bias is None else _aligned(bias)
-        if out.data_ptr() % ALIGNMENT:
+        if out is not None and out.data_ptr() % ALIGNMENT:
             return out.copy_(_product(rows, weight, bias, torch.empty_like(out)))
     return _product(rows, weight, bias, out)
 
@@ -175,7 +190,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
-def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
     return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
 
 

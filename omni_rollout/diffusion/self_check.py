@@ -7,7 +7,7 @@ attention, norms and activations. The results' digest tells two machines apart, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -144,6 +144,24 @@ def _find_equal_rows(weight: torch.Tensor, bias: torch.Tensor, values: _Values, 
     moved = x.roll(places, 0)
     equal = [rows for rows in others if rows != block and torch.equal(in_calls_of(rows, moved, weight, bias), expected)]
     products.set_equal_rows(weight, [block, *equal], conditioning=conditioning)
+
+
+@torch.no_grad()
+def find_fused(parts: Sequence[int], in_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    """After `self_check` of a fused layer's parts: numbers of rows for which one call gives the bits that the parts have.
+
+    Where there are none, each part is multiplied by itself.
+    """
+    values = _Values(dtype, device)
+    weight, bias = values(sum(parts), in_features), values(sum(parts))
+    sizes = products.equal_rows(weight[: parts[0]], conditioning=False)
+    if sizes is None or products.equal_rows(weight, conditioning=False, parts=parts) is not None:
+        return
+    x, places = values(max(sizes), in_features), 5
+    expected = exact_linear(x[None], weight, bias, parts)[0].roll(places, 0)
+    moved = x.roll(places, 0)
+    equal = [rows for rows in sizes if torch.equal(in_calls_of(rows, moved, weight, bias), expected)]
+    products.set_equal_rows(weight, equal, conditioning=False, parts=parts)
 
 
 def _operators(values: _Values, heads: int, head_dim: int) -> Iterator[tuple[str, Callable[..., torch.Tensor], torch.Tensor]]:

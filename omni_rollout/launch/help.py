@@ -8,7 +8,7 @@ keys (all of them, with their defaults: omni_rollout/config.py):
   model.path=FOLDER                       a checkpoint in diffusers layout; after model=nano, with that one's sizes
   model.dtype=float32|bfloat16            what the transformer computes in
   sampling.height, .width                 pixels, multiples of 16
-  collate.prompt_width                    text tokens, for every prompt the same
+  collate.prompt_width                    text tokens, for every prompt the same (or at most: collate.width)
   sampling.num_inference_steps, .true_cfg_scale, .negative_prompt, .seed
   sampling.sde_type=sde|cps|dance_sde|ode, .noise_level, .sde_window_size, .sde_window_range
   rollout.group_size                      images per prompt: 1 for rollout, 8 for train

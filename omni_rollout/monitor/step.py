@@ -20,6 +20,7 @@ def step_metrics(
     failed: int,
     group_ids: Sequence[str],
     elements: int,
+    padding: float,
     clip_range: float,
     timings: Mapping[str, float],
     kept: int,
@@ -34,6 +35,7 @@ def step_metrics(
         rewards, breakdown, group_ids: see `reward_metrics`; of the images that have a reward.
         failed: images that have none.
         elements: numbers in a latent.
+        padding: share of the text tokens; see `Collator.padding`.
         timings: stage -> seconds; `step` is the whole.
         kept: trajectories that had been finished before the run was stopped.
         collisions: repeated seeds so far.
@@ -47,6 +49,7 @@ def step_metrics(
         **{f"timing_s/{stage}": seconds for stage, seconds in timings.items()},
         "perf/throughput": len(rewards) / timings["step"],  # images per second
         "rollout/kept": float(kept),
+        "rollout/padding": padding,
         "actor/lr": learning_rate,
         "actor/drift": drift,
         "parity/weights_equal": 1.0,  # a difference has stopped the run in the sync

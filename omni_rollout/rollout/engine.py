@@ -34,7 +34,7 @@ from omni_rollout.rollout.guards import (
     without_bars,
 )
 from omni_rollout.rollout.platform.linear import register_linears
-from omni_rollout.rollout.records import engine_request, to_trajectory
+from omni_rollout.rollout.records import engine_request, to_trajectory, together
 from omni_rollout.trajectories.digest import buckets, combined_digest, tensor_digests
 from omni_rollout.types import RolloutRequest, Trajectory
 
@@ -113,7 +113,7 @@ class RolloutEngine:
 
     def _results(self, requests: Sequence[RolloutRequest], timeout: float | None) -> Iterator[Result]:
         finished: asyncio.Queue[Result] = asyncio.Queue()
-        for request in requests:
+        for request in together(requests):
             self.submit(request, lambda result, request=request: finished.put_nowait((request, result)))
         for _ in requests:
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,20 @@ def engine_request(request: RolloutRequest, serial: int) -> OmniDiffusionRequest
             extra_args={"spec": request.spec.to_json(), "prompt": request.prompt.to_json()},
         ),
     )
+
+
+def together(requests: Iterable[RolloutRequest]) -> list[RolloutRequest]:
+    """Requests that may share forward passes one after another, kind after kind as each first comes.
+
+    The engine admits in order, and only what may run beside what is running: an odd one between others splits their batch.
+    """
+    kinds: dict[tuple[object, ...], list[RolloutRequest]] = {}
+    for request in requests:
+        spec = request.spec
+        layout = family_module(spec.family, "spec").layout(spec)
+        widths = spec.prompt_width, spec.negative_prompt_width if spec.guided else None
+        kinds.setdefault((layout.latent, layout.grid, spec.num_inference_steps, *widths), []).append(request)
+    return [request for kind in kinds.values() for request in kind]
 
 
 def to_trajectory(

@@ -25,8 +25,9 @@ from omni_rollout.errors import EngineDiedError, EngineHungError, RunFailedError
 from omni_rollout.models.base.images import read_image
 from omni_rollout.rollout.delivery import OnError, Result, delivered
 from omni_rollout.rollout.guards import check_distinct
+from omni_rollout.rollout.serve import wire
 from omni_rollout.rollout.serve.shared import new_name, offered, sweep
-from omni_rollout.rollout.serve.wire import SHARED_NAME, SHARED_TOKEN, WEIGHTS, CutOffError, frames, to_body
+from omni_rollout.rollout.serve.wire import SHARED_BYTES, SHARED_NAME, CutOffError, frames, sharing, to_body
 from omni_rollout.trajectories.capsule import decode_capsule, load_capsule
 from omni_rollout.trajectories.digest import combined_digest, tensor_digests
 from omni_rollout.types import RequestError, RolloutRequest, Trajectory
@@ -54,18 +55,19 @@ class RemoteEngine:
     Args:
         url: as the server prints it.
         token: None: OMNI_ROLLOUT_TOKEN of the environment, if it is set.
-        shared: False: everything passes the socket, also where both are on one machine.
+        shared: bytes from which on a trajectory passes through shared memory, where both are on one machine, and not the
+            socket; None: nothing does, weights neither.
         waits: for a server that is lost; False: EngineDiedError is raised instead, for others to take over.
 
     Raises:
         UserError: nobody answers there, or the token is not the server's.
     """
 
-    def __init__(self, url: str, token: str | None = None, *, shared: bool = True, waits: bool = True) -> None:
+    def __init__(self, url: str, token: str | None = None, *, shared: int | None = SHARED_BYTES, waits: bool = True) -> None:
         token = os.environ.get(TOKEN) if token is None else token
         headers = {"authorization": f"Bearer {token}"} if token else {}
         timeout = httpx.Timeout(SILENCE_SECONDS, read=SILENCE_SECONDS)
-        self._url, self._share, self._waits = url.rstrip("/"), shared, waits
+        self._url, self._shared, self._waits = url.rstrip("/"), shared, waits
         self._http = httpx.Client(base_url=self._url, headers=headers, timeout=timeout, trust_env=False)
         self._weights: Any = None  # a file of those that were sent last: a server that is started again needs them
         self._closed = False
@@ -82,7 +84,7 @@ class RemoteEngine:
         card = self._json(self._http.get("/v1/models"))["data"][0]
         self.about: dict[str, Any] = card["omni_rollout"]
         self.machine: dict[str, Any] = self.about["machine"]
-        self._memory = offered(self.about["shared_memory"]) if self._share else None
+        self._memory = None if self._shared is None else offered(self.about["shared_memory"])
 
     @property
     def shares_memory(self) -> bool:
@@ -146,11 +148,11 @@ class RemoteEngine:
                 if not folder.exists():
                     raise CutOffError(f"{folder} is gone, and the server with it")
                 shutil.copyfile(self._weights.name, shared)
-                headers = {SHARED_TOKEN: token, SHARED_NAME: shared.name}
+                headers = sharing(token, SHARED_NAME, shared.name)
                 answer = self._http.post("/v1/weights", params=query, headers=headers, timeout=PATIENCE)
             else:
                 with Path(self._weights.name).open("rb") as content:
-                    headers = {"content-type": WEIGHTS}
+                    headers = {"content-type": wire.WEIGHTS}
                     answer = self._http.post("/v1/weights", params=query, headers=headers, content=content, timeout=PATIENCE)
             held = self._json(answer)["weights"]
         except ServerError as error:
@@ -165,7 +167,7 @@ class RemoteEngine:
         """Of one body's worth of requests; None: the server is there, and works."""
         chosen = self._body(left)
         body = to_body([request for _, request in chosen], self.weights_digest)
-        headers = {SHARED_TOKEN: self._memory[1]} if self._memory is not None else {}
+        headers = {} if self._memory is None else sharing(self._memory[1], wire.SHARED_FROM, self._shared)
         with self._http.stream("POST", "/v1/rollouts", json=body, headers=headers) as answer:
             if answer.status_code != 200:
                 answer.read()

@@ -11,7 +11,7 @@ from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.worker.diffusion_worker import CustomPipelineWorkerExtension
 
 from omni_rollout.diffusion.machine import machine, pin_thread
-from omni_rollout.diffusion.self_check import Layer, attention_shape, linear_layers, self_check
+from omni_rollout.diffusion.self_check import Layer, attention_shape, find_fused, linear_layers, self_check
 from omni_rollout.models import family_module
 from omni_rollout.rollout.platform.attention import install_attention
 from omni_rollout.rollout.platform.linear import is_exact, pack_linears
@@ -63,9 +63,11 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         transformer = next(iter(pipeline.experts.values()))  # experts are of one shape
         attention = next((layer for layer in transformer.modules() if isinstance(layer, Attention)), None)
         heads, head_dim = attention_shape(transformer) if attention is None else (attention.num_heads, attention.head_size)
-        return self_check(
-            _linear_layers(transformer), heads=heads, head_dim=head_dim, dtype=config.dtype, device=pipeline.device
-        )
+        device, dtype = pipeline.device, config.dtype
+        checked = self_check(_linear_layers(transformer), heads=heads, head_dim=head_dim, dtype=dtype, device=device)
+        for parts, in_features in _fused_layers(transformer):
+            find_fused(parts, in_features, dtype=dtype, device=device)
+        return checked
 
     def load_weights(self, named: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
         """Replaces some of the policy's weights.
@@ -153,6 +155,13 @@ def _linear_layers(transformer: torch.nn.Module) -> Iterator[Layer]:
             dense: Any = layer
             for features in getattr(dense, "output_partition_sizes", None) or [dense.output_size]:
                 yield Layer(name, features, dense.input_size)
+
+
+def _fused_layers(transformer: torch.nn.Module) -> set[tuple[tuple[int, ...], int]]:
+    """(output features of the parts, input features) of each kind."""
+    layers: list[Any] = [layer for layer in transformer.modules() if hasattr(layer, "output_partition_sizes")]
+    kinds = {(tuple(layer.output_partition_sizes), layer.input_size) for layer in layers}
+    return {(parts, features) for parts, features in kinds if len(parts) > 1}
 
 
 def checkpoint_names(

@@ -88,7 +88,7 @@ def packed(trajectory: Trajectory, where: object) -> tuple[dict[str, torch.Tenso
     for name in NEGATIVE_TENSORS:
         if getattr(trajectory, name) is not None:
             tensors[name] = getattr(trajectory, name)
-    spec = asdict(trajectory.spec)
+    spec = {field.name: getattr(trajectory.spec, field.name) for field in fields(trajectory.spec)}
     if tuple(spec.pop("step_indices")) != tuple(trajectory.step_indices.tolist()):
         refuse(where, "step_indices", f"{trajectory.step_indices.tolist()}, but the spec says {trajectory.spec.step_indices}")
     values = {

@@ -107,11 +107,11 @@ def test_parameters_given_and_omitted_are_the_same_over_http(server, here):
     assert len(expected[0].log_probs) == 2 and expected[4].spec.true_cfg_scale == 0.0 and not len(expected[5].log_probs)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "socket"])
+@pytest.mark.parametrize("shared", [0, None], ids=["shared memory", "socket"])
 def test_a_remote_engine_is_an_engine(server, here, shared):
     requests, expected, _ = here
     with RemoteEngine(server.url, shared=shared) as engine:
-        assert engine.shares_memory is shared
+        assert engine.shares_memory is (shared is not None)
         made = {trajectory.group_id: trajectory for trajectory in engine.generate(requests)}
         assert engine.weights_digest == expected[0].fingerprint["weights"]
         assert engine.machine.items() <= expected[0].fingerprint["machine"].items() | engine.machine.items()
@@ -122,6 +122,17 @@ def test_a_remote_engine_is_an_engine(server, here, shared):
     trajectories = [made[request.group_id] for request in requests if request.spec.step_indices]
     scored = recompute(policy, trajectories, family="qwen_image", dtype=torch.float32, micro_batch_size=3)
     assert all(torch.equal(ours, one.log_probs) for ours, one in zip(scored, trajectories, strict=True)), "KL 0.0"
+
+
+def test_a_client_says_from_what_size_on_it_reads_shared_memory(server, here):
+    body = {"requests": [{"prompt": "a red 1", "n": 1}]}
+    folder = Path(httpx.get(f"{server.url}/v1/models").json()["data"][0]["omni_rollout"]["shared_memory"])
+    headers = {"x-shared-memory": (folder / "token").read_text()}
+    answer = httpx.post(f"{server.url}/v1/rollouts", json=body, headers={**headers, "x-shared-memory-from": "5 MB"})
+    assert answer.status_code == 400 and "x-shared-memory-from" in answer.text
+    answer = httpx.post(f"{server.url}/v1/rollouts", json=body, headers={**headers, "x-shared-memory-from": str(4 << 20)})
+    assert [head["type"] for head, content in frames([answer.content])] == ["accepted", "trajectory"]
+    assert list(frames([answer.content]))[1][1], "it is small, so it came over the socket"
 
 
 def test_one_request_that_is_refused_does_not_touch_the_others(server, here):
@@ -149,7 +160,7 @@ def test_weights_change_what_is_sampled_and_are_compared(server, here):
         name: tensor + 0.01 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
         for name, tensor in weights.items()
     }
-    for shared in (True, False):
+    for shared in (0, None):
         with RemoteEngine(server.url, shared=shared) as engine:
             digest = engine.update_weights(disturbed.items(), version=3)
             (one,) = engine.generate(requests[:1])

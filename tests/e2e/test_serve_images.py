@@ -78,7 +78,7 @@ def over_http(server: Serving, family: str, images: Sequence[InputImage]) -> lis
 
 def same_everywhere(family: str, server: Serving, requests: Sequence[RolloutRequest], worker: Sequence[Trajectory]) -> None:
     own = {trajectory.request_id: trajectory for trajectory in worker}
-    for shared in (True, False):
+    for shared in (0, None):
         with RemoteEngine(server.url, shared=shared) as engine:
             for trajectory in engine.generate(requests):
                 assert_same(trajectory, own[trajectory.request_id])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,16 @@ def test_where_it_cannot_be_measured_it_is_refused(random_checkpoint: Path, tmp_
     for wrong in ("many", "2.5", "0", "true", "null"):
         with pytest.raises(UserError, match=rf"rollout.max_num_seqs=({wrong.title()}|{wrong}|None): expected "):
             validate(auto(random_checkpoint, *own, f"rollout.max_num_seqs={wrong}"))
+
+
+def test_odd_requests_between_others_split_no_batch(engine: RolloutEngine, random_checkpoint: Path) -> None:
+    """Sizes take turns in what is asked for; the engine runs each kind in full batches, then the other."""
+    config = auto(random_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(random_checkpoint, subfolder="tokenizer")
+    wide = replace(config.sampling, width=64)
+    kinds = [Collator(config.model.family, tokenizer, sampling, config.collate) for sampling in (config.sampling, wide)]
+    groups = [kind.groups([Prompt(text="a red cat")], number, 4) for number, kind in enumerate(kinds, start=1)]
+    engine.max_num_seqs = 4
+    mixed = [request for pair in zip(*groups, strict=True) for request in pair]
+    made = list(engine.generate(mixed))
+    assert len(made) == 8 and {size for one in made for size in one.fingerprint["batch_sizes"]} == {4}

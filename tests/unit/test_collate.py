@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_rollout.config import CollateConfig, EvaluationConfig, SamplingConfig, SDETypeName
+from omni_rollout.config import CollateConfig, EvaluationConfig, SamplingConfig, SDETypeName, Width
 from omni_rollout.data.collate import Collator, derive_seed
 from omni_rollout.data.seeds import SeedLedger
 from omni_rollout.models.base.velocity import pad_to_width
-from omni_rollout.models.qwen_image.spec import DEFAULTS, resolve
+from omni_rollout.models.qwen_image.spec import DEFAULTS, resolve, text_tokens
 from omni_rollout.nano.tokenizer import make_tokenizer
 from omni_rollout.types import Prompt, RequestError, SamplingSpec
 
@@ -173,3 +173,50 @@ def test_prompts_of_the_recipe_fit_its_width(tokenizer):
     for name in ("train.jsonl", "heldout.jsonl"):
         for prompt in load_prompts(folder / name):
             made.check(made.spec(), prompt)
+
+
+WORDS = st.lists(st.sampled_from(["a", "red", "sign", "42", "cat"]), min_size=1, max_size=20).map(" ".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=WORDS, scale=st.sampled_from([1.0, 4.0]), own=st.sampled_from([None, 32]), kind=st.sampled_from(Width))
+def test_a_text_is_as_wide_as_it_is_asked_to_be(tokenizer, text, scale, own, kind):
+    given = CollateConfig(prompt_width=48, negative_prompt_width=own, width=kind)
+    made = Collator("qwen_image", tokenizer, SamplingConfig(height=64, width=64, true_cfg_scale=scale), given)
+    prompt = Prompt(text=text)
+    (request,), (evaluated,) = made.groups([prompt], 1, 1), made.evaluation([prompt], EvaluationConfig(images=1), "x")
+    spec = request.spec
+    tokens = text_tokens(tokenizer, text, spec), text_tokens(tokenizer, spec.negative_prompt or "", spec)
+    widths = spec.prompt_width, spec.negative_prompt_width
+    assert (evaluated.spec.prompt_width, evaluated.spec.negative_prompt_width) == widths == _widths(made.asked(prompt).spec)
+    assert tokens[0] <= widths[0] <= 48 and (scale == 1.0 or tokens[1] <= widths[1])
+    if kind is Width.natural:
+        assert widths == (tokens[0], tokens[1] if scale > 1 else tokens[0])
+        assert made.padding([request]) == 0.0
+    elif kind is Width.bucketed:
+        assert widths[0] % 16 == widths[1] % 16 == 0
+        wider = max(tokens) if scale > 1 and own is None else tokens[0]
+        assert wider <= widths[0] < wider + 16
+        assert scale == 1.0 or (widths[1] < tokens[1] + 16 if own else widths[0] == widths[1])
+    else:
+        assert widths == (48, own or 48)
+    seen = widths[0] + (widths[1] if scale > 1 else 0)
+    assert made.padding([request]) == pytest.approx(1 - (tokens[0] + (tokens[1] if scale > 1 else 0)) / seen)
+    assert resolve(spec.to_json() | {"family": None, "step_indices": spec.step_indices}) == spec
+
+
+def _widths(spec: SamplingSpec) -> tuple[int, int]:
+    return spec.prompt_width, spec.negative_prompt_width
+
+
+@pytest.mark.parametrize("kind", [Width.bucketed, Width.natural])
+def test_a_width_that_is_asked_for_stays_and_a_text_past_the_most_is_refused(tokenizer, kind):
+    made = Collator("qwen_image", tokenizer, SamplingConfig(height=64, width=64), CollateConfig(prompt_width=24, width=kind))
+    assert _widths(made.asked(Prompt(text="a cat"), {"prompt_width": 20}).spec)[0] == 20
+    with pytest.raises(RequestError, match="the fixed width is 24"):
+        made.groups([Prompt(text="cat " * 40)], 1, 1)
+
+
+def test_a_family_that_attends_to_padding_has_one_width(tokenizer):
+    with pytest.raises(RequestError, match=r"collate.width=natural: wan2_2 attends to padding.*collate.width=fixed"):
+        Collator("wan2_2", tokenizer, SamplingConfig(), CollateConfig(width=Width.natural))

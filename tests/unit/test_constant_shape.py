@@ -94,6 +94,26 @@ def test_gradients_are_those_of_one_linear(calls, rows):
     assert torch.autograd.gradcheck(lambda x: exact_linear(x[:3], weight.detach(), None), (x.detach()[:3].requires_grad_(),))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_that_one_call_computes_goes_torchs_own_way_back_with_the_same_bits(dtype, bias):
+    """Forward and gradients of `_call` and of `_Product` are the same calls."""
+    rows = products.NARROW_ROWS
+    results = []
+    for function in (
+        lambda x, w, b: exact_linear(x, w, b),
+        lambda x, w, b: products._Product.apply(x, w, b, [(0, rows, rows)]),
+    ):
+        x, weight = (normal(rows, 64, dtype=dtype).requires_grad_(), normal(96, 64, seed=1, dtype=dtype).requires_grad_())
+        shift = normal(96, seed=2, dtype=dtype).requires_grad_() if bias else None
+        out = function(x[None] if not results else x, weight, shift).reshape(rows, 96)
+        assert (type(out.grad_fn.next_functions[0][0]).__name__ == "_ProductBackward") == bool(results)
+        out.backward(normal(rows, 96, seed=3, dtype=dtype))
+        results.append([out, x.grad, weight.grad, *([] if shift is None else [shift.grad])])
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_every_call_of_a_layer_has_the_shape_that_the_layer_decides(monkeypatch):
     seen: set[tuple[int, ...]] = set()
     call = products._call

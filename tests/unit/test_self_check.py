@@ -17,7 +17,7 @@ from omni_rollout.diffusion import products
 from omni_rollout.diffusion import self_check as module
 from omni_rollout.diffusion.machine import differences, machine, pin_switches, pin_thread
 from omni_rollout.diffusion.products import Calls, exact_linear, set_calls
-from omni_rollout.diffusion.self_check import Layer, self_check
+from omni_rollout.diffusion.self_check import Layer, find_fused, self_check
 from omni_rollout.errors import PinnedKnobError
 
 CPU = torch.device("cpu")
@@ -110,6 +110,37 @@ def test_a_size_of_which_one_row_has_other_bits_is_not_taken(place, monkeypatch)
 
     monkeypatch.setattr(products, "_call", otherwise)
     assert found() == before - {512}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_layer_that_one_call_computes_has_the_bits_of_its_parts(dtype):
+    parts, features = (256, 256, 256), 256
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(sum(parts), features, generator=generator).to(dtype)
+    bias = torch.randn(sum(parts), generator=generator).to(dtype)
+    x = torch.randn(1500, features, generator=generator).to(dtype)
+    cases = [x[None, :number] for number in (1, 16, 40, 128, 256, 300, 777, 1500)]
+    apart = [exact_linear(case, weight, bias, parts) for case in cases]
+    check(dtype, [Layer("to_q", parts[0], features)])
+    find_fused(parts, features, dtype=dtype, device=CPU)
+    assert products.equal_rows(weight, conditioning=False, parts=parts) is not None, "looked for"
+    for case, expected in zip(cases, apart, strict=True):
+        assert torch.equal(exact_linear(case, weight, bias, parts), expected)
+
+
+def test_one_call_that_gives_a_part_other_bits_is_not_taken(monkeypatch):
+    call = products._call
+
+    def otherwise(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+        made = call(x, w, b, out)
+        if len(w) == 192 and len(x) != 128:
+            made[0, 191] *= 1 + 2.0**-20
+        return made
+
+    monkeypatch.setattr(products, "_call", otherwise)
+    check()
+    find_fused((64, 64, 64), 64, dtype=torch.float32, device=CPU)
+    assert products.equal_rows(torch.zeros(192, 64), conditioning=False, parts=(64, 64, 64)) in ((128,), ())
 
 
 def test_what_no_call_makes_exact_is_refused_by_the_layers_name(monkeypatch):

@@ -137,7 +137,7 @@ class OmniTrainer(PPOTrainer):
     def prepare_step(self) -> dict[str, float]:
         step, size = self.global_steps, self.run.rollout.group_size
         requests = self.collator.groups(self.stream.batch(step), step, size)
-        self.reused = self.seeds.record(requests)
+        self.reused, self.padding = self.seeds.record(requests), self.collator.padding(requests)
         self._submit(requests, "train")
         return {}
 
@@ -247,6 +247,7 @@ class OmniTrainer(PPOTrainer):
             failed=len(scored.total) - len(rewards.total),
             group_ids=self.group_ids,
             elements=samples.elements,
+            padding=self.padding,
             clip_range=self.run.trainer.clip_range,
             timings=our_timings(timing_raw),
             kept=self.told["kept"],

@@ -38,6 +38,7 @@ class Rules:
     extra: Mapping[str, Extra]
     images: tuple[int, int] = (0, 0)  # how many a prompt must have, and may have
     empty_prompt: bool = True  # False: an empty text is refused
+    masks_padding: bool = True  # False: the network attends to padding, so the text's width is part of what it learned
     guided: Callable[[float, Mapping[str, Any]], bool] = lambda true_cfg_scale, extra: true_cfg_scale > 1
     # (model_index.json, its transformer's config.json, `extra`) -> a line for each thing that keeps it from being sampled so
     misfits: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Iterable[str]] = lambda *_: ()

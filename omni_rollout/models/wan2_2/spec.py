@@ -80,6 +80,7 @@ RULES = Rules(
     negative_prompt="",
     multiple=SIZE_MULTIPLE,
     extra=extra(boundary_ratio=0.875),
+    masks_padding=False,
     guided=guided,
     misfits=partial(misfits, in_channels=IN_CHANNELS),
 )

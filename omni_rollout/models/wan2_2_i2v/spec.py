@@ -36,6 +36,7 @@ RULES = Rules(
     multiple=parent.SIZE_MULTIPLE,
     extra=parent.extra(boundary_ratio=0.9),
     images=(1, 1),
+    masks_padding=False,
     guided=parent.guided,
     misfits=partial(misfits, in_channels=IN_CHANNELS),
 )

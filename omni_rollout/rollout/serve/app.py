@@ -24,7 +24,7 @@ from omni_rollout.rollout.serve.errors import BadRequest, error_of
 from omni_rollout.rollout.serve.state import Server
 from omni_rollout.rollout.serve.stream import Answer
 from omni_rollout.rollout.serve.uploads import read_body, take_weights
-from omni_rollout.rollout.serve.wire import SHARED_TOKEN
+from omni_rollout.rollout.serve.wire import SHARED_FROM, SHARED_TOKEN
 
 TOKEN = "OMNI_ROLLOUT_TOKEN"  # environment
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -81,9 +81,19 @@ def _add_rollouts(app: FastAPI, server: Server) -> None:
             weights.append(body.weights)
             return server.reader.rollouts(body)
 
+        least = shared_from(server, request)
         batch = await read(server, request, to_batch)
-        shared = server.shared if server.shared.knows(request.headers.get(SHARED_TOKEN)) else None
-        return Answer(server, batch, weights[0], shared)
+        return Answer(server, batch, weights[0], least)
+
+
+def shared_from(server: Server, request: Request) -> int | None:
+    """Bytes of a trajectory from which on this client is answered through shared memory; None: all over the socket."""
+    least = request.headers.get(SHARED_FROM, "0")
+    if not server.shared.knows(request.headers.get(SHARED_TOKEN)):
+        return None
+    if not least.isdecimal():
+        raise BadRequest(f"{SHARED_FROM}: {least[:20]!r}, expected a number of bytes", SHARED_FROM)
+    return int(least)
 
 
 def _add_openai(app: FastAPI, server: Server) -> None:

@@ -19,6 +19,7 @@ import torch
 from omni_rollout.diffusion.machine import pin_thread
 from omni_rollout.errors import EngineDiedError, WeightSyncError
 from omni_rollout.rollout.engine import LIVENESS_SECONDS, RolloutEngine
+from omni_rollout.rollout.records import together
 from omni_rollout.rollout.serve.errors import BadRequest
 from omni_rollout.types import RolloutRequest, Trajectory
 
@@ -137,7 +138,9 @@ class Host:
             work.fail(BadRequest(text, "weights", 409, "weights_error"))
             return
         self._admitted.add(work)
-        for index, request in enumerate(work.requests):
+        places = {id(request): index for index, request in enumerate(work.requests)}
+        for request in together(work.requests):
+            index = places[id(request)]
 
             def deliver(result: Result, index: int = index) -> None:
                 self.finished += 1

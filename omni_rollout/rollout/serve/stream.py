@@ -10,15 +10,15 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from omni_rollout.rollout.serve.asked import SHARED, Batch
 from omni_rollout.rollout.serve.errors import error_of
-from omni_rollout.rollout.serve.shared import SharedFolder
 from omni_rollout.rollout.serve.state import Server
 from omni_rollout.rollout.serve.wire import ALIVE_SECONDS, FRAMES, echo, frame
-from omni_rollout.trajectories.capsule import encode_capsule, packed
+from omni_rollout.trajectories.capsule import packed
 from omni_rollout.types import Trajectory
 
 FETCH_SECONDS = 0.005  # between looks at whether a client has fetched what lies in shared memory
@@ -27,9 +27,9 @@ FETCH_SECONDS = 0.005  # between looks at whether a client has fetched what lies
 class Answer(StreamingResponse):
     """Frames, as the images finish. However it ends, its places, its pictures and its shared memory are freed."""
 
-    def __init__(self, server: Server, batch: Batch, weights: str | None, shared: SharedFolder | None) -> None:
+    def __init__(self, server: Server, batch: Batch, weights: str | None, shared_from: int | None) -> None:
         super().__init__(self._frames(), media_type=FRAMES)
-        self._server, self._batch, self._shared = server, batch, shared
+        self._server, self._batch, self._shared_from = server, batch, shared_from
         self._work = server.host.work(batch.requests, weights)
         self._files: list[Path] = []
         self._gone = False
@@ -71,17 +71,21 @@ class Answer(StreamingResponse):
         trajectory = replace(result, prompt=replace(result.prompt, images=images))
         head: dict[str, Any] = {"type": "trajectory", "index": index}
         try:
-            if self._shared is not None and (name := self._put(self._shared, trajectory)) is not None:
-                return frame({**head, "shared": name})
-            return frame(head, encode_capsule(trajectory, result.request_id))
+            tensors, header = packed(trajectory, result.request_id)
         except ValueError as error:  # numbers that overflowed, in this one alone
             return frame({"type": "error", "index": index, "error": error_of(error).to_json()})
 
-    def _put(self, shared: SharedFolder, trajectory: Trajectory) -> str | None:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._shared_from is not None and size >= self._shared_from:
+            name = self._put(tensors, header)
+            if name is not None:
+                return frame({**head, "shared": name})
+        return frame(head, safetensors.torch.save(tensors, metadata=header))
+
+    def _put(self, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> str | None:
         """The name in shared memory; None: there is no room."""
-        path = shared.new()
+        path = self._server.shared.new()
         self._files.append(path)
-        tensors, header = packed(trajectory, trajectory.request_id)
         try:
             safetensors.torch.save_file(tensors, path, metadata=header)
         except (OSError, safetensors.SafetensorError):

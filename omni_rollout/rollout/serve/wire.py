@@ -18,6 +18,8 @@ from omni_rollout.types import RolloutRequest, Trajectory
 FRAMES = "application/vnd.omni-rollout.frames"
 WEIGHTS = "application/vnd.omni-rollout.safetensors"
 SHARED_TOKEN = "x-shared-memory"  # header: what the client has read in the server's folder of shared memory
+SHARED_FROM = "x-shared-memory-from"  # header: bytes of a trajectory from which on it is put there; without it, all are
+SHARED_BYTES = 4 << 20  # what a client asks for: a smaller trajectory is sooner sent over the socket than put there and mapped
 SHARED_NAME = "x-shared-memory-name"  # header: the file there that stands for the body
 ALIVE_SECONDS = 5.0  # between frames
 Frame = tuple[dict[str, Any], bytes]
@@ -25,6 +27,11 @@ Frame = tuple[dict[str, Any], bytes]
 
 class CutOffError(ConnectionError):
     """An answer that ended before its last frame."""
+
+
+def sharing(token: str, key: str, value: object) -> dict[str, str]:
+    """Headers of a client that has read the server's token."""
+    return {SHARED_TOKEN: token, key: str(value)}
 
 
 def frame(head: Mapping[str, Any], content: bytes = b"") -> list[bytes]:
