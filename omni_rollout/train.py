@@ -134,9 +134,11 @@ class Trainer:
         self.version = start.step
         self.engine = open_engine(config, progress)
         try:
+            self.phases = Phases(config, self.engine)
+            self.phases.enter(Phase.sync)
             progress.stage("loading the model into the trainer", quiet=True)
             self.learner = Learner(config, checkpoint=start.checkpoint, held=held_here(self.engine))
-            self.phases = Phases(config, self.engine, self.learner)
+            self.phases.add(self.learner)
             self._sync()  # also proves, before the first rollout, that both sides read the same checkpoint
             check_weights(start, self.expected["weights"])
         except BaseException:

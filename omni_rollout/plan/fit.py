@@ -148,6 +148,6 @@ def _refusal(place: Gpus, chosen: Sequence[str], plan: Plan) -> str:
     return (
         f"trainer.fit=auto: nothing that is known here makes the run fit {place}; the least is {gib(needed[widest])} in its "
         f"{widest.value}, with {' '.join(chosen) or 'nothing changed'}, of which {told}; "
-        f"omni-rollout plan ... gpus={place.nodes}x{place.per_node}x{place.gib} says it line by line, "
+        f"omni-rollout plan ... gpus={place.text} says it line by line, "
         "and what else would have to change"
     )

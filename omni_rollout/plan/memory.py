@@ -71,7 +71,7 @@ def _engine_in_turns(run: Run) -> Iterator[Part]:
                     name=f"{TRANSFORMER}, anew", bytes=run.item * anew, why=why, when=(When.start, When.rollout, When.sync)
                 )
         elif part.name in ENCODERS and away:
-            yield replace(part, why=f"{part.why}; offloaded (rollout.offload)", when=(When.start, When.rollout))
+            yield replace(part, why=f"{part.why}; offloaded (rollout.offload)", when=(When.rollout,))
         else:
             yield part
 

@@ -19,7 +19,7 @@ from omni_rollout.types import Layout, SamplingSpec
 class When(StrEnum):
     """Phases, which take turns where engine and trainer are in one process: see `run/phases.py`."""
 
-    start = "start"  # as both are loaded: nothing has left yet
+    start = "start"  # as the trainer is loaded beside the engine
     rollout = "rollout"
     update = "update"
     sync = "sync"  # and saving

@@ -24,7 +24,7 @@ def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) ->
         console.print(f"assumed: {number} a prompt; others: sampling.height, sampling.width and sampling.extra")
     if gpus.count == 1:
         console.print(f"one process, backend=embedded: {gib(made.together_bytes)} of {size}: {_verdict(made.fits)}")
-        console.print(_table("an engine and a trainer in one process", made.together))
+        console.print(_table("an engine and a trainer in one process", made.together, in_turns=True))
     else:
         where = f"trainer.ranks={made.ranks} rollout.workers={made.engines}"
         rank, engine = gib(made.rank_bytes), gib(total(made.engine))
@@ -32,7 +32,8 @@ def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) ->
         together = f"{gib(made.together_bytes)} of {size}: {_verdict(made.fits_together)}"
         console.print(f"a rank and an engine in one process on every GPU: {together}")
         if made.fits_together and not made.fits_apart:
-            console.print(_table(f"an engine and one of {gpus.count} ranks in one process", made.together))
+            title = f"an engine and one of {gpus.count} ranks in one process"
+            console.print(_table(title, made.together, in_turns=True))
         console.print(_table(f"a trainer rank (of {made.ranks}, trainer.engine={config.trainer.engine.value})", made.rank))
         if total(made.start) > total(made.rank):
             console.print(_table("a trainer rank as it starts, which is more", made.start))
@@ -46,18 +47,17 @@ def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) ->
         console.print(f"  {text}: {apart if one.fits_apart else together}")
 
 
-def _table(title: str, parts: Sequence[Part]) -> Table:
+def _table(title: str, parts: Sequence[Part], *, in_turns: bool = False) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("part", no_wrap=True)
     table.add_column("GiB", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for part in parts:
         table.add_row(part.name, f"{part.bytes / 2**30:.2f}", part.why)
-    sums = phases(parts)
-    if len(set(sums.values())) == 1:
+    if not in_turns:
         table.add_row("sum", f"{total(parts) / 2**30:.2f}", "", style="bold")
     else:
-        for when, needed in sums.items():
+        for when, needed in phases(parts).items():
             table.add_row(f"in {when.value}", f"{needed / 2**30:.2f}", "", style="bold")
     return table
 

@@ -34,6 +34,11 @@ class Gpus:
         return cls(nodes=nodes, per_node=per_node, gib=gib)
 
     @property
+    def text(self) -> str:
+        """What `parse` reads."""
+        return f"{self.nodes}x{self.per_node}x{self.gib}" if self.nodes > 1 else f"{self.per_node}x{self.gib}"
+
+    @property
     def count(self) -> int:
         return self.nodes * self.per_node
 

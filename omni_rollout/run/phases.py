@@ -38,20 +38,24 @@ class Leaves(Protocol):
 class Phases:
     """Begins with everything here."""
 
-    def __init__(self, config: TrainConfig, engine: Engine, learner: Learner) -> None:
-        folder, offload = Path(config.run_dir), config.trainer.offload
+    def __init__(self, config: TrainConfig, engine: Engine) -> None:
+        self._config, self._engine, self._folder = config, engine, Path(config.run_dir)
         self._parts: list[tuple[set[Phase], Leaves]] = []  # where each is here
-        if isinstance(engine, RolloutEngine):
-            self._parts.append(({Phase.rollout, Phase.sync, Phase.save}, _GivenBack(engine, learner)))
-            if config.rollout.offload is RolloutOffload.encoders:
-                self._parts.append(({Phase.rollout}, Stowed(engine.beside_policy, folder, constant=True)))
-        if config.trainer.engine is not TrainerEngineName.torch:
+        if isinstance(engine, RolloutEngine) and config.rollout.offload is RolloutOffload.encoders:
+            self._parts.append(({Phase.rollout}, Stowed(engine.beside_policy, self._folder, constant=True)))
+
+    def add(self, learner: Learner) -> None:
+        """Once there is one: it is loaded in `sync`, with what a rollout alone needs away."""
+        if isinstance(self._engine, RolloutEngine):
+            self._parts.append(({Phase.rollout, Phase.sync, Phase.save}, _GivenBack(self._engine, learner)))
+        offload = self._config.trainer.offload
+        if self._config.trainer.engine is not TrainerEngineName.torch or offload is Offload.none:
             return  # the others offload by themselves
-        if offload is not Offload.none:
-            self._parts.append(({Phase.update, Phase.save}, Stowed(learner.moments, folder)))
+        self._parts.append(({Phase.update, Phase.save}, Stowed(learner.moments, self._folder)))
         if offload is Offload.all:
             here = {Phase.update, Phase.sync, Phase.save}
-            self._parts += [(here, Stowed(learner.frozen, folder, constant=True)), (here, Stowed(learner.learned, folder))]
+            frozen, learned = Stowed(learner.frozen, self._folder, constant=True), Stowed(learner.learned, self._folder)
+            self._parts += [(here, frozen), (here, learned)]
 
     def enter(self, phase: Phase) -> None:
         """What is not needed leaves first, then what is comes back."""

@@ -94,8 +94,10 @@ def two_steps(engine: RolloutEngine, config: TrainConfig, *, in_turns: bool = Tr
         if not in_turns:
             patch.setattr(Learner, "_shareable", lambda self, held, adapted: {})
             patch.setattr(run_phases.Phases, "enter", lambda self, phase: None)
+        phases = Phases(config, engine)
+        phases.enter(Phase.sync)
         learner = Learner(config, held=engine.policy_tensors())
-        phases = Phases(config, engine, learner)
+        phases.add(learner)
         seen, rows = Seen(), list[Any]()
 
         def sync(which: Any = "sampler") -> None:
@@ -158,9 +160,12 @@ def test_what_is_there_in_which_phase(engine, checkpoint, tmp_path):
         config = config_of(engine, checkpoint, tmp_path, offload=True, **KINDS[kind])
         engine.update_weights(_base(engine, config), 0)
         own = engine.policy_tensors()
-        learner = Learner(config, held=own)
         whole, beside = held(own.values()), held(engine.beside_policy())
-        phases = Phases(config, engine, learner)
+        phases = Phases(config, engine)
+        phases.enter(Phase.sync)
+        learner = Learner(config, held=own)
+        assert held(engine.beside_policy()) == 0
+        phases.add(learner)
         phases.enter(Phase.rollout)
         trajectories = list(engine.generate(requests(1)))
         assert held([*learner.frozen(), *learner.learned()]) == 0
