@@ -19,6 +19,13 @@ class Backend(Enum):
     verl = "verl"  # verl's trainer on Ray: rollout.workers engines, trainer.ranks ranks, each a process
 
 
+class Placement(Enum):
+    """Of backend=verl."""
+
+    apart = "apart"  # engines and trainer ranks in processes of their own
+    colocated = "colocated"  # in each of trainer.ranks processes an engine and a rank, on one GPU
+
+
 class DType(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -143,7 +150,8 @@ class RolloutConfig:
     group_size: int = 8  # images per prompt, among which advantages are taken
     prompts_per_step: int = 4
     max_num_seqs: Any = 8  # requests denoised together; auto: what an engine in this process measures as it starts
-    workers: int = 1  # engines; more than one with backend=verl
+    workers: int | None = None  # engines; None: one, or one beside each trainer rank. More than one with backend=verl
+    placement: Placement = Placement.apart
     timeout: float = 600.0  # seconds without a finished image after which an engine is taken for dead
     keep_finished: bool = True  # trajectories on disk until a checkpoint holds what was learned from them
     offload: RolloutOffload = RolloutOffload.none
@@ -237,6 +245,7 @@ class EvaluationConfig:
 @dataclass
 class MonitorConfig:
     on_mismatch: OnMismatch = OnMismatch.alert
+    tensorboard: bool = False  # event files in run_dir/tensorboard, with wandb's names; metrics.jsonl is always written
 
 
 @dataclass
@@ -250,7 +259,7 @@ class LaunchConfig:
     slurm: bool = False  # write run_dir/job.sbatch instead of training here
     submit: bool = True  # and give it to sbatch
     nodes: int = 1
-    gpus_per_node: int = 0  # one for each trainer rank and each engine; 0: they run on CPUs
+    gpus_per_node: int = 0  # one for each trainer rank and each engine that is apart; 0: they run on CPUs
     cpus_per_task: int | None = None  # of a node
     mem: str | None = None  # of a node
     time: str | None = None
@@ -265,7 +274,7 @@ class LaunchConfig:
 class WandbConfig:
     project: str = "omni_rollout"
     mode: str | None = None  # online|offline|disabled; None: online with a key at hand, else offline
-    images: int = 8  # per step
+    images: int = 8  # per step, to wandb and TensorBoard
 
 
 @dataclass
@@ -291,3 +300,9 @@ class TrainConfig:
     profile_step: int = 2  # which, counted from where the run starts or goes on; the first is slower than the others
     run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
     experiment: Any = None  # set by `experiment=NAME`; the name is kept in the run's config.yaml
+
+    @property
+    def engines(self) -> int:
+        """`rollout.workers`, whether it is given or not."""
+        beside_ranks = self.trainer.ranks if self.rollout.placement is Placement.colocated else 1
+        return beside_ranks if self.rollout.workers is None else self.rollout.workers

@@ -25,7 +25,7 @@ from benchmarks.faults.scene import STEPS, Scene, SceneError
 from benchmarks.faults.witness import differences
 from omni_rollout.nano.random_weights import build_random
 
-NAMES = (*embedded.FAULTS, *on_ray.FAULTS)
+NAMES = (*embedded.FAULTS, *(name for faults in on_ray.FAULTS.values() for name in faults))
 
 
 class Bench:
@@ -37,16 +37,18 @@ class Bench:
         self.failures: list[str] = []
 
     def run(self, wanted: set[str]) -> None:
-        in_one_process = [name for name in embedded.FAULTS if name in wanted]
         reference = self._play("undisturbed, embedded", "embedded", embedded.undisturbed)
-        for name in in_one_process:
+        for name in (name for name in embedded.FAULTS if name in wanted):
             scene = self._play(name, "embedded", lambda scene, name=name: embedded.FAULTS[name](scene, reference))
             self._add(scene, reference, embedded.CHANGES_LATER_STEPS.get(name))
-        if wanted - set(in_one_process):
-            spread = self._play("undisturbed, verl", "verl", on_ray.undisturbed)
-            found = differences(spread.run_dir, spread.witness, reference.run_dir, reference.witness, STEPS["embedded"])
-            self.failures += [f"verl is not the embedded run: {what}" for what in found]
-            scene = self._play("many", "verl", lambda scene: on_ray.many(scene, wanted))
+        for backend, faults in on_ray.FAULTS.items():
+            if not wanted & faults.keys():
+                continue
+            spread = self._play(f"undisturbed, {backend}", backend, on_ray.undisturbed)
+            if backend == "verl":  # one rank; two round elsewhere
+                found = differences(spread.run_dir, spread.witness, reference.run_dir, reference.witness, STEPS["embedded"])
+                self.failures += [f"verl is not the embedded run: {what}" for what in found]
+            scene = self._play(f"many, {backend}", backend, lambda scene: on_ray.many(scene, wanted))
             self._add(scene, spread)
 
     def _play(self, name: str, backend: str, act: Callable[[Scene], None]) -> Scene:

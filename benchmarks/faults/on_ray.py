@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection
 
 import psutil
 
-from benchmarks.faults.scene import PER_STEP, STEPS, TIMEOUT, Scene, Strike
+from benchmarks.faults.scene import PER_STEP, STEPS, TIMEOUT, Scene, Strike, title_of
 from benchmarks.faults.witness import metrics
 
 SERVER, REWARD, RANK, AGENT_LOOP = "ray::RolloutServer", "ray::RewardLoopWorker", "ray::TrainerRank", "ray::AgentLoopWorker"
+COLOCATED = "ray::ColocatedRank"
 
 
 def undisturbed(scene: Scene) -> None:
@@ -20,9 +21,9 @@ def undisturbed(scene: Scene) -> None:
 
 
 def many(scene: Scene, wanted: Collection[str]) -> None:
-    """The faults that are wanted, in one run; after the last, the run ends by itself."""
+    """The faults of its back end that are wanted, in one run; after the last, the run ends by itself."""
     scene.start()
-    for step, (name, fault) in enumerate(FAULTS.items(), start=2):
+    for step, (name, fault) in enumerate(FAULTS[scene.backend].items(), start=2):
         if name in wanted:
             fault(scene, name, step)
             scene.after_step(step)
@@ -71,6 +72,32 @@ def agent_loop_dies(scene: Scene, name: str, step: int) -> None:
     dies_and_the_run_starts_again(scene, AGENT_LOOP, name, "kill -9 of the agent loop in a rollout", step, images=3)
 
 
+def colocated_dies_sampling(scene: Scene, name: str, step: int) -> None:
+    colocated_dies(scene, name, "in a rollout", step, lambda _: len(scene.witness.of_step(step)) >= 3)
+
+
+def colocated_dies_learning(scene: Scene, name: str, step: int) -> None:
+    def learning(victim: psutil.Process) -> bool:
+        title = f"{COLOCATED}.update_policy"  # what Ray calls the process meanwhile
+        return len(scene.witness.of_step(step)) == PER_STEP and title_of(victim).startswith(title)
+
+    colocated_dies(scene, name, "in the update", step, learning)
+
+
+def colocated_dies(scene: Scene, name: str, when: str, step: int, moment: Callable[[psutil.Process], bool]) -> None:
+    before, victim = restarts(scene), find(scene, COLOCATED)
+    scene.until(lambda: moment(victim), f"{COLOCATED} {when} of step {step}")
+    victim.kill()
+    what = f"kill -9 of one of 2 processes with an engine and a rank, {when}; the driver starts all again"
+    strike = scene.strike(name, what, step)
+    scene.until(lambda: restarts(scene) > before, "a line in restarts.jsonl")
+    if "did not come back" in scene.said():
+        strike.broken.append("the run waited for a process that never comes back")
+    strike.unfinished = PER_STEP - len(scene.witness.of_step(step))  # the other may have finished some meanwhile
+    scene.after_step(step)
+    resumed(scene, strike)
+
+
 def dies_and_the_run_starts_again(scene: Scene, title: str, name: str, what: str, step: int, images: int) -> None:
     before, victim = restarts(scene), find(scene, title)
     scene.in_rollout(step, images)
@@ -111,12 +138,15 @@ def find(scene: Scene, title: str) -> psutil.Process:
     return scene.processes(title)[0]
 
 
-FAULTS: dict[str, Callable[[Scene, str, int], None]] = {
-    "engine hangs": engine_hangs,
-    "reward worker": reward_worker_dies,
-    "trainer rank": rank_dies,
-    "engine": engine_dies,
-    "agent loop": agent_loop_dies,
-    "driver": driver_dies,
+FAULTS: dict[str, dict[str, Callable[[Scene, str, int], None]]] = {  # by back end
+    "verl": {
+        "engine hangs": engine_hangs,
+        "reward worker": reward_worker_dies,
+        "trainer rank": rank_dies,
+        "engine": engine_dies,
+        "agent loop": agent_loop_dies,
+        "driver": driver_dies,
+    },
+    "colocated": {"colocated, sampling": colocated_dies_sampling, "colocated, learning": colocated_dies_learning},
 }
-assert len(FAULTS) < STEPS["verl"]
+assert all(len(faults) < STEPS[backend] for backend, faults in FAULTS.items())

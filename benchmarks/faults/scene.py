@@ -15,8 +15,13 @@ import psutil
 
 from benchmarks.faults.witness import Witness
 
-STEPS = {"embedded": 4, "verl": 7}
-TIMEOUT = {"embedded": 30, "verl": 60}  # seconds, rollout.timeout
+STEPS = {"embedded": 4, "verl": 7, "colocated": 4}
+TIMEOUT = {"embedded": 30, "verl": 60, "colocated": 60}  # seconds, rollout.timeout
+PROCESSES = {
+    "embedded": ("backend=embedded",),
+    "verl": ("backend=verl", "rollout.workers=2"),
+    "colocated": ("backend=verl", "trainer.ranks=2", "trainer.engine=fsdp2", "rollout.placement=colocated"),
+}
 PER_STEP = 8  # trajectories: 2 prompts, 4 images each
 AGENTS = ("ray::RuntimeEnvAgent", "ray::DashboardAgent")  # may be there a minute after their raylet was killed
 LEFT_SECONDS = 60  # for the processes of a run to be gone after its end
@@ -52,7 +57,7 @@ class Scene:
 
     Args:
         model: a checkpoint in diffusers layout.
-        backend: embedded or verl.
+        backend: of STEPS: embedded, verl, or verl with colocated engines.
     """
 
     def __init__(self, folder: Path, model: Path, backend: str) -> None:
@@ -189,7 +194,7 @@ def _overrides(model: Path, folder: Path, run_dir: Path, backend: str) -> list[s
     prompts = folder / "prompts.txt"
     prompts.write_text("a red cat\na blue dog on a table\n")
     return [
-        f"backend={backend}",
+        *PROCESSES[backend],
         f"model.path={model}",
         f"prompts={prompts}",
         f"run_dir={run_dir}",
@@ -202,7 +207,6 @@ def _overrides(model: Path, folder: Path, run_dir: Path, backend: str) -> list[s
         "rollout.prompts_per_step=2",
         f"rollout.group_size={PER_STEP // 2}",
         "rollout.max_num_seqs=2",
-        f"rollout.workers={2 if backend == 'verl' else 1}",
         f"rollout.timeout={TIMEOUT[backend]}",
         f"trainer.steps={STEPS[backend]}",
         "trainer.schedule=constant",

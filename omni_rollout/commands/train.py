@@ -60,7 +60,7 @@ def _dry_run(config: TrainConfig, prompts: Prompts, gpus: str | None) -> int:
 
     fits, memory = needs(config, gpus)
     print("\n".join([*header(config, prompts), *memory]))
-    print("dry run: paths, prompts, rewards and the run folder are as they should be; nothing was loaded or written")
+    print("dry run: paths, prompts, rewards and the run folder are as they should be; no policy was loaded, nothing written")
     return 0 if fits else 1
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from omni_rollout.config import Backend, LaunchConfig, TrainConfig
+from omni_rollout.config import Backend, LaunchConfig, Placement, TrainConfig
 from omni_rollout.errors import UserError
 
 SCRIPT = "job.sbatch"
@@ -91,7 +91,8 @@ def submit(config: TrainConfig, overrides: Sequence[str]) -> None:
 
 
 def _check(config: TrainConfig) -> None:
-    launch, trainer, processes = config.launch, config.trainer, config.trainer.ranks + config.rollout.workers
+    launch, trainer = config.launch, config.trainer
+    engines = 0 if config.rollout.placement is Placement.colocated else config.engines  # a GPU for each
     if config.backend is not Backend.verl:
         raise UserError(f"launch=slurm with backend={config.backend.value}: one process needs no Ray; give backend=verl")
     if trainer.resume not in ("none", "auto"):
@@ -99,9 +100,9 @@ def _check(config: TrainConfig) -> None:
             f"trainer.resume={trainer.resume} with launch=slurm: a job always goes on from its run_dir; leave it out"
         )
     gpus = launch.nodes * launch.gpus_per_node
-    if 0 < gpus < processes:
+    if 0 < gpus < trainer.ranks + engines:
         raise UserError(
-            f"trainer.ranks={trainer.ranks} and rollout.workers={config.rollout.workers} need a GPU each, "
+            f"trainer.ranks={trainer.ranks} and {engines} engines (rollout.workers) need a GPU each, "
             f"launch.nodes and launch.gpus_per_node ask for {gpus}; see omni-rollout plan"
         )
 

@@ -53,6 +53,17 @@ ALIASES: dict[str, tuple[str, str]] = {
     "resume_from": ("trainer.resume", "auto, or a checkpoint's folder"),
     "allow_tf32": (NONE, "parity=exact pins it"),
     "same_latent": (NONE, "every image starts from noise of its own seed"),
+    "test_batch_size": ("evaluation.images", "how many are made in all"),
+    "eval_guidance_scale": ("sampling.true_cfg_scale", "evaluation guides as training does"),
+    "train_num_steps": ("sampling.sde_window_size", "steps in a row that are trained"),
+    "mini_num_image_per_prompt": ("rollout.max_num_seqs", "images denoised together; the rest of a group waits"),
+    "sample_time_per_prompt": ("rollout.group_size", "images of one prompt, in one rollout"),
+    "kl_reward": (NONE, "the KL is part of the loss: algorithm.kl_coef"),
+    "train.sft": (NONE, "no supervised images are mixed in; algorithm=sft learns from the best of its own"),
+    "frames": ("sampling.extra", "sampling.extra.frames=N, of families that make videos"),
+    "activation_checkpointing": ("trainer.gradient_checkpointing", ""),
+    "fsdp_optimizer_offload": ("trainer.offload", "none, optimizer or all"),
+    "use_8bit_adam": (NONE, "the optimizer is AdamW, its moments fp32; omni-rollout plan says what they take"),
     # verl, verl-omni
     "rollout.n": ("rollout.group_size", "images of one prompt, among which advantages are taken"),
     "n": ("rollout.group_size", ""),
@@ -61,10 +72,7 @@ ALIASES: dict[str, tuple[str, str]] = {
     "lr_warmup_steps": ("trainer.warmup_steps", ""),
     "warmup": ("trainer.warmup_steps", ""),
     "lr_scheduler_type": ("trainer.schedule", "constant or linear"),
-    "clip_ratio": (
-        "trainer.clip_range",
-        "a hundred to a thousand times smaller than for text; see above",
-    ),
+    "clip_ratio": ("trainer.clip_range", "1e-5 to 1e-2, not 0.2: a log-prob is a mean over a latent's elements"),
     "clip_ratio_high": ("trainer.clip_range", "one for both sides"),
     "clip_ratio_low": ("trainer.clip_range", "one for both sides"),
     "grad_clip": ("trainer.max_grad_norm", ""),
@@ -86,8 +94,8 @@ ALIASES: dict[str, tuple[str, str]] = {
     "total_training_steps": ("trainer.steps", ""),
     "max_steps": ("trainer.steps", ""),
     "test_freq": ("evaluation.every", "steps"),
-    "trainer.logger": ("wandb.mode", "online, offline or disabled; metrics.jsonl is always written"),
-    "report_to": ("wandb.mode", "online, offline or disabled; metrics.jsonl is always written"),
+    "trainer.logger": ("wandb.mode", "or monitor.tensorboard=true; metrics.jsonl is always written"),
+    "report_to": ("wandb.mode", "or monitor.tensorboard=true; metrics.jsonl is always written"),
     "project_name": ("wandb.project", ""),
     "experiment_name": ("run_dir", "the run is named like its folder"),
     "default_local_dir": ("run_dir", ""),
@@ -96,6 +104,7 @@ ALIASES: dict[str, tuple[str, str]] = {
     "n_gpus_per_node": ("trainer.ranks", "with backend=verl; launch.gpus_per_node under Slurm"),
     "nnodes": ("launch.nodes", "with launch=slurm"),
     "strategy": ("trainer.engine", "torch, fsdp2 or deepspeed"),
+    "hybrid_engine": ("rollout.placement", "apart or colocated"),
     "param_offload": ("trainer.offload", "none, optimizer or all"),
     "optimizer_offload": ("trainer.offload", "none, optimizer or all"),
     "enable_gradient_checkpointing": ("trainer.gradient_checkpointing", ""),
@@ -106,6 +115,44 @@ ALIASES: dict[str, tuple[str, str]] = {
     ),
     "calculate_log_probs": ("trainer.old_log_probs", "rollout or recompute"),
     "max_num_batched_tokens": ("rollout.max_num_seqs", "images denoised together"),
+    "loss_mode": ("algorithm", "algorithm=NAME"),
+    "model.algorithm": ("algorithm", "algorithm=NAME"),
+    "max_sequence_length": ("collate.prompt_width", "text tokens; every prompt is as wide"),
+    "prompt_length": ("collate.prompt_width", "text tokens; every prompt is as wide"),
+    "num_frames": ("sampling.extra", "sampling.extra.frames=N, of families that make videos"),
+    "model_dtype": ("model.dtype", "float32 or bfloat16; master weights are fp32"),
+    "lora_dtype": (NONE, "factors are fp32"),
+    "target_modules": (NONE, "LoRA adapts the attention projections of every block"),
+    "custom_reward_function": ("reward.source", "reward.source.NAME=file.py:function, with reward.weights={NAME: WEIGHT}"),
+    "custom_reward_function.path": ("reward.source", "reward.source.NAME=file.py:function, with reward.weights={NAME: WEIGHT}"),
+    "custom_reward_function.name": ("reward.source", "reward.source.NAME=file.py:function, with reward.weights={NAME: WEIGHT}"),
+    "reward_manager": (NONE, "rewards are called as they are, and summed: reward.weights={NAME: WEIGHT}"),
+    "reward_manager.name": (NONE, "rewards are called as they are, and summed: reward.weights={NAME: WEIGHT}"),
+    "aggregation": ("reward.normalise", "none: a weighted sum; group: of rewards normalised in their group"),
+    "weight": ("reward.weights", "reward.weights={NAME: WEIGHT}"),
+    "rollout.name": (NONE, "the engine is vllm-omni"),
+    "trainer.device": (NONE, "a CUDA device where there is one, else the CPU"),
+    "reward_functions": ("reward.weights", "reward.weights={NAME: WEIGHT}; sources in reward.source"),
+    "reward_model.model_path": ("reward.model", "reward.model.NAME=FOLDER, of rewards that are read off a model"),
+    "reward.num_workers": ("reward.threads", "or a server of its own: omni-rollout reward serve"),
+    "agent.num_workers": ("rollout.workers", "engines, with backend=verl"),
+    "step_execution": (NONE, "requests are always denoised step by step, and batched as they come"),
+    "request_batch_max_wait_ms": (NONE, "requests are always denoised step by step, and batched as they come"),
+    "load_format": (NONE, "weights are read from safetensors alone"),
+    "layered_summon": (NONE, "weights go to the engine in pieces, each compared by its digest"),
+    "attn_backend": (NONE, "parity=exact pins torch's SDPA on both sides"),
+    "rollout_attn_backend": (NONE, "parity=exact pins torch's SDPA on both sides"),
+    "ulysses_sequence_parallel_size": (NONE, "a sequence is not cut; give trainer.ranks"),
+    "log_prob_micro_batch_size_per_gpu": ("trainer.micro_batch_size", "(trajectory, step) pairs a pass"),
+    "filter_overlong_prompts": (NONE, "a prompt wider than collate.prompt_width is refused before anything is sampled"),
+    "data_source": ("reward.weights", "one sum of rewards for all prompts; other columns go to the rewards as they are"),
+    "val_before_train": ("evaluation.images", "above 0: before, after, and every evaluation.every steps"),
+    "log_val_generations": ("wandb.images", "per step"),
+    "rollout_data_dir": ("run_dir", "images are in run_dir/images"),
+    "validation_data_dir": ("run_dir", "images are in run_dir/images"),
+    "shuffle": (NONE, "prompts are shuffled by sampling.seed and the epoch"),
+    "free_cache_engine": (NONE, "engine and trainer hold their weights; omni-rollout plan says what fits"),
+    "enforce_eager": ("parity", "exact is eager; fast compiles on a GPU"),
     # Flow-Factory
     "model_name_or_path": ("model.path", "a checkpoint in diffusers layout, or a hub id"),
     "model_type": ("model.family", ""),
@@ -118,16 +165,37 @@ ALIASES: dict[str, tuple[str, str]] = {
     "per_device_batch_size": ("rollout.max_num_seqs", "images denoised together; trainer.micro_batch_size for the update"),
     "reward_model": ("reward", "reward=NAME, or reward.weights={NAME: WEIGHT}"),
     "save_dir": ("run_dir", ""),
-    "logging_backend": ("wandb.mode", "online, offline or disabled; metrics.jsonl is always written"),
+    "logging_backend": ("wandb.mode", "or monitor.tensorboard=true; metrics.jsonl is always written"),
     "dynamics_type": ("sampling.sde_type", "sde, cps, dance_sde or ode"),
+    "num_sde_steps": ("sampling.sde_window_size", "steps in a row that are trained"),
+    "sde_steps": ("sampling.sde_window_range", "[first, end) in which the window is drawn"),
+    "flow_shift": ("sampling.extra", "sampling.extra.flow_shift=NUMBER, of wan2_2 and wan2_2_i2v"),
+    "guidance_scale_2": ("sampling.extra", "sampling.extra.true_cfg_scale_2=NUMBER, of wan2_2 and wan2_2_i2v"),
+    "condition_image_size": ("sampling.extra", "sampling.extra.vae_area=PIXELS, of qwen_image_edit and qwen_image_edit_plus"),
+    "adv_clip_range": ("algorithm.advantage_clip", ""),
+    "advantage_aggregation": ("reward.normalise", "none is its sum, group its gdpo"),
+    "eval_rewards": ("evaluation.reward.weights", "evaluation.reward.weights={NAME: WEIGHT}"),
+    "gradient_step_per_epoch": ("trainer.updates_per_step", "mini-batches of one rollout, each seen once"),
+    "ema_update_interval": ("trainer.ema_decay", "the average moves at every step"),
+    "kl_type": (NONE, "of coupled algorithms the exact Gaussian KL of a step, of forward ones the velocities' distance"),
+    "ref_param_device": (NONE, "with LoRA the reference is no copy; of full weights one lies beside the policy"),
+    "max_dataset_size": (NONE, "all prompts are read; give a shorter file"),
+    "resume_path": ("trainer.resume", "auto, or a checkpoint's folder"),
+    "num_processes": ("trainer.ranks", "with backend=verl; no accelerate, no torchrun"),
+    "offload_samples_to_cpu": (NONE, "trajectories are kept in the CPU's memory"),
+    "target_components": (NONE, "of two experts both are trained"),
 }
 
 
-def meant(key: str) -> tuple[str, str] | None:
-    """(our key or NONE, what differs) of a key of theirs, the longest name that `key` ends in first; None: not known."""
+def meant(key: str, last_is_ours: bool = False) -> tuple[str, str] | None:
+    """(our key or NONE, what differs) of a key of theirs, the longest name that `key` ends in first; None: not known.
+
+    Args:
+        last_is_ours: one of our keys has the same last name, which is as good as an alias of that name alone.
+    """
     parts = key.split(".")
-    ends = (".".join(parts[start:]) for start in range(len(parts)))
-    return next((ALIASES[end] for end in ends if end in ALIASES), None)
+    ends = [".".join(parts[start:]) for start in range(len(parts))]
+    return next((ALIASES[end] for end in ends if end in ALIASES and ("." in end or end == key or not last_is_ours)), None)
 
 
 def as_table() -> Iterator[str]:

@@ -152,10 +152,9 @@ def _with_algorithm(composed: Any) -> DictConfig:
     known = [each.name for each in fields(algorithm)]
     for key in section:
         if key not in known:
-            elsewhere = [name for name in _schema_keys() if name.rpartition(".")[2] == key]
-            near = elsewhere or [f"algorithm.{name}" for name in difflib.get_close_matches(key, known, n=1)]
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UserError(f"algorithm.{key}: {section['name']} has no such key; {hint}it has {', '.join(known)}")
+            near = [f"algorithm.{name}" for name in difflib.get_close_matches(key, known, n=1)]
+            told = " ".join(filter(None, (_meant(f"algorithm.{key}", near), f"it has {', '.join(known)}")))
+            raise UserError(f"algorithm.{key}: {section['name']} has no such key; {told}")
     schema = OmegaConf.structured(TrainConfig(algorithm=algorithm(), reward=RewardConfig(weights={})))
     return cast(DictConfig, OmegaConf.merge(schema, OmegaConf.create(values)))
 
@@ -195,7 +194,8 @@ def _check_override(override: Override) -> None:
     choices = _choices(key)
     if choices and not isinstance(value, dict):
         if value not in choices:
-            raise UserError(f"{key}={value}: no such choice; {_nearest(str(value), choices, prefix=f'{key}=')}")
+            own = f"; for one of your own: {key}.source, docs/extending.md" if key in ("reward", "algorithm") else ""
+            raise UserError(f"{key}={value}: no such choice; {_nearest(str(value), choices, prefix=f'{key}=')}{own}")
         return
     kind = _kind(key)
     if kind is None:
@@ -236,17 +236,18 @@ def _expectation(kind: Any, given: str) -> str:
 
 
 def _unknown_key(key: str) -> UserError:
-    known = _schema_keys()
-    leaf = key.rpartition(".")[2]
-    same_leaf = [candidate for candidate in known if candidate.rpartition(".")[2] == leaf]
-    alias = aliases.meant(key)
-    if alias is not None and (key in aliases.ALIASES or not same_leaf):
+    hint = _meant(key, difflib.get_close_matches(key, _schema_keys(), n=1))
+    return UserError(f"{key}: no such key; {hint or 'there are ' + ', '.join(OmegaConf.structured(TrainConfig))}")
+
+
+def _meant(key: str, near: Sequence[str]) -> str:
+    """What of ours may have been meant, as a sentence; `near`: if nothing better is found."""
+    same_leaf = [candidate for candidate in _schema_keys() if candidate.rpartition(".")[2] == key.rpartition(".")[2]]
+    alias = aliases.meant(key, last_is_ours=bool(same_leaf))
+    if alias is not None:
         ours, note = alias
-        hint = f"did you mean {ours}?{f' ({note})' if note else ''}" if ours else note
-        return UserError(f"{key}: no such key; {hint}")
-    near = same_leaf or difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(OmegaConf.structured(TrainConfig))}"
-    return UserError(f"{key}: no such key; {hint}")
+        return f"did you mean {ours}?{f' ({note})' if note else ''}" if ours else note
+    return f"did you mean {' or '.join(same_leaf or near)}?" if same_leaf or near else ""
 
 
 def _nearest(given: str, choices: Sequence[str], *, prefix: str = "") -> str:

@@ -21,7 +21,7 @@ CHECKPOINT_KEYS = """\
 """
 TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   rollout.prompts_per_step
-  reward=ocr|recolour|matte|displacement|jpeg_compressibility|recomposition
+  reward=ocr|pickscore|recolour|matte|displacement|jpeg_compressibility|recomposition
                                           any reward's name; or reward.weights={{NAME: WEIGHT}}, and for one of your own
                                           reward.source.NAME=module:function|file.py:function|http://...: docs/extending.md
   reward.normalise=none|group, .timeout, .max_failed; evaluation.reward.weights={{NAME: WEIGHT}}
@@ -29,6 +29,7 @@ TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
            |diffusion_nft|awm|diffusion_dpo|sft
                                           these four learn from sampling.sde_type=ode; or algorithm.source=FILE.py
   backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
+  rollout.placement=apart|colocated       on verl: engines in processes of their own, or one beside each trainer rank
   trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|fsdp2|deepspeed
   trainer.fit=auto                        set what makes the run fit this machine's memory, and say so
   rollout.offload=none|encoders, trainer.offload=none|optimizer|all
@@ -36,6 +37,7 @@ TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   prompts=FILE                            .txt (one a line), .jsonl or .parquet with `prompt`; other columns go to the rewards
   evaluation.images, .every, .prompts     fixed seeds, before and after training
   wandb.mode=online|offline|disabled      without a key: offline
+  monitor.tensorboard=true                the same metrics in run_dir/tensorboard
   run_dir=FOLDER                          config.yaml, metrics.jsonl, images/, checkpoints/
   trainer.save_every, .keep_checkpoints   steps between checkpoints, and how many stay
   trainer.resume=none|auto|FOLDER         go on from run_dir's newest checkpoint, or from one that is named

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ from huggingface_hub import constants, try_to_load_from_cache
 from omni_rollout.algorithms import algorithm_class, get_algorithm
 from omni_rollout.config import (
     AUTO,
-    Backend,
     Offload,
     OldLogProbs,
     OnMismatch,
     Parity,
     Reduce,
-    RolloutOffload,
     TrainConfig,
     TrainerConfig,
     TrainerEngineName,
@@ -30,6 +28,7 @@ from omni_rollout.config import (
 from omni_rollout.errors import UserError
 from omni_rollout.launch import model_files
 from omni_rollout.launch.outputs import file_problem, folder_problem
+from omni_rollout.launch.processes import max_num_seqs_problems, process_problems
 from omni_rollout.launch.sampling import sampling_problems
 from omni_rollout.launch.sources import prompt_problems, reward_problems, unknown
 from omni_rollout.models import families
@@ -46,8 +45,8 @@ def validate(config: TrainConfig) -> None:
         UserError: one line for each problem: what was given, what is expected, what to do.
     """
     common = [*_numbers(config), *sampling_problems(config.sampling), *_model(config), *prompt_problems(config)]
-    own = [*_learning(config), *reward_problems(config), *_trainer(config), *_guard(config), *_processes(config)]
-    _raise([*common, *own, *_measured(config), *_folder("run_dir", config.run_dir)])
+    own = [*_learning(config), *reward_problems(config), *_trainer(config), *_guard(config), *process_problems(config)]
+    _raise([*common, *own, *max_num_seqs_problems(config), *_folder("run_dir", config.run_dir)])
 
 
 def validate_rollout(config: TrainConfig, out: str) -> None:
@@ -95,7 +94,7 @@ def validate_serving(config: TrainConfig) -> None:
 
 def validate_plan(config: TrainConfig) -> None:
     """`validate` for `plan`, which reads neither prompts nor weights."""
-    _raise([*_numbers(config), *sampling_problems(config.sampling), *_trainer(config), *_processes(config)])
+    _raise([*_numbers(config), *sampling_problems(config.sampling), *_trainer(config), *process_problems(config)])
 
 
 def _raise(problems: list[str]) -> None:
@@ -216,6 +215,8 @@ def trainer_engine(trainer: TrainerConfig) -> Iterator[str]:
 
 
 def _guard(config: TrainConfig) -> Iterator[str]:
+    if config.monitor.tensorboard and find_spec("tensorboard") is None:
+        yield "monitor.tensorboard=true: the package is not installed: pip install tensorboard, or leave it out"
     action = config.monitor.on_mismatch
     if action is not OnMismatch.alert and config.parity is Parity.fast:
         yield (
@@ -226,44 +227,6 @@ def _guard(config: TrainConfig) -> Iterator[str]:
         yield (
             "monitor.on_mismatch=recompute with trainer.old_log_probs=recompute: every step recomputes already; "
             "leave out one of the two"
-        )
-
-
-def _processes(config: TrainConfig) -> Iterator[str]:
-    for key, number in (("rollout.workers", config.rollout.workers), ("trainer.ranks", config.trainer.ranks)):
-        if number > 1 and config.backend is Backend.embedded:
-            yield f"{key}={number}: backend=embedded is one process; give backend=verl"
-    yield from _turns(config)
-    if config.profile and config.backend is Backend.verl:
-        yield "profile=true: backend=verl takes a step in several processes, and a profile is of one; give backend=embedded"
-    if (url := config.rollout.url) is not None and not re.fullmatch(r"https?://[^/\s,]+/?(,https?://[^/\s,]+/?)*", url):
-        yield f"rollout.url={url}: expected http://HOST:PORT, as omni-rollout serve prints it; of several, a comma between them"
-    if url is not None and config.backend is Backend.verl:
-        yield f"rollout.url={url}: backend=verl has engines of its own; give backend=embedded"
-
-
-def _turns(config: TrainConfig) -> Iterator[str]:
-    """What leaves the device while the other side computes: where one process holds both."""
-    here = config.backend is Backend.embedded and config.rollout.url is None
-    if config.rollout.offload is not RolloutOffload.none and not here:
-        yield (
-            f"rollout.offload={config.rollout.offload.value}: of an engine in the trainer's process; "
-            "leave it out, or give backend=embedded without rollout.url"
-        )
-    offload = config.trainer.offload
-    if offload is not Offload.none and config.trainer.engine is TrainerEngineName.torch and config.backend is Backend.verl:
-        yield (
-            f"trainer.offload={offload.value} with trainer.engine=torch: offloads while a rollout is sampled in the same "
-            "process; give backend=embedded, or trainer.engine=fsdp2 or deepspeed"
-        )
-
-
-def _measured(config: TrainConfig) -> Iterator[str]:
-    rollout = config.rollout
-    if rollout.max_num_seqs == AUTO and (rollout.url is not None or config.backend is Backend.verl):
-        yield (
-            "rollout.max_num_seqs=auto: only an engine in this process can be measured; "
-            "give a number, or backend=embedded without rollout.url"
         )
 
 
@@ -284,8 +247,3 @@ def _folder(key: str, path: str, *, new: bool = False) -> Iterator[str]:
         yield f"{key} is empty: give {key}=FOLDER"
     elif (problem := folder_problem(Path(path), new=new)) is not None:
         yield f"{key}={path}: {problem}"
-
-
-def _modules(folder: str) -> list[str]:
-    """The choices of a registry that is a folder, without importing it."""
-    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / folder)]))

@@ -1,4 +1,4 @@
-"""Where a run writes: its folder first, then the console and wandb."""
+"""Where a run writes: its folder first, then the console, wandb and TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -28,13 +28,17 @@ from omni_rollout.monitor.wandb_sink import WandbSink
 from omni_rollout.run.checkpoints import how_to_go_on
 from omni_rollout.trajectories.sheet import CaptionedImage, image_grid
 
+if TYPE_CHECKING:
+    from omni_rollout.monitor.tensorboard_sink import TensorboardSink
+
 EVALUATION = "evaluation"  # what the names of its sheets begin with
 ON_SHEET = 64  # images of an evaluation at most: more captions cannot be read
 HEATMAP_EVERY = 10  # steps; a step with a difference, and the last one, are drawn as well
 
 
 class Monitor:
-    """Writes `config.yaml`, `metrics.jsonl`, `images/` and `summary.txt` to the run folder, and tells the console and wandb.
+    """Writes `config.yaml`, `metrics.jsonl`, `images/` and `summary.txt` to the run folder, and tells the console,
+    wandb and TensorBoard.
 
     images/step_XXXX.png        what the step sampled, a group a row
     images/evaluation_XXXX.png  after the step, the same prompts and seeds every time
@@ -67,7 +71,14 @@ class Monitor:
         self.lines = 0  # of metrics.jsonl
         self._remember()
         self._wandb = WandbSink(run_dir, config.wandb, yaml.safe_load(text), pairs_of(config), wandb_id)
+        self._tensorboard = self._to_tensorboard(text) if config.monitor.tensorboard else None
         self._console = ConsoleSink(total_steps, progress)
+
+    def _to_tensorboard(self, config: str) -> TensorboardSink:
+        from omni_rollout.monitor.tensorboard_sink import TensorboardSink  # a second, and a package that need not be there
+
+        goes_on = self._history[-1]["step"] + 1 if self._history else 0
+        return TensorboardSink(self.run_dir, self._config.wandb.images, config, pairs_of(self._config), goes_on)
 
     def _remember(self) -> None:
         self._metrics.touch()
@@ -87,6 +98,8 @@ class Monitor:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._wandb.close(failed=kind is not None)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def log(
         self,
@@ -127,7 +140,9 @@ class Monitor:
                 f"step {step} could not be written to the run folder: {error}. Make room, then {how}"
             ) from error
         self._console.log(step, metrics, new, {alert.name: self._alerts[alert.name] for alert in alerts if alert not in new})
-        self._wandb.log(step, {**metrics, **texts}, {"training": images, "evaluation": evaluation}, new, heatmap)
+        shown = {"training": images, "evaluation": evaluation}
+        for sink in filter(None, (self._wandb, self._tensorboard)):
+            sink.log(step, {**metrics, **texts}, shown, new, heatmap)
 
     def _write(
         self,
@@ -172,6 +187,8 @@ class Monitor:
             rows["alerts"] = ", ".join(f"{name} in {count} steps" for name, count in self._alerts.items())
         if self._wandb.offline_dir is not None:
             rows["wandb"] = f"offline; upload with: wandb sync {shlex.quote(str(self._wandb.offline_dir))}"
+        if self._tensorboard is not None:
+            rows["tensorboard"] = f"tensorboard --logdir {shlex.quote(str(self.run_dir))}"
         text = "\n".join(f"{name:<14} {told}" for name, told in rows.items())
         self._console.say(text)
         try:

@@ -7,10 +7,11 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from omni_rollout.config import Backend, TrainConfig
+from omni_rollout.config import Backend, Placement, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
 from omni_rollout.models import family_module
@@ -61,8 +62,7 @@ def fitted(overrides: Sequence[str], gpus: str | None = None) -> tuple[list[str]
             least = chosen, plan
         if place.count == 1 and plan.fits_together:
             return [*overrides, *chosen], _told(place, chosen, first, plan)
-        if plan.fits_apart and (config.rollout.workers <= plan.engines or "rollout.workers" not in given):
-            split = {"backend": "verl", "trainer.ranks": plan.ranks, "rollout.workers": plan.engines}
+        if split := _split(config, given, plan):
             added = [*chosen, *(f"{key}={value}" for key, value in split.items() if key not in given)]
             return [*overrides, *added], _told(place, added, first, plan)
     assert least is not None
@@ -117,6 +117,21 @@ def _ways(config: TrainConfig, given: set[str], place: Gpus) -> Iterator[tuple[l
             yield [word for text in chosen for word in text.split()], way
 
 
+def _split(config: TrainConfig, given: set[str], plan: Plan) -> dict[str, Any]:
+    """How several GPUs are shared out: apart where that fits, else a rank and an engine on each. Empty: neither fits."""
+    workers, placement = config.rollout.workers or 0, config.rollout.placement
+    if plan.fits_apart and workers <= plan.engines and placement is Placement.apart:
+        return {"backend": "verl", "trainer.ranks": plan.ranks, "rollout.workers": plan.engines}
+    alone = (
+        plan.gpus.count > 1
+        and "rollout.workers" not in given
+        and ("trainer.ranks" not in given or plan.ranks == plan.gpus.count)
+    )
+    if plan.fits_together and alone and (placement is Placement.colocated or "rollout.placement" not in given):
+        return {"backend": "verl", "rollout.placement": "colocated", "trainer.ranks": plan.gpus.count}
+    return {}
+
+
 def _lowers(config: TrainConfig, text: str) -> bool:
     """Of a number: whether it is below what is asked for."""
     key, _, value = text.partition("=")
@@ -131,7 +146,8 @@ def _needed(plan: Plan) -> int:
 
 
 def _told(place: Gpus, added: Sequence[str], first: Plan, plan: Plan) -> str:
-    before, now = _needed(first), _needed(plan)
+    before = _needed(first)
+    now = plan.together_bytes if "rollout.placement=colocated" in added else _needed(plan)
     if not added:
         return f"fit         {place}: nothing was changed, {gib(now)} are needed (derived)"
     why = f"{gib(before)} were needed without, {gib(now)} now" if now < before else f"{gib(now)} are needed"

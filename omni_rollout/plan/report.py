@@ -30,7 +30,7 @@ def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) ->
         rank, engine = gib(made.rank_bytes), gib(total(made.engine))
         console.print(f"apart ({where}): rank {rank}, engine {engine} of {size}: {_verdict(made.fits_apart)}")
         together = f"{gib(made.together_bytes)} of {size}: {_verdict(made.fits_together)}"
-        console.print(f"a rank and an engine in one process on every GPU: {together}")
+        console.print(f"colocated (rollout.placement=colocated trainer.ranks={gpus.count}): {together}")
         if made.fits_together and not made.fits_apart:
             title = f"an engine and one of {gpus.count} ranks in one process"
             console.print(_table(title, made.together, in_turns=True))

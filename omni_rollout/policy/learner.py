@@ -174,10 +174,11 @@ class Learner:
     def weights(self, which: Which = "sampler") -> Iterator[tuple[str, torch.Tensor]]:
         """What an engine must hold to sample from one of the policies; sets `drift`. Collective, tensor by tensor."""
         shown = {"sampler": self.old if self.lags else None, "policy": None, "average": self.ema}[which]
+        whole = self.config.trainer.ranks == 1 or self.config.trainer.engine is TrainerEngineName.torch
         with nullcontext() if shown is None else shown.swapped():
             for name, tensor in self.drift.watch(effective_weights(self.policy, self.dtype, self.engine.gathered)):
                 # What was gathered goes, and what was swapped changes, when the next is asked for.
-                yield name, tensor if self.config.trainer.ranks == 1 and shown is None else tensor.clone()
+                yield name, tensor if whole and shown is None else tensor.clone()
 
     def frozen(self) -> list[torch.Tensor]:
         """Weights that are never written and that no engine shares: what a LoRA is added to, the reference policy."""

@@ -29,7 +29,6 @@ def engine_config(path: str, family: str, dtype: str, max_num_seqs: int, parity:
     }
     config = OmniDiffusionConfig(**settings)
     config.enrich_config()
-    config.master_port = 0  # the system's choice as the socket is opened: a number chosen before may be taken by then
     return config
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 
 from omni_rollout.diffusion.machine import pin_switches
 from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobError
@@ -33,6 +32,7 @@ from omni_rollout.rollout.guards import (
     close_at_exit,
     without_bars,
 )
+from omni_rollout.rollout.own_world import OwnWorld
 from omni_rollout.rollout.platform.linear import register_linears
 from omni_rollout.rollout.records import engine_request, to_trajectory, together
 from omni_rollout.trajectories.digest import buckets, combined_digest, tensor_digests
@@ -75,7 +75,8 @@ class RolloutEngine:
         if parity == "exact":
             register_linears()
         config = engine_config(path, family, dtype, max_num_seqs, parity, self.threads)
-        self._engine = DiffusionEngine.make_engine(config)
+        self._world = OwnWorld()
+        self._engine = self._world.open(config)
         self._engine.post_process_func = None  # the stock one turns the image into PIL and drops the rest
         torch.set_num_threads(self.threads)  # the engine's start may change it for the whole process
         self.loop = asyncio.new_event_loop()  # runs while something is waited for; a server runs it all the time
@@ -193,12 +194,12 @@ class RolloutEngine:
         return self._rpc("beside_policy")
 
     def close(self) -> None:
-        """Frees the engine; another may be made afterwards. Destroys the process's torch.distributed group with it."""
+        """Frees the engine; another may be made afterwards."""
         if self._closed:
             return
         self._drain()
         self._closed = True
-        self._engine.close()
+        self._world.close(self._engine)
         self.loop.close()
         del self._engine
         gc.collect()

@@ -16,7 +16,15 @@ from omni_rollout.errors import UserError
 from omni_rollout.policy.state import RunState, read_state
 from omni_rollout.run.folder import candidates, checkpoint_folders, newest_whole
 
-NOT_KEPT = ("serve.", "run_dir", "experiment", "trainer.resume", "wandb.", "launch.")  # where and how, not what
+NOT_KEPT = (
+    "serve.",
+    "run_dir",
+    "experiment",
+    "trainer.resume",
+    "wandb.",
+    "monitor.tensorboard",
+    "launch.",
+)  # where and how, not what
 MUST_BE_EQUAL = ("model.family", "model.dtype", "trainer.lora_rank", "trainer.lora_alpha")
 
 

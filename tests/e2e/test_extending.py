@@ -64,7 +64,7 @@ def test_the_page_as_it_stands(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.syspath_prepend(folder)
     (serving,) = [command for command in COMMANDS if command[:3] == ["omni-rollout", "reward", "serve"]]
     trains = [command[2:] for command in COMMANDS if command[1] == "train"]
-    assert len(trains) == 4
+    assert len(trains) == 5
     with server(serving) as address:
         weights = {"round": 1.0}
         together: list[str] = ["reward.weights={}"]

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from benchmarks.faults import embedded
+from benchmarks.faults import embedded, on_ray
 from benchmarks.faults.figures import Row, rows_of
 from benchmarks.faults.scene import Scene
 from omni_rollout.launch.compose import compose
@@ -106,6 +106,20 @@ def test_a_trajectory_that_is_sampled_again_or_by_another_policy_is_found(killed
     save_capsule(other, tmp_path / "other.safetensors")
     monkeypatch.setattr(killed.witness, "finished", [replace(first, copy=tmp_path / "other.safetensors")])
     assert only_row(killed, reference).mixed == [f"{first.request_id} was sampled by version 7, not by the policy of its step"]
+
+
+@pytest.mark.timeout(1800)
+def test_a_process_with_an_engine_and_a_rank_that_is_killed_takes_all_back_to_the_checkpoint(random_checkpoint, tmp_path):
+    pytest.importorskip("verl")
+    faults = on_ray.FAULTS["colocated"]
+    with Scene(tmp_path / "reference", random_checkpoint, "colocated") as reference:
+        on_ray.undisturbed(reference)
+    with Scene(tmp_path / "killed", random_checkpoint, "colocated") as scene:
+        on_ray.many(scene, faults)
+    rows = rows_of(scene, reference)
+    assert [row.fault for row in rows] == list(faults)
+    for row in rows:
+        assert row.good and row.repeated == 0 and row.kept == row.finished, row
 
 
 def test_a_reward_worker_that_was_killed_scores_again(random_checkpoint, tmp_path):

@@ -57,14 +57,14 @@ def sampled(*overrides: str, name: str = "train") -> tuple[object, ...]:
         (["model=nano", "model.path=m"], (64, 64, 10, 1.0, 16, 8), (64, 64, 10, 1.0, 16, 1), (64, 64, 6, 1.0, 16, 8)),
         # an experiment's own values come before the model's and the command's; what it leaves open, they give
         (["experiment=nano_ocr"], (64, 64, 10, 1.0, 16, 16), (64, 64, 10, 1.0, 16, 16), (64, 64, 6, 1.0, 16, 16)),
-        (["experiment=qwen_image_ocr"], *[(512, 512, 10, 4.0, 256, 16)] * 3),
-        (["experiment=qwen_image_ocr", "model=nano"], *[(512, 512, 10, 1.0, 16, 16)] * 3),
+        (["experiment=qwen_image_ocr_lora"], *[(512, 512, 10, 4.0, 256, 16)] * 3),
+        (["experiment=qwen_image_ocr_lora", "model=nano"], *[(512, 512, 10, 4.0, 16, 16)] * 3),
         # the command line has the last word
         (
             ["model=nano", "sampling.height=32", "sampling.num_inference_steps=4", "rollout.group_size=3"],
             *[(32, 64, 4, 1.0, 16, 3)] * 3,
         ),
-        (["experiment=qwen_image_ocr", "sampling.true_cfg_scale=1.0"], *[(512, 512, 10, 1.0, 256, 16)] * 3),
+        (["experiment=qwen_image_ocr_lora", "sampling.true_cfg_scale=1.0"], *[(512, 512, 10, 1.0, 256, 16)] * 3),
     ],
 )
 def test_schema_then_model_then_command_then_experiment_then_command_line(
@@ -170,6 +170,7 @@ def test_reward_groups_name_rewards_that_exist(path: Path) -> None:
         ("trainer={stps: 3}", "trainer.stps: no such key; did you mean trainer.steps?"),
         ("experiment=nano_orc", "experiment=nano_orc: no such choice; did you mean experiment=nano_ocr?"),
         ("model=nan", "model=nan: no such choice; did you mean model=nano?"),
+        ("reward=red", "vlm_judge; for one of your own: reward.source, docs/extending.md"),
         ("trainer.steps", "trainer.steps: expected key=value"),
         ("prompts=ü.txt", "prompts=ü.txt: expected key=value; a value with an equals sign"),
         ("trainer.steps=1,2", "trainer.steps=1,2: several values start no sweep here"),

@@ -38,7 +38,7 @@ from omni_rollout.plan.split import Gpus, Plan, make_plan, make_run
 from omni_rollout.policy.lora import attach_lora
 
 PUBLISHED = sizes.read_sizes("Qwen/Qwen-Image")
-QWEN = ["experiment=qwen_image_ocr"]
+QWEN = ["experiment=qwen_image_ocr_lora"]
 BASE = compose(QWEN, unused=["prompts"])
 
 

@@ -71,6 +71,21 @@ def test_the_scores_of_clip(clip: Path) -> None:
     assert max(logits.tolist()) - min(logits.tolist()) > 1e-2, "the images are told apart"
 
 
+def test_a_video_gets_the_mean_of_its_frames(clip: Path) -> None:
+    lengths = (1, 3, 5)  # of three videos, whose frames are scored in one batch
+    videos = [np.stack(IMAGES[sum(lengths[:number]) : sum(lengths[: number + 1])]) for number in range(3)]
+    for name in ("pickscore", "clip_score", "hpsv2"):
+        reward = get_reward(name, model=str(clip))
+        alone = [
+            reward(list(video), [text] * len(video), [{}] * len(video)) for video, text in zip(videos, TEXTS, strict=False)
+        ]
+        expected = [sum(scores) / len(scores) for scores in alone]
+        assert reward(videos, TEXTS[:3], [{}] * 3) == pytest.approx(expected, abs=1e-5)
+        assert max(expected) > min(expected)
+        with pytest.raises(ValueError, match=r"expected a uint8 array \[F, H, W, 3\]"):
+            reward([np.zeros((2, 8, 8, 4), np.uint8)], ["a"], [{}])  # layers
+
+
 def test_the_aesthetic_head(clip: Path) -> None:
     torch.manual_seed(1)
     head = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)).eval()

@@ -263,7 +263,6 @@ def test_average_needs_a_decay_between_0_and_1(decay: float) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_second_engine_after_the_process_group_was_destroyed(stage):
-    """As when a rollout engine of the same process was closed in between, and its group with it."""
     for _ in range(2):
         layer = nn.Linear(4, 3)
         before = layer.weight.detach().clone()

@@ -144,7 +144,7 @@ def test_the_header_says_what_is_going_to_be_trained(tmp_path: Path) -> None:
         (["dry_run=perhaps"], 2, "expected true or false"),
         (["dry_run=true", "gpus=1x1"], 1, "on one GPU of 1 GiB: does not fit"),
         (["dry_run=true", "gpus=1x80"], 0, "on one GPU of 80 GiB: fits"),
-        (["dry_run=true"], 0, "nothing was loaded or written"),
+        (["dry_run=true"], 0, "no policy was loaded, nothing written"),
     ],
 )
 def test_what_is_wrong_is_told_before_torch_is_loaded(words: list[str], status: int, told: str, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from verl.workers.rollout.replica import RolloutReplica
 from omni_rollout.errors import UserError
 from omni_rollout.integrations import verl as ours
 from omni_rollout.integrations.verl.agent_loop import AgentLoopManager, AgentLoopWorker
+from omni_rollout.integrations.verl.colocated import ColocatedRank
 from omni_rollout.integrations.verl.launch import verl_config
 from omni_rollout.integrations.verl.platform import CpuPlatform
 from omni_rollout.integrations.verl.rank import TrainerRank
@@ -55,6 +56,7 @@ BASES: dict[type, type] = {
     OmniTrainer: PPOTrainer,
     WatchedReplayBuffer: ReplayBuffer,
     TrainerRank: Worker,
+    ColocatedRank: Worker,
 }
 NOT_VERLS = {  # ours where verl does not make the call
     (TrainerRank, "__init__"): "made by OmniTrainer, with our section of the configuration",

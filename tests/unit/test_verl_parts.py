@@ -161,8 +161,8 @@ def test_merged_shares_are_all_rows():
 def test_a_server_refuses_weights_of_a_trainer_on_another_machine(field):
     here = {"device": "CPU", "threads": 2, "calls": "blocks", "torch": "2", "switches": "", "kernels": "a"}
     server = object.__new__(RolloutServer)
-    server._engine = SimpleNamespace(machine={**here, field: "other"}, weights_digest="d", policy_version=1)
+    server.engine = SimpleNamespace(machine={**here, field: "other"}, weights_digest="d", policy_version=1)
     with pytest.raises(PinnedKnobError, match=f"the engine and the trainer would not compute the same bits: {field}"):
         server.load(Weights(version=1, digest="d", buckets=(), machine=here))
-    server._engine.machine = here
+    server.engine.machine = here
     assert server.load(Weights(version=1, digest="d", buckets=(), machine=here)) == "d"

@@ -4,6 +4,7 @@
     trainer.py   the V1 trainer that verl runs: what happens in a step, in which order
     agent_loop.py, server.py, replica.py   requests -> engines, one in each Ray actor -> TransferQueue
     rank.py      one trainer rank: PolicyUpdate on its share of the rows
+    colocated.py   a trainer rank and an engine in one process, instead of both
     reward.py    the rewards in verl's reward workers
     platform.py  verl on machines without an accelerator; loaded by verl itself, through the entry point `verl.plugins`
 

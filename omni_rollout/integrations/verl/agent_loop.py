@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager as VerlAgentLoopManager
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from omni_rollout.config import Placement, RolloutConfig
 from omni_rollout.integrations.verl import NAME
 from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, run_config, to_fields
 from omni_rollout.integrations.verl.reward import to_score
@@ -66,7 +67,7 @@ class AgentLoopWorker:
             storing.append(asyncio.create_task(self._store(trajectory, left, order, keep=order.partition == "train")))
 
         order = replace(order, requests=tuple(todo))
-        sampling = Sampling(self._servers, order, self._rollout.max_num_seqs, self._rollout.timeout, store)
+        sampling = Sampling(self._servers, order, self._rollout, store)
         try:
             await sampling.run()
         finally:
@@ -114,12 +115,12 @@ class Sampling:
         self,
         servers: Sequence[Any],
         order: Order,
-        max_num_seqs: int,
-        timeout: float,
+        rollout: RolloutConfig,
         store: Callable[[Trajectory], None],
     ) -> None:
-        self._servers, self._order, self._timeout, self._store = servers, order, timeout, store
-        self._dispatcher = Dispatcher(order.requests, range(len(servers)), max_num_seqs)
+        self._servers, self._order, self._timeout, self._store = servers, order, rollout.timeout, store
+        self._comes_back = rollout.placement is Placement.apart  # else a trainer rank died with it, and the run starts again
+        self._dispatcher = Dispatcher(order.requests, range(len(servers)), rollout.max_num_seqs)
         self._sent: list[asyncio.Queue[tuple[int, Any]]] = [asyncio.Queue() for _ in servers]
         self._done = asyncio.Event()
         self.retried = 0
@@ -151,7 +152,11 @@ class Sampling:
             self._done.set()
 
     async def _serve(self, server: int) -> None:
-        """Reads what one server finishes, chunk by chunk; returns when it died and does not come back."""
+        """Reads what one server finishes, chunk by chunk; returns when it died and does not come back in time.
+
+        Raises:
+            RayActorError: it died, and never comes back.
+        """
         while True:
             size, stream = await self._sent[server].get()
             try:
@@ -181,6 +186,8 @@ class Sampling:
                 await asyncio.wait_for(_ready(self._servers[server]), rest)
                 return True
             except RayActorError:
+                if not self._comes_back:
+                    raise
                 await asyncio.sleep(1)
             except TimeoutError:
                 break

@@ -45,12 +45,16 @@ class TrainerRank(Worker):
 
     @every_rank
     def init_model(self, checkpoint: Path | None = None) -> None:
+        self._join()
+        self._learner = Learner(self._config, rank=self.rank, ranks=self.world_size, checkpoint=checkpoint)
+
+    def _join(self) -> None:
+        """The other ranks, and TransferQueue."""
         if self.world_size > 1:
             device = get_platform()
             backend = "gloo" if device.device_name == "cpu" else f"cpu:gloo,{device.device_name}:nccl"
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size)
         tq.init()
-        self._learner = Learner(self._config, rank=self.rank, ranks=self.world_size, checkpoint=checkpoint)
 
     @every_rank
     def update_policy(self, keys: Sequence[str], partition: str, advantages: torch.Tensor, step: int) -> RankUpdate:
@@ -84,7 +88,10 @@ class TrainerRank(Worker):
             digests |= tensor_digests(bucket)
             if self.rank == 0:
                 put.append(ray.put([(name, tensor.cpu()) for name, tensor in bucket]))
-        digest = combined_digest(digests)
+        return self._published(version, combined_digest(digests), put)
+
+    def _published(self, version: int, digest: str, put: Sequence[ray.ObjectRef] = ()) -> Weights:
+        """Said once all weights have been handed out: of a cut policy the drift is known only then."""
         self._expected = self._learner.expected(digest)
         machine, drift = self._expected.get("machine"), self._learner.drift.value
         return Weights(version=version, digest=digest, buckets=tuple(put), machine=machine, drift=drift)

@@ -41,7 +41,9 @@ class Weights:
 
     version: int
     digest: str
-    buckets: tuple[ray.ObjectRef, ...]  # each a list of (name, tensor); held by the trainer's first rank
+    buckets: tuple[
+        ray.ObjectRef, ...
+    ]  # each a list of (name, tensor), held by the first rank; none where engines are colocated
     machine: Mapping[str, Any] | None = None  # of that rank, as its self-check found it; None: the profile is not exact
     drift: float = 0.0  # from where the run started, see `policy.drift`
 

@@ -1,4 +1,4 @@
-"""One RolloutEngine as a Ray actor, in a process of its own."""
+"""One RolloutEngine as a Ray actor, in a process of its own or beside a trainer rank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RolloutServer:
         config = run_config(section)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self._engine = RolloutEngine(
+        self.engine = RolloutEngine(
             config.model.path,
             family=config.model.family,
             dtype=config.model.dtype.value,
@@ -45,16 +45,16 @@ class RolloutServer:
             PinnedKnobError: what this machine samples, the trainer's could not score bit for bit.
         """
         if weights.machine is not None:
-            check_machine(self._engine.machine, {"machine": weights.machine})
-        if (self._engine.weights_digest, self._engine.policy_version) != (weights.digest, weights.version):
-            self._engine.update_weights(weights.fetch(), weights.version)
-        return self._engine.weights_digest
+            check_machine(self.engine.machine, {"machine": weights.machine})
+        if (self.engine.weights_digest, self.engine.policy_version) != (weights.digest, weights.version):
+            self.engine.update_weights(weights.fetch(), weights.version)
+        return self.engine.weights_digest
 
     def generate(self, requests: Sequence[RolloutRequest], weights: Weights) -> Iterator[Trajectory]:
         """Trajectories as they finish, all of them under `weights`. Where the engine is lost, this process ends, too."""
         self.load(weights)
         try:
-            yield from self._engine.generate(requests)
+            yield from self.engine.generate(requests)
         except EngineDiedError:
             logger.exception("this server ends, to be started again")
             logging.shutdown()

@@ -25,12 +25,14 @@ from verl.trainer.ppo.v1 import PPOTrainer, register_trainer
 from verl.utils.debug import marked_timer
 
 from omni_rollout.algorithms import get_algorithm
+from omni_rollout.config import Placement
 from omni_rollout.data.collate import Collator
 from omni_rollout.data.seeds import SeedLedger
 from omni_rollout.data.stream import prompt_data
 from omni_rollout.errors import WeightSyncError
 from omni_rollout.integrations.verl import NAME, replica
 from omni_rollout.integrations.verl.agent_loop import AgentLoopManager
+from omni_rollout.integrations.verl.colocated import ColocatedRank
 from omni_rollout.integrations.verl.deaths import find_dead, restarts
 from omni_rollout.integrations.verl.metrics import Samples, captioned, merged, our_timings
 from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank
@@ -77,7 +79,9 @@ class OmniTrainer(PPOTrainer):
         accelerated = get_platform().device_name != "cpu"
         pool = RayResourcePool(process_on_nodes=[1] * ranks, use_gpu=accelerated, max_colocate_count=1, name_prefix=NAME)
         section = OmegaConf.to_container(self.config[NAME])  # a node would take all of verl's configuration along
-        worker = RayClassWithInitArgs(cls=ray.remote(TrainerRank), section=section)
+        colocated = self.run.rollout.placement is Placement.colocated
+        rank = ray.remote(ColocatedRank if colocated else TrainerRank)
+        worker = RayClassWithInitArgs(cls=rank, section=section)
         self.actor_rollout_wg = RayWorkerGroup(
             resource_pool=pool,
             ray_cls_with_init=worker,
@@ -85,7 +89,8 @@ class OmniTrainer(PPOTrainer):
             worker_env=RUNTIME_ENV["env_vars"],
         )
         self.reward_loop_manager = RewardWorkers(config=self.config)
-        self.servers = replica.launch(self.config.actor_rollout_ref.rollout, section, self.run.rollout.workers)
+        rollout = self.config.actor_rollout_ref.rollout
+        self.servers = self.actor_rollout_wg.workers if colocated else replica.launch(rollout, section, self.run.engines)
         self.actor_rollout_wg.init_model(self.start.checkpoint)
         self.global_steps = self.start.step
 

@@ -273,7 +273,7 @@ def _import_deepspeed() -> Any:
 
 
 def _forget_destroyed_groups(deepspeed: Any) -> None:
-    """DeepSpeed keeps the groups it made; closing a rollout engine of this process destroys their world, and them with it."""
+    """DeepSpeed keeps the groups it made, also when their world is destroyed, and they with it."""
     world = dist.group.WORLD
     if getattr(deepspeed, "_omni_rollout_world", world) is not world:
         deepspeed.comm.comm.cdb = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain, islice
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -59,24 +61,31 @@ class Clip:
 
 
 class CosineReward:
-    """A number times the cosine of an image and its prompt.
+    """A number times the cosine of an image and its prompt; of a video the mean over its frames.
 
     Args:
         scale: None: the model's own, exp(logit_scale).
         least: what a lower score is raised to.
     """
 
-    kinds: frozenset[Kind] = frozenset({"image"})
+    kinds: frozenset[Kind] = frozenset({"image", "video"})
 
     def __init__(self, name: str, model: str, *, scale: float | None, least: float | None = None) -> None:
         self.name, self._clip, self._least = name, Clip(name, model), least
-        self._scale = float(self._clip.model.logit_scale.exp()) if scale is None else scale
+        self._scale = float(self._clip.model.logit_scale.detach().exp()) if scale is None else scale
 
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Columns]) -> list[float]:
-        check_media(self.name, images, prompts)
+        kind: Kind = "video" if len(images) and images[0].ndim == 4 else "image"
+        check_media(self.name, images, prompts, kind)
+        frames = [list(media) if kind == "video" else [media] for media in images]
+        texts = [text for text, own in zip(prompts, frames, strict=True) for _ in own]
+        scores = iter(self._of_frames(list(chain.from_iterable(frames)), texts))
+        return [fmean(islice(scores, len(own))) for own in frames]
+
+    def _of_frames(self, frames: Sequence[np.ndarray], texts: Sequence[str]) -> list[float]:
         scores: list[float] = []
-        for start in range(0, len(images), BATCH):
+        for start in range(0, len(frames), BATCH):
             batch = slice(start, start + BATCH)
-            cosines = (self._clip.images(images[batch]) * self._clip.texts(prompts[batch])).sum(dim=-1)
+            cosines = (self._clip.images(frames[batch]) * self._clip.texts(texts[batch])).sum(dim=-1)
             scores += (self._scale * cosines).tolist()
         return scores if self._least is None else [max(score, self._least) for score in scores]
