@@ -64,17 +64,8 @@ class Offload(Enum):
 
 
 class RolloutOffload(Enum):
-    """What of the engine leaves the device while the trainer computes."""
-
     none = "none"
-    encoders = "encoders"  # text encoder and VAE
-
-
-class Fit(Enum):
-    """Whether keys that were not given are set so that a run fits the machine's memory."""
-
-    none = "none"
-    auto = "auto"  # by what `omni-rollout plan` says; only those that change nothing of what is learned
+    encoders = "encoders"  # text encoder and VAE leave the device while the trainer computes
 
 
 class Reduce(Enum):
@@ -207,7 +198,7 @@ class TrainerConfig:
     zero_stage: int = 1  # with engine=deepspeed: 0 cuts nothing, 1 the optimizer, 2 gradients too, 3 parameters too
     offload: Offload = Offload.none
     reduce: Reduce = Reduce.update
-    fit: Fit = Fit.none
+    fit: str = "none"  # auto: keys that were not given are set so that the run fits the memory; nothing of what is learned
     steps: int = 30
     learning_rate: float = 1e-4
     warmup_steps: int = 5

@@ -182,6 +182,8 @@ def _learning(config: TrainConfig) -> Iterator[str]:
 def _trainer(config: TrainConfig) -> Iterator[str]:
     trainer = config.trainer
     yield from trainer_engine(trainer)
+    if trainer.fit not in ("none", AUTO):
+        yield f"trainer.fit={trainer.fit}: expected none or auto"
     if trainer.lora_alpha is not None and trainer.lora_rank == 0:
         yield f"trainer.lora_alpha={trainer.lora_alpha}: there is no LoRA to scale; give trainer.lora_rank too"
     if trainer.lora_alpha is not None and trainer.lora_alpha < 1:

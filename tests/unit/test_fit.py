@@ -20,7 +20,7 @@ from omni_rollout.plan import fit
 from omni_rollout.plan.closest import CHANGES, changed
 from omni_rollout.plan.split import Gpus, make_plan, make_run
 
-QWEN = ["experiment=qwen_image_ocr", "prompts=unread.txt"]
+QWEN = ["experiment=qwen_image_ocr_lora", "prompts=unread.txt"]
 PUBLISHED = read_sizes("Qwen/Qwen-Image")
 
 
@@ -151,6 +151,11 @@ def test_what_there_is_no_arithmetic_for_is_told(words: list[str], message: str,
     monkeypatch.setattr(fit, "_gpus_mib", list)
     with pytest.raises(UserError, match=message):
         fit.fitted([*QWEN, *words])
+
+
+def test_another_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "experiment=nano_ocr", "trainer.fit=yes", "dry_run=true"]) == 2
+    assert "trainer.fit=" in capsys.readouterr().err
 
 
 def test_the_command_says_it_and_refuses_with_the_reason(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
