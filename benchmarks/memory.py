@@ -1,6 +1,7 @@
 """What one process with an engine and a trainer takes: the peak of a rollout, an update and a weight sync.
 
     python -m benchmarks.memory --parameters 0.3e9 1e9
+    python -m benchmarks.memory --parameters 0.3e9 -- trainer.lora_rank=0 trainer.offload=all rollout.offload=encoders
 
 Each row is a process of its own over a random Qwen-Image of about that many parameters, in bf16: it takes two steps of a run
 (`backend=embedded`) while its PSS (what is its own, and its share of what others map too) is read every few milliseconds. A row
@@ -26,7 +27,7 @@ from pathlib import Path
 HEADS, HEAD_DIM = 12, 128
 OF_BLOCK = 36 * (HEADS * HEAD_DIM) ** 2  # parameters of a block, nearly: attention 8, modulations 12, feed-forwards 16
 EVERY = 0.005  # seconds between two readings
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # else glibc keeps blocks of up to 32 MiB for later
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}  # its own first choice; else glibc raises it, and keeps blocks for later
 SETTINGS = (
     *("model.dtype=bfloat16", "collate.prompt_width=32", "sampling.height=128", "sampling.width=128"),
     *("sampling.num_inference_steps=3", "sampling.true_cfg_scale=4", "reward=jpeg_compressibility", "rollout.group_size=2"),
@@ -79,8 +80,8 @@ def pss() -> int:
     raise RuntimeError("/proc/self/smaps_rollup has no Pss")
 
 
-def measure(model: Path, overrides: Sequence[str]) -> dict[str, int]:
-    """In this process: the peak of each phase; of two steps, the second is the one that counts, as moments are there then."""
+def measure(model: Path, overrides: Sequence[str]) -> tuple[dict[str, int], float]:
+    """In this process: the peak of each phase over two steps, and seconds of the second, which begins with moments."""
     watch = Watch()
     from omni_rollout.launch.compose import compose
     from omni_rollout.launch.progress import Progress
@@ -97,10 +98,11 @@ def measure(model: Path, overrides: Sequence[str]) -> dict[str, int]:
             for name in ("generate", "update_weights"):
                 watched(watch, trainer.engine, name)
             watched(watch, trainer.learner, "step")
+            seconds = 0.0
             for step in (1, 2):
                 with watch.phase("other"):
-                    trainer.step(step)
-    return watch.peaks
+                    seconds = trainer.step(step).metrics["timing_s/step"]
+    return watch.peaks, seconds
 
 
 def watched(watch: Watch, owner: object, name: str) -> None:
@@ -114,7 +116,7 @@ def watched(watch: Watch, owner: object, name: str) -> None:
     setattr(owner, name, call)
 
 
-def in_a_process(model: Path, overrides: Sequence[str]) -> dict[str, int]:
+def in_a_process(model: Path, overrides: Sequence[str]) -> tuple[dict[str, int], float]:
     """`measure` in a fresh process."""
     code = "import json, sys; from pathlib import Path; from benchmarks.memory import measure; "
     code += "print(json.dumps(measure(Path(sys.argv[1]), sys.argv[2:])))"
@@ -124,15 +126,17 @@ def in_a_process(model: Path, overrides: Sequence[str]) -> dict[str, int]:
 
 
 def derived(model: Path, overrides: Sequence[str]) -> int:
-    """What `omni-rollout plan` says of one process with it, in bytes, without its guess of what CUDA takes."""
+    """What `omni-rollout plan` says of one process with it once it has started, in bytes, without its guess of CUDA's."""
     from omni_rollout.launch.compose import compose
     from omni_rollout.models import family_module
-    from omni_rollout.plan.memory import RESERVE_BYTES, process_parts
-    from omni_rollout.plan.parts import total
+    from omni_rollout.plan.memory import process_parts
+    from omni_rollout.plan.parts import When
+    from omni_rollout.plan.parts import phases as phases_of
     from omni_rollout.plan.split import make_run
 
     config = compose([f"model.path={model}", *SETTINGS, *overrides], unused=["prompts"])
-    return total(process_parts(make_run(config, family_module("qwen_image", "sizes").read_sizes(str(model))))) - RESERVE_BYTES
+    run = make_run(config, family_module("qwen_image", "sizes").read_sizes(str(model)), reserve=0)
+    return max(needed for when, needed in phases_of(process_parts(run)).items() if when is not When.start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +145,7 @@ class Row:
 
     weights: int  # of the transformer's files
     phases: dict[str, int]  # peak of each
+    seconds: float  # of a step, while it is watched
     derived: int
 
     @property
@@ -154,7 +159,8 @@ def rows(sizes: Sequence[float], overrides: Sequence[str]) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             model = build(Path(folder) / "model", round(parameters / OF_BLOCK))
             weights = sum(path.stat().st_size for path in (model / "transformer").glob("*.safetensors"))
-            yield Row(weights=weights, phases=in_a_process(model, overrides), derived=derived(model, overrides))
+            peaks, seconds = in_a_process(model, overrides)
+            yield Row(weights=weights, phases=peaks, seconds=seconds, derived=derived(model, overrides))
 
 
 def main() -> None:
@@ -172,6 +178,7 @@ def main() -> None:
             f"{mib(one.weights)} of weights: peak {mib(one.peak)} = "
             f"{more / (one.weights - first.weights):.2f} x weights + constant; "
             f"the plan says {mib(one.derived - first.derived)} more than the constant's row, it was {mib(more)}: {phases(one)}"
+            f"; a step took {one.seconds:.1f} s"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(one) for one in made], indent=2) + "\n")

@@ -56,11 +56,16 @@ class TrainerEngineName(Enum):
 
 
 class Offload(Enum):
-    """What the trainer keeps in the memory of the CPU."""
+    """What the trainer keeps in the memory of the CPU: fsdp2 and deepspeed always, torch while a rollout is sampled."""
 
     none = "none"
-    optimizer = "optimizer"  # its state and its step: deepspeed's stages 1 to 3
-    all = "all"  # parameters too: fsdp2, or deepspeed's stage 3
+    optimizer = "optimizer"  # its state; of deepspeed, stages 1 to 3, its step too
+    all = "all"  # parameters too: torch, fsdp2, or deepspeed's stage 3
+
+
+class RolloutOffload(Enum):
+    none = "none"
+    encoders = "encoders"  # text encoder and VAE leave the device while the trainer computes
 
 
 class Reduce(Enum):
@@ -141,6 +146,7 @@ class RolloutConfig:
     ahead: int = 0  # 1: the next batch is sampled before, and on verl while, this one is learned from; see docs/ahead.md
     timeout: float = 600.0  # seconds without a finished image after which an engine is taken for dead
     keep_finished: bool = True  # trajectories on disk until a checkpoint holds what was learned from them
+    offload: RolloutOffload = RolloutOffload.none
     url: str | None = None  # of an `omni-rollout serve` that samples instead of an engine here; of several: "A,B"
 
 
@@ -193,6 +199,7 @@ class TrainerConfig:
     zero_stage: int = 1  # with engine=deepspeed: 0 cuts nothing, 1 the optimizer, 2 gradients too, 3 parameters too
     offload: Offload = Offload.none
     reduce: Reduce = Reduce.update
+    fit: str = "none"  # auto: keys that were not given are set so that the run fits the memory; nothing of what is learned
     steps: int = 30
     learning_rate: float = 1e-4
     warmup_steps: int = 5

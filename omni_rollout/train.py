@@ -32,6 +32,7 @@ from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.evaluate import sampled
 from omni_rollout.run.evaluation import captioned, evaluated
 from omni_rollout.run.material import Material
+from omni_rollout.run.phases import Phase, Phases
 from omni_rollout.run.profile import StepProfile
 from omni_rollout.run.resume import behaviour_version, check_weights, enter, run_state
 from omni_rollout.run.start import Start, find_start
@@ -124,8 +125,11 @@ class Trainer:
         self._next: Batch | None = None  # of the step to come, sampled ahead
         self.engine = open_engine(config, progress)
         try:
+            self.phases = Phases(config, self.engine)
+            self.phases.enter(Phase.sync)
             progress.stage("loading the model into the trainer", quiet=True)
             self.learner = Learner(config, checkpoint=start.checkpoint, held=held_here(self.engine))
+            self.phases.add(self.learner)
             self._sync()  # also proves, before the first rollout, that both sides read the same checkpoint
             check_weights(start, self.expected["weights"])
         except BaseException:
@@ -160,6 +164,7 @@ class Trainer:
             compared = torch.tensor(self.rewards.compared(scored, group_ids), dtype=torch.float32)
             advantages = self.algorithm.advantages(compared, group_ids)
             with self._timed(timings, "old_log_probs", step):
+                self.phases.enter(Phase.update)
                 inspection = monitor.inspect(self.learner, trajectories, config, step)
                 old = self.learner.old_log_probs(trajectories, advantages, step, recomputed=inspection.recompute)
             with self._timed(timings, "update", step):
@@ -238,16 +243,26 @@ class Trainer:
         """What writes the checkpoint of a step into a folder."""
         lines = {"metrics.jsonl": sight.lines, "seeds.jsonl": self.seeds.lines}
         state = run_state(self.config, step=step, weights=self.expected["weights"], wandb_id=sight.wandb_id, lines=lines)
-        return lambda folder: self.learner.save(folder, state)
+
+        def save(folder: Path) -> None:
+            self.phases.enter(Phase.save)
+            try:
+                self.learner.save(folder, state)
+            finally:  # a checkpoint that cannot be written does not end a run
+                self.phases.enter(Phase.rollout)
+
+        return save
 
     def evaluation_due(self, step: int) -> bool:
         settings, steps = self.config.evaluation, self.config.trainer.steps
         return settings.images > 0 and (step == steps or (settings.every > 0 and step % settings.every == 0))
 
     def _sync(self, which: Which = "sampler") -> None:
+        self.phases.enter(Phase.sync)
         digest = give(self.engine, self.learner.weights(which), self.version, lambda: self.learner.adapter(which))
         self.expected = self.learner.expected(digest)
         check_machine(self.engine.machine, self.expected)  # before anything is sampled
+        self.phases.enter(Phase.rollout)
 
     def evaluate(self, step: int) -> tuple[dict[str, float], list[CaptionedImage], dict[str, str]]:
         """Deterministic (ode) images from fixed seeds; with an average kept, metrics of the averaged policy as well; and, as

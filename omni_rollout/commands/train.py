@@ -22,6 +22,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    from omni_rollout.config import AUTO
     from omni_rollout.launch.compose import compose
     from omni_rollout.launch.validate import validate
     from omni_rollout.rollout.start import say_family_defaults
@@ -34,6 +35,12 @@ def run(parsed: argparse.Namespace) -> int:
     if own["gpus"] is not None and not dry:
         raise UserError(f"gpus={own['gpus']}: train takes the GPUs that are there; give dry_run=true too, or omni-rollout plan")
     config = compose(overrides)
+    if config.trainer.fit == AUTO and not config.launch.slurm:  # there, the job sees the machine
+        from omni_rollout.plan.fit import fitted
+
+        overrides, told = fitted(overrides, own["gpus"])
+        config = compose(overrides)
+        print(told)
     validate(config)
     prompts = check_before(config)
     say_family_defaults(config)

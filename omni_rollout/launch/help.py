@@ -31,6 +31,9 @@ TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
   rollout.placement=apart|colocated       on verl: engines in processes of their own, or one beside each trainer rank
   trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|fsdp2|deepspeed
+  trainer.fit=auto                        set what makes the run fit this machine's memory, and say so
+  rollout.offload=none|encoders, trainer.offload=none|optimizer|all
+                                          what leaves the device while it is not needed: docs/planning.md
   prompts=FILE                            .txt (one a line), .jsonl or .parquet with `prompt`; other columns go to the rewards
   evaluation.images, .every, .prompts     fixed seeds, before and after training
   wandb.mode=online|offline|disabled      without a key: offline

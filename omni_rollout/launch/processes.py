@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from omni_rollout.config import AUTO, Backend, Placement, TrainConfig
+from omni_rollout.config import AUTO, Backend, Offload, Placement, RolloutOffload, TrainConfig, TrainerEngineName
 
 
 def process_problems(config: TrainConfig) -> Iterator[str]:
     """One line for each problem: what was given, what is expected, what to do."""
     yield from _counts(config)
+    yield from _turns(config)
     if config.profile and config.backend is Backend.verl:
         yield "profile=true: backend=verl takes a step in several processes, and a profile is of one; give backend=embedded"
     if (url := config.rollout.url) is not None and not re.fullmatch(r"https?://[^/\s,]+/?(,https?://[^/\s,]+/?)*", url):
@@ -33,6 +34,22 @@ def _counts(config: TrainConfig) -> Iterator[str]:
         yield (
             f"rollout.workers={workers} with rollout.placement=colocated: each of trainer.ranks={ranks} processes holds "
             "one engine; leave rollout.workers out"
+        )
+
+
+def _turns(config: TrainConfig) -> Iterator[str]:
+    """What leaves the device while the other side computes, where one process holds both."""
+    both = config.backend is Backend.embedded or config.rollout.placement is Placement.colocated
+    if config.rollout.offload is not RolloutOffload.none and (not both or config.rollout.url is not None):
+        yield (
+            f"rollout.offload={config.rollout.offload.value}: of an engine in the trainer's process; "
+            "leave it out, or give backend=embedded without rollout.url, or rollout.placement=colocated"
+        )
+    offload = config.trainer.offload
+    if offload is not Offload.none and config.trainer.engine is TrainerEngineName.torch and not both:
+        yield (
+            f"trainer.offload={offload.value} with trainer.engine=torch: offloads while a rollout is sampled in the same "
+            "process; give backend=embedded, or trainer.engine=fsdp2 or deepspeed"
         )
 
 

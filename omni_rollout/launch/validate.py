@@ -21,8 +21,6 @@ from omni_rollout.config import (
     OnMismatch,
     Parity,
     Reduce,
-    SamplingConfig,
-    SDETypeName,
     TrainConfig,
     TrainerConfig,
     TrainerEngineName,
@@ -31,11 +29,12 @@ from omni_rollout.errors import UserError
 from omni_rollout.launch import ahead, model_files
 from omni_rollout.launch.outputs import file_problem, folder_problem
 from omni_rollout.launch.processes import max_num_seqs_problems, process_problems
+from omni_rollout.launch.sampling import sampling_problems
 from omni_rollout.launch.sources import prompt_problems, reward_problems, unknown
 from omni_rollout.models import families
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_LARGEST, _LARGEST_SIDE = 2**31 - 1, 2**16  # more is a slip of the hand, and would end in some library's overflow
+_LARGEST = 2**31 - 1  # more is a slip of the hand, and would end in some library's overflow
 _WANDB_MODES = ("online", "offline", "disabled")
 
 
@@ -45,14 +44,14 @@ def validate(config: TrainConfig) -> None:
     Raises:
         UserError: one line for each problem: what was given, what is expected, what to do.
     """
-    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *prompt_problems(config)]
+    common = [*_numbers(config), *sampling_problems(config.sampling), *_model(config), *prompt_problems(config)]
     own = [*_learning(config), *reward_problems(config), *_trainer(config), *_guard(config), *process_problems(config)]
     _raise([*common, *own, *max_num_seqs_problems(config), *ahead.problems(config), *_folder("run_dir", config.run_dir)])
 
 
 def validate_rollout(config: TrainConfig, out: str) -> None:
     """`validate` for sampling alone, where `ode` and groups of one make sense; `out`: the folder for its images."""
-    common = [*_numbers(config), *_sampling(config.sampling), *_model(config), *prompt_problems(config)]
+    common = [*_numbers(config), *sampling_problems(config.sampling), *_model(config), *prompt_problems(config)]
     _raise([*common, *_folder("out", out, new=True)])
 
 
@@ -60,7 +59,7 @@ def validate_evaluate(config: TrainConfig, out: str) -> None:
     """`validate` for held-out images, of `config.prompts`, alone."""
     common = [
         *_numbers(config),
-        *_sampling(config.sampling),
+        *sampling_problems(config.sampling),
         *_model(config),
         *prompt_problems(config),
         *reward_problems(config),
@@ -85,17 +84,17 @@ def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None], *, p
     ]
     sampling = replace(config.sampling, sde_window_range=None, sde_window_size=None)  # they score every step: no window is read
     model = _model(config) if path_needed or config.model.path else unknown("model.family", config.model.family, families())
-    _raise([*_numbers(config), *_sampling(sampling), *model, *written])
+    _raise([*_numbers(config), *sampling_problems(sampling), *model, *written])
 
 
 def validate_serving(config: TrainConfig) -> None:
     port = [] if config.serve.port < 2**16 else [f"serve.port={config.serve.port}: expected 0 to 65535"]
-    _raise([*_numbers(config), *_sampling(config.sampling), *_model(config), *port])
+    _raise([*_numbers(config), *sampling_problems(config.sampling), *_model(config), *port])
 
 
 def validate_plan(config: TrainConfig) -> None:
     """`validate` for `plan`, which reads neither prompts nor weights."""
-    _raise([*_numbers(config), *_sampling(config.sampling), *_trainer(config), *process_problems(config)])
+    _raise([*_numbers(config), *sampling_problems(config.sampling), *_trainer(config), *process_problems(config)])
 
 
 def _raise(problems: list[str]) -> None:
@@ -170,36 +169,6 @@ def _in_flight(number: Any) -> Iterator[str]:
         yield f"rollout.max_num_seqs={number}: expected at least 1 and at most {_LARGEST}, or auto"
 
 
-def _sampling(sampling: SamplingConfig) -> Iterator[str]:
-    if not 0 <= sampling.seed < 2**63:
-        yield f"sampling.seed={sampling.seed}: expected 0 to 2**63 - 1"
-    for key, value in (("noise_level", sampling.noise_level), ("true_cfg_scale", sampling.true_cfg_scale)):
-        if value is not None and not math.isfinite(value):
-            yield f"sampling.{key}={value}: expected a finite number"
-    for key, pixels in (("height", sampling.height), ("width", sampling.width)):
-        if pixels is not None and (not 16 <= pixels <= _LARGEST_SIDE or pixels % 16):
-            yield f"sampling.{key}={pixels}: expected a multiple of 16, from 16 to {_LARGEST_SIDE}"
-    if sampling.true_cfg_scale is not None and not sampling.true_cfg_scale >= 0:
-        yield f"sampling.true_cfg_scale={sampling.true_cfg_scale}: expected 0 or more; 1.0 and below turn guidance off"
-    if sampling.sde_type is not SDETypeName.ode and sampling.noise_level == 0:
-        yield "sampling.noise_level=0: a step without noise has no density; give a level above 0, or sampling.sde_type=ode"
-    if sampling.sde_type is SDETypeName.cps and sampling.noise_level > 1:
-        yield f"sampling.noise_level={sampling.noise_level}: cps expects 0 to 1 (it is a share of a quarter turn)"
-    yield from _window(sampling)
-
-
-def _window(sampling: SamplingConfig) -> Iterator[str]:
-    window, steps, size = sampling.sde_window_range, sampling.num_inference_steps, sampling.sde_window_size
-    if window is not None and (len(window) != 2 or not 0 <= window[0] < window[1]):
-        yield f"sampling.sde_window_range={window}: expected [first, end] with 0 <= first < end"
-        return
-    if window is not None and steps is not None and window[1] > steps - 1:
-        yield f"sampling.sde_window_range={window}: the last of {steps} steps is deterministic; end at {steps - 1} or before"
-    first, end = window if window is not None else (0, None if steps is None else steps - 1)
-    if size is not None and end is not None and size > end - first:
-        yield f"sampling.sde_window_size={size}: the range has {end - first} steps; give a smaller window or a wider range"
-
-
 def _learning(config: TrainConfig) -> Iterator[str]:
     try:
         algorithm_class(config.algorithm.name, config.algorithm.source)  # is there one?
@@ -213,6 +182,8 @@ def _learning(config: TrainConfig) -> Iterator[str]:
 def _trainer(config: TrainConfig) -> Iterator[str]:
     trainer = config.trainer
     yield from trainer_engine(trainer)
+    if trainer.fit not in ("none", AUTO):
+        yield f"trainer.fit={trainer.fit}: expected none or auto"
     if trainer.lora_alpha is not None and trainer.lora_rank == 0:
         yield f"trainer.lora_alpha={trainer.lora_alpha}: there is no LoRA to scale; give trainer.lora_rank too"
     if trainer.lora_alpha is not None and trainer.lora_alpha < 1:
@@ -235,10 +206,14 @@ def trainer_engine(trainer: TrainerConfig) -> Iterator[str]:
         yield "trainer.engine=fsdp2: one rank has nothing to cut; give trainer.ranks (backend=verl), or trainer.engine=torch"
     if trainer.reduce is Reduce.backward and engine is not TrainerEngineName.fsdp2:
         yield "trainer.reduce=backward: needs trainer.engine=fsdp2; of deepspeed, trainer.zero_stage=2 and 3 do so anyway"
-    if offload is Offload.optimizer and not (deepspeed and stage > 0):
-        yield "trainer.offload=optimizer: needs trainer.engine=deepspeed and trainer.zero_stage of 1, 2 or 3"
-    if offload is Offload.all and not (engine is TrainerEngineName.fsdp2 or (deepspeed and stage == 3)):
-        yield "trainer.offload=all: needs trainer.engine=fsdp2, or trainer.engine=deepspeed with trainer.zero_stage=3"
+    alone = engine is TrainerEngineName.torch and trainer.ranks == 1
+    if offload is Offload.optimizer and not (alone or (deepspeed and stage > 0)):
+        yield "trainer.offload=optimizer: needs one rank of torch, or deepspeed with trainer.zero_stage of 1, 2 or 3"
+    if offload is Offload.all and not (alone or engine is TrainerEngineName.fsdp2 or (deepspeed and stage == 3)):
+        yield (
+            "trainer.offload=all: needs one rank of torch, trainer.engine=fsdp2, "
+            "or trainer.engine=deepspeed with trainer.zero_stage=3"
+        )
 
 
 def _guard(config: TrainConfig) -> Iterator[str]:

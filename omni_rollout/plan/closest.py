@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from enum import Enum
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from omni_rollout.config import Backend, DType, Offload, Reduce, TrainConfig, TrainerEngineName
+from omni_rollout.config import Backend, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
 from omni_rollout.launch.outputs import file_problem
@@ -22,57 +23,65 @@ from omni_rollout.plan.split import Gpus, Plan, make_plan, make_run
 
 MOST_CHANGES, SHOWN = 4, 4
 
-Change = tuple[str, Callable[[TrainConfig], TrainConfig]]
+CHANGES = (  # what may be tried where nothing fits
+    "rollout.offload=encoders",
+    "trainer.gradient_checkpointing=true",
+    "trainer.micro_batch_size=1",
+    "trainer.engine=fsdp2",
+    "trainer.engine=fsdp2 trainer.reduce=backward",
+    "trainer.engine=deepspeed trainer.zero_stage=2",
+    "trainer.engine=deepspeed trainer.zero_stage=3",
+    "trainer.offload=optimizer",
+    "trainer.offload=all",
+    "trainer.lora_rank=64",
+    "trainer.ema_decay=0",
+    "algorithm.kl_coef=0",
+    "sampling.true_cfg_scale=1",
+    "model.dtype=bfloat16",
+    "rollout.max_num_seqs=1",
+)
 
 
-def changes() -> list[Change]:
-    """What may be tried where nothing fits: how it is written on the command line, and what it makes of a configuration."""
+def changed(config: TrainConfig, text: str) -> TrainConfig:
+    """With `section.key=value ...` as on the command line, of values that need no Hydra."""
+    for key, _, value in (word.partition("=") for word in text.split()):
+        section, name = key.split(".")
+        before = getattr(config, section)
+        now = {name: _typed(value, getattr(before, name))}
+        config = replace(config, **{section: replace(before, **now)})
+    return config
 
-    def trainer(text: str, **values: Any) -> Change:
-        return text, lambda config: replace(config, trainer=replace(config.trainer, **values))
 
-    return [
-        trainer("trainer.gradient_checkpointing=true", gradient_checkpointing=True),
-        trainer("trainer.micro_batch_size=1", micro_batch_size=1),
-        trainer("trainer.engine=fsdp2", engine=TrainerEngineName.fsdp2),
-        trainer("trainer.engine=fsdp2 trainer.reduce=backward", engine=TrainerEngineName.fsdp2, reduce=Reduce.backward),
-        trainer("trainer.engine=deepspeed trainer.zero_stage=2", engine=TrainerEngineName.deepspeed, zero_stage=2),
-        trainer("trainer.engine=deepspeed trainer.zero_stage=3", engine=TrainerEngineName.deepspeed, zero_stage=3),
-        trainer("trainer.offload=optimizer", offload=Offload.optimizer),
-        trainer("trainer.offload=all", offload=Offload.all),
-        trainer("trainer.lora_rank=64", lora_rank=64),
-        trainer("trainer.ema_decay=0", ema_decay=0.0),
-        ("algorithm.kl_coef=0", lambda config: replace(config, algorithm=replace(config.algorithm, kl_coef=0.0))),
-        ("sampling.true_cfg_scale=1", lambda config: replace(config, sampling=replace(config.sampling, true_cfg_scale=1.0))),
-        ("model.dtype=bfloat16", lambda config: replace(config, model=replace(config.model, dtype=DType.bfloat16))),
-        ("rollout.max_num_seqs=1", lambda config: replace(config, rollout=replace(config.rollout, max_num_seqs=1))),
-    ]
+def _typed(value: str, before: Any) -> Any:
+    if isinstance(before, Enum):
+        return type(before)[value]
+    return value == "true" if isinstance(before, bool) else float(value) if isinstance(before, float) else int(value)
+
+
+def possible(config: TrainConfig, chosen: Sequence[str], gpus: Gpus) -> TrainConfig | None:
+    """With all of these changes; None: one of them changes nothing, two are of one key, or `train` would refuse them."""
+    keys = [word.partition("=")[0] for text in chosen for word in text.split()]
+    if len(set(keys)) < len(keys):
+        return None
+    steps = [config]
+    for text in chosen:
+        steps.append(changed(steps[-1], text))
+    idle = any(one == before for one, before in zip(steps[1:], steps, strict=False))
+    probe = replace(steps[-1].trainer, ranks=max(gpus.count - 1, 1))
+    return None if idle or any(trainer_engine(probe)) else steps[-1]
 
 
 def closest(config: TrainConfig, sizes: Sizes, gpus: Gpus) -> list[tuple[str, Plan]]:
     """The fewest changes with which the run fits, each way with its plan; fewest ranks first. Empty: none was found."""
     for number in range(1, MOST_CHANGES + 1):
-        found = list(_fitting(config, sizes, gpus, number))
+        ways = ((" ".join(chosen), possible(config, chosen, gpus)) for chosen in combinations(CHANGES, number))
+        plans = ((text, make_plan(make_run(way, sizes), gpus)) for text, way in ways if way is not None)
+        found = [(text, plan) for text, plan in plans if plan.fits]
         if found:
             return sorted(
-                found, key=lambda one: (one[1].ranks, one[1].together_bytes if gpus.count == 1 else one[1].rank_bytes)
+                found, key=lambda one: (one[1].ranks, one[1].rank_bytes if gpus.count > 1 else one[1].together_bytes)
             )[:SHOWN]
     return []
-
-
-def _fitting(config: TrainConfig, sizes: Sizes, gpus: Gpus, number: int) -> Iterator[tuple[str, Plan]]:
-    for chosen in combinations(changes(), number):
-        changed, steps = config, []
-        for _, change in chosen:
-            steps.append(changed := change(changed))
-        if any(one == before for one, before in zip(steps, [config, *steps], strict=False)):
-            continue  # it was so before, or a later change takes it back
-        probe = replace(changed.trainer, ranks=max(gpus.count - 1, 1))
-        if len({text.partition("=")[0] for text, _ in chosen}) < number or any(trainer_engine(probe)):
-            continue
-        plan = make_plan(make_run(changed, sizes), gpus)
-        if plan.fits:
-            yield " ".join(text for text, _ in chosen), plan
 
 
 def plan(overrides: Sequence[str], *, json_path: Path | None = None) -> int:
@@ -91,7 +100,8 @@ def plan(overrides: Sequence[str], *, json_path: Path | None = None) -> int:
     config = compose([word for word in overrides if not word.startswith("gpus=")], unused=["prompts"])
     fixed = any(word.startswith("trainer.ranks=") for word in overrides)
     ranks = config.trainer.ranks if fixed else max(gpus.count - 1, 1)
-    validate_plan(replace(config, backend=Backend.verl, trainer=replace(config.trainer, ranks=ranks)))
+    backend = Backend.embedded if gpus.count == 1 else Backend.verl
+    validate_plan(replace(config, backend=backend, trainer=replace(config.trainer, ranks=ranks)))
     if json_path is not None and (problem := file_problem(json_path)) is not None:
         raise UserError(f"--json {json_path}: {problem}")
 

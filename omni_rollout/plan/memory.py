@@ -6,54 +6,86 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from omni_rollout.algorithms import get_algorithm
-from omni_rollout.config import AUTO, Offload, TrainerEngineName
+from omni_rollout.config import AUTO, Offload, RolloutOffload, TrainerEngineName
 from omni_rollout.models.base.sizes import decode_rows
-from omni_rollout.plan.parts import Part, Run, Sharing, When
+from omni_rollout.plan.parts import ALWAYS, Part, Run, Sharing, When
 
 CONTEXT_BYTES = 1 << 30  # what CUDA itself takes of a GPU, for each process on it. A round guess
 RESERVE_BYTES = 4 << 30  # that, NCCL's buffers, and what fragmentation wastes. A round guess
 DEEPSPEED_BUCKET = 500_000_000  # numbers, DeepSpeed's own default: gradients are reduced in pieces of this size
+SYNC_BYTES = 32 << 20  # as `RolloutEngine.update_weights` cuts them
+TRANSFORMER, ENCODERS = "transformer", ("text encoder", "VAE")
 ZERO3_LIVE = 1_000_000_000  # numbers, DeepSpeed's own default: parameters that stage 3 may hold gathered at a time
 
 
 def rank_parts(run: Run, ranks: int) -> list[Part]:
     """On the GPU of one of `ranks` trainer ranks, at the widest moment of an update."""
-    return [_policy(run, ranks), *_state(run, ranks), *_gathered(run, ranks), *_update(run), _reserve()]
+    return [_policy(run, ranks), *_state(run, ranks), *_gathered(run, ranks), *_update(run), _reserve(run)]
 
 
-def process_parts(run: Run) -> list[Part]:
-    """On the GPU of one process that holds an engine and a rank (`backend=embedded`).
-
-    What an adapter leaves alone is there once, in the engine; see `RolloutEngine.policy_tensors`.
-    """
-    shares = run.rank and run.config.trainer.engine is TrainerEngineName.torch
-    policy = _adapted(run) if shares else _policy(run, 1)
-    return [*_engine(run), policy, *_state(run, 1), *_gathered(run, 1), *_update(run), _reserve()]
+def process_parts(run: Run, ranks: int = 1) -> list[Part]:
+    """On the GPU of one process that holds an engine and one of `ranks` ranks, by what `run/phases.py` does with each."""
+    trainer = [_shared_policy(run) if run.shared else _policy(run, ranks), *_state(run, ranks), *_gathered(run, ranks)]
+    whole = [] if run.shared or ranks == 1 else [replace(part, when=(When.start,)) for part in _whole_policy(run)]
+    return [*_engine_in_turns(run), *trainer, *whole, *_update(run), _new_weights(), _reserve(run)]
 
 
 def _policy(run: Run, ranks: int) -> Part:
     cut = Sharing.of(run.config, ranks).weights
     of = f" / {ranks} ranks" if cut > 1 else ""
-    if run.config.trainer.offload is Offload.all:
+    if run.config.trainer.offload is Offload.all and not run.in_turns:
         return Part(name="policy", bytes=0, why="in the memory of the CPU (trainer.offload)")
     if not run.rank:
         why = f"4 bytes x {_billions(run.parameters)} parameters, fp32{of}"
-        return Part(name="master weights", bytes=4 * run.parameters // cut, why=why)
+        return Part(name="master weights", bytes=4 * run.parameters // cut, why=why, when=_of_policy(run))
     why = f"{run.master} bytes x {_billions(run.parameters)} frozen, 4 x {_billions(run.trained)} trained{of}"
-    return Part(name="policy", bytes=(run.master * run.parameters + 4 * run.trained) // cut, why=why)
+    return Part(name="policy", bytes=(run.master * run.parameters + 4 * run.trained) // cut, why=why, when=_of_policy(run))
 
 
-def _adapted(run: Run) -> Part:
-    adapted = run.sizes.experts * run.sizes.transformer.adapted_parameters
-    what = f"{run.master} bytes x {_billions(adapted)} that are adapted, 4 x {_billions(run.trained)} trained"
-    why = f"{what}; the rest is the engine's"
-    return Part(name="policy", bytes=run.master * adapted + 4 * run.trained, why=why)
+def _shared_policy(run: Run) -> Part:
+    """Beside what the engine holds; see `Learner.shared`."""
+    if not run.rank:
+        return Part(name="master weights", bytes=0, why="the engine's, which are of fp32 too")
+    what = f"{run.master} bytes x {_billions(run.adapted)} that are adapted, 4 x {_billions(run.trained)} trained"
+    held = run.master * run.adapted + 4 * run.trained
+    return Part(name="policy", bytes=held, why=f"{what}; the rest is the engine's", when=_of_policy(run))
+
+
+def _of_policy(run: Run) -> tuple[When, ...]:
+    """When what is as large as the policy is on the device."""
+    return (When.start, When.update, When.sync) if run.in_turns and run.config.trainer.offload is Offload.all else ALWAYS
+
+
+def _engine_in_turns(run: Run) -> Iterator[Part]:
+    """An engine beside a trainer: what the trainer does not share of its policy is given back for an update."""
+    away = run.config.rollout.offload is RolloutOffload.encoders
+    anew = 0 if run.shared and not run.rank else run.adapted if run.shared else run.parameters
+    for part in _engine(run):
+        if part.name == TRANSFORMER:
+            why = f"{part.why}, which a sync makes anew" if anew == run.parameters else f"{part.why}, but for the next line"
+            if kept := part.bytes - run.item * anew:
+                yield replace(part, bytes=kept, why=why if anew else part.why)
+            if anew:
+                why = f"{run.item} bytes x {_billions(anew)}: given back in an update, made anew by the sync"
+                yield Part(
+                    name=f"{TRANSFORMER}, anew", bytes=run.item * anew, why=why, when=(When.start, When.rollout, When.sync)
+                )
+        elif part.name in ENCODERS and away:
+            yield replace(part, why=f"{part.why}; offloaded (rollout.offload)", when=(When.rollout,))
+        else:
+            yield part
+
+
+def _new_weights() -> Part:
+    return Part(name="new weights", bytes=SYNC_BYTES, why="as many as are on their way at a time", when=(When.sync,))
 
 
 def _state(run: Run, ranks: int) -> Iterator[Part]:
     """Gradients, optimizer, average, reference: what stays from micro-batch to micro-batch."""
     config, trainer, share = run.config, run.config.trainer, Sharing.of(run.config, ranks)
-    trained, on_gpu = run.trained, trainer.offload is not Offload.all
+    trained, kept = run.trained, trainer.offload is Offload.none or run.in_turns
+    on_gpu = kept or trainer.offload is Offload.optimizer
+    own = _of_policy(run)
     cut = f" / {ranks} ranks" if share.weights > 1 else ""
     if trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage > 0 and trainer.offload is Offload.none:
         why = f"4 bytes x {_billions(trained)} trained / {ranks} ranks: ZeRO's flat fp32 partition beside the parameters"
@@ -61,22 +93,23 @@ def _state(run: Run, ranks: int) -> Iterator[Part]:
     why = f"4 bytes x {_billions(trained)} trained" + (
         f" / {ranks} ranks" if share.gradients > 1 else ", whole until the update"
     )
-    if trainer.offload is Offload.none or trainer.engine is TrainerEngineName.fsdp2:
-        yield Part(name="gradients", bytes=4 * trained // share.gradients, why=why, when=When.update)
-    if trainer.offload is Offload.none:
+    if kept or trainer.engine is TrainerEngineName.fsdp2:
+        yield Part(name="gradients", bytes=4 * trained // share.gradients, why=why, when=(When.update,))
+    if kept:
         why = f"8 bytes x {_billions(trained)} trained" + (f" / {ranks} ranks" if share.moments > 1 else "")
-        yield Part(name="AdamW's moments", bytes=8 * trained // share.moments, why=why)
-    if trainer.ema_decay and on_gpu:
-        yield Part(name="average (EMA)", bytes=4 * trained // share.weights, why=f"4 bytes x {_billions(trained)} trained{cut}")
+        when = ALWAYS if trainer.offload is Offload.none else (When.update,)
+        yield Part(name="AdamW's moments", bytes=8 * trained // share.moments, why=why, when=when)
     if config.rollout.ahead and on_gpu:
         why = f"2 x 4 bytes x {_billions(trained)} trained{cut}: kept, and its own set aside while it is compared"
-        yield Part(name="policy that sampled", bytes=2 * 4 * trained // share.weights, why=why)
+        yield Part(name="policy that sampled", bytes=2 * 4 * trained // share.weights, why=why, when=own)
     algorithm = get_algorithm(config.algorithm)
-    if algorithm.keeps_old and on_gpu:
-        yield Part(name="old policy", bytes=4 * trained // share.weights, why=f"4 bytes x {_billions(trained)} trained{cut}")
+    for name, there in (("average (EMA)", trainer.ema_decay), ("old policy", algorithm.keeps_old)):
+        if there and on_gpu:
+            why = f"4 bytes x {_billions(trained)} trained{cut}"
+            yield Part(name=name, bytes=4 * trained // share.weights, why=why, when=own)
     if algorithm.needs_reference and not run.rank and on_gpu:
         why = f"4 bytes x {_billions(run.parameters)}, the policy the run started from{cut}"
-        yield Part(name="reference policy", bytes=4 * run.parameters // share.weights, why=why)
+        yield Part(name="reference policy", bytes=4 * run.parameters // share.weights, why=why, when=own)
 
 
 def _gathered(run: Run, ranks: int) -> Iterator[Part]:
@@ -86,19 +119,19 @@ def _gathered(run: Run, ranks: int) -> Iterator[Part]:
         outside = model.parameters - model.layers * model.block_parameters
         why = f"{run.master} bytes x (2 blocks, of which one is fetched ahead, and what lies outside the blocks)"
         gathered = run.master * (2 * model.block_parameters + outside)
-        yield Part(name="gathered weights", bytes=gathered, why=why, when=When.update)
+        yield Part(name="gathered weights", bytes=gathered, why=why, when=(When.update,))
     if trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage > 0:
         if trainer.zero_stage == 3:
             live = min(run.held, ZERO3_LIVE)
             why = f"4 bytes x {_billions(live)}, stage3_max_live_parameters"
-            yield Part(name="gathered weights", bytes=4 * live, why=why, when=When.update)
+            yield Part(name="gathered weights", bytes=4 * live, why=why, when=(When.update,))
         why = f"4 bytes x {_billions(DEEPSPEED_BUCKET)}, reduce_bucket_size"
         yield Part(name="reduce bucket", bytes=4 * DEEPSPEED_BUCKET, why=why)
 
 
 def _update(run: Run) -> Iterator[Part]:
     """What one micro-batch needs, forward and backward."""
-    return (replace(part, when=When.update) for part in _micro_batch(run))
+    return (replace(part, when=(When.update,)) for part in _micro_batch(run))
 
 
 def _micro_batch(run: Run) -> Iterator[Part]:
@@ -125,19 +158,23 @@ def _micro_batch(run: Run) -> Iterator[Part]:
 
 
 def start_parts(run: Run) -> list[Part]:
-    """On a rank's GPU before training: the whole policy, before DeepSpeed cuts it; FSDP2 fetches it block by block."""
-    parts = [Part(name="reserve", bytes=CONTEXT_BYTES, why="CUDA context: a guess, not derived")]
+    """On a rank's GPU before training."""
+    return [*_whole_policy(run), Part(name="reserve", bytes=CONTEXT_BYTES, why="CUDA context: a guess, not derived")]
+
+
+def _whole_policy(run: Run) -> Iterator[Part]:
+    """As DeepSpeed takes it, before it cuts it; FSDP2 fetches it block by block."""
     if run.config.trainer.engine is TrainerEngineName.fsdp2:
-        return parts
-    if get_algorithm(run.config.algorithm).needs_reference and not run.rank:
-        parts.insert(0, Part(name="reference policy", bytes=4 * run.parameters, why="a copy, before it is cut"))
+        return
     why = f"{run.master} bytes x {_billions(run.parameters)}, before it is cut"
-    return [Part(name="whole policy", bytes=run.master * run.parameters, why=why), *parts]
+    yield Part(name="whole policy", bytes=run.master * run.parameters, why=why)
+    if get_algorithm(run.config.algorithm).needs_reference and not run.rank:
+        yield Part(name="reference policy", bytes=4 * run.parameters, why="a copy, before it is cut")
 
 
 def engine_parts(run: Run) -> list[Part]:
     """On the GPU of one rollout engine, with `rollout.max_num_seqs` images in flight."""
-    return [*_engine(run), _reserve()]
+    return [*_engine(run), _reserve(run)]
 
 
 def _engine(run: Run) -> list[Part]:
@@ -158,23 +195,23 @@ def _engine(run: Run) -> list[Part]:
     tower = f", {'with' if sizes.vision_kept else 'without'} its vision tower" if sizes.vision_parameters else ""
     return [
         Part(
-            name="transformer",
+            name=TRANSFORMER,
             bytes=run.item * run.parameters,
             why=f"{run.item} bytes x {_billions(run.parameters)}{experts}",
         ),
-        Part(name="text encoder", bytes=encoder_item * encoder, why=f"{encoder_item} bytes x {_billions(encoder)}{tower}"),
-        Part(name="VAE", bytes=vae_item * vae, why=f"{vae_item} bytes x {_billions(vae)}"),
+        Part(name=ENCODERS[0], bytes=encoder_item * encoder, why=f"{encoder_item} bytes x {_billions(encoder)}{tower}"),
+        Part(name=ENCODERS[1], bytes=vae_item * vae, why=f"{vae_item} bytes x {_billions(vae)}"),
         Part(
             name="requests",
             bytes=latents + embeddings,
             why=f"{rows} x ({kept} kept latents and the present one in fp32, {told})",
-            when=When.rollout,
+            when=(When.rollout,),
         ),
         Part(
             name="working memory",
             bytes=forward + decode,
             why=f"a forward pass over {rows} rows ({_gib(forward)}), beside it decoding {decoded} at a time ({_gib(decode)})",
-            when=When.rollout,
+            when=(When.rollout,),
         ),
     ]
 
@@ -198,8 +235,9 @@ def host_parts(run: Run, ranks: int, engines: int, shared: int) -> list[Part]:
     return [*parts, Part(name="object store", bytes=2 * weights, why=why)]
 
 
-def _reserve() -> Part:
-    return Part(name="reserve", bytes=RESERVE_BYTES, why="CUDA context, NCCL, fragmentation: a guess, not derived")
+def _reserve(run: Run) -> Part:
+    why = "CUDA context, NCCL, fragmentation: a guess" if run.reserve == RESERVE_BYTES else "libraries, as measured on a CPU"
+    return Part(name="reserve", bytes=run.reserve, why=f"{why}, not derived")
 
 
 def _billions(number: int) -> str:

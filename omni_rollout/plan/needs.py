@@ -36,7 +36,7 @@ def needs(config: TrainConfig, gpus: str | None) -> tuple[bool, Iterator[str]]:
         where = f"{gib(process)} in one process, backend=embedded, on one GPU of {place.gib} GiB"
     else:
         apart = ranks + config.engines <= place.count
-        fits = apart and make_plan(run, place, ranks).fits
+        fits = apart and make_plan(run, place, ranks).fits_apart
         where = f"{ranks} ranks and {config.engines} engines on {place}"
     verdict = "fits" if fits else f"does not fit; omni-rollout plan ... gpus={gpus} says what would"
     return fits, iter([f"memory      {told}; {where}: {verdict} (derived, not measured)"])

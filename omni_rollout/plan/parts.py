@@ -9,6 +9,7 @@ from enum import StrEnum
 from math import prod
 from types import ModuleType
 
+from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import DType, Reduce, TrainConfig, TrainerEngineName
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sizes import Pass, Sizes
@@ -16,11 +17,15 @@ from omni_rollout.types import Layout, SamplingSpec
 
 
 class When(StrEnum):
-    """Of a part: all the time, or in one of the two phases, which take turns where both are in one process."""
+    """Phases, which take turns where engine and trainer are in one process: see `run/phases.py`."""
 
-    always = "always"
+    start = "start"  # as the trainer is loaded beside the engine
     rollout = "rollout"
     update = "update"
+    sync = "sync"  # and saving
+
+
+ALWAYS = tuple(When)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +33,7 @@ class Part:
     name: str
     bytes: int
     why: str
-    when: When = When.always
+    when: tuple[When, ...] = ALWAYS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,7 @@ class Run:
     config: TrainConfig
     spec: SamplingSpec
     sizes: Sizes
+    reserve: int  # bytes, of each process, that are not derived
 
     @property
     def item(self) -> int:
@@ -57,6 +63,24 @@ class Run:
     def trained(self) -> int:
         of_one = self.sizes.transformer.lora_parameters(self.rank)
         return self.sizes.experts * of_one if self.rank else self.parameters
+
+    @property
+    def adapted(self) -> int:
+        """Weights that LoRA is added to."""
+        return self.sizes.experts * self.sizes.transformer.adapted_parameters
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether what is offloaded comes back for its phase: the other engines compute with it where it is."""
+        return self.config.trainer.engine is TrainerEngineName.torch
+
+    @property
+    def shared(self) -> bool:
+        """Whether in one process the trainer computes with weights of the engine's; as `Learner.shared`."""
+        if self.config.trainer.engine is not TrainerEngineName.torch:
+            return False
+        alone = not self.config.trainer.ema_decay and not get_algorithm(self.config.algorithm).keeps_old
+        return bool(self.rank) or (alone and self.config.model.dtype is DType.float32)
 
     @property
     def held(self) -> int:
@@ -116,6 +140,9 @@ class Sharing:
 
 
 def total(parts: Sequence[Part]) -> int:
-    """Of the phase that needs more."""
-    of = {when: sum(part.bytes for part in parts if part.when is when) for when in When}
-    return of[When.always] + max(of[When.rollout], of[When.update])
+    """Of the phase that needs most."""
+    return max(phases(parts).values())
+
+
+def phases(parts: Sequence[Part]) -> dict[When, int]:
+    return {when: sum(part.bytes for part in parts if when in part.when) for when in When}

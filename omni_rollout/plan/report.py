@@ -10,7 +10,7 @@ from rich.table import Table
 from omni_rollout.config import TrainConfig
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sampling import assumed_images
-from omni_rollout.plan.parts import Part, When, total
+from omni_rollout.plan.parts import Part, phases, total
 from omni_rollout.plan.split import Plan
 
 
@@ -24,13 +24,16 @@ def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) ->
         console.print(f"assumed: {number} a prompt; others: sampling.height, sampling.width and sampling.extra")
     if gpus.count == 1:
         console.print(f"one process, backend=embedded: {gib(made.together_bytes)} of {size}: {_verdict(made.fits)}")
-        console.print(_table("an engine and a trainer in one process", made.together))
+        console.print(_table("an engine and a trainer in one process", made.together, in_turns=True))
     else:
         where = f"trainer.ranks={made.ranks} rollout.workers={made.engines}"
         rank, engine = gib(made.rank_bytes), gib(total(made.engine))
-        console.print(f"apart ({where}): rank {rank}, engine {engine} of {size}: {_verdict(made.fits)}")
+        console.print(f"apart ({where}): rank {rank}, engine {engine} of {size}: {_verdict(made.fits_apart)}")
         together = f"{gib(made.together_bytes)} of {size}: {_verdict(made.fits_together)}"
-        console.print(f"a rank and an engine on every GPU (not built: arithmetic alone): {together}")
+        console.print(f"colocated (rollout.placement=colocated trainer.ranks={gpus.count}): {together}")
+        if made.fits_together and not made.fits_apart:
+            title = f"an engine and one of {gpus.count} ranks in one process"
+            console.print(_table(title, made.together, in_turns=True))
         console.print(_table(f"a trainer rank (of {made.ranks}, trainer.engine={config.trainer.engine.value})", made.rank))
         if total(made.start) > total(made.rank):
             console.print(_table("a trainer rank as it starts, which is more", made.start))
@@ -39,23 +42,22 @@ def show(config: TrainConfig, made: Plan, better: Sequence[tuple[str, Plan]]) ->
     if not made.fits:
         console.print("closest that fit:" if better else f"no change that is known here makes it fit {gpus}")
     for text, one in better:
-        need = f"ranks {one.ranks}, engines {one.engines}; rank {gib(one.rank_bytes)}"
-        console.print(f"  {text}: {gib(one.together_bytes) if gpus.count == 1 else need}")
+        apart = f"ranks {one.ranks}, engines {one.engines}; rank {gib(one.rank_bytes)}"
+        together = gib(one.together_bytes) + ("" if gpus.count == 1 else ", a rank and an engine in one process on every GPU")
+        console.print(f"  {text}: {apart if one.fits_apart else together}")
 
 
-def _table(title: str, parts: Sequence[Part]) -> Table:
+def _table(title: str, parts: Sequence[Part], *, in_turns: bool = False) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("part", no_wrap=True)
     table.add_column("GiB", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for part in parts:
         table.add_row(part.name, f"{part.bytes / 2**30:.2f}", part.why)
-    phases = [when for when in (When.rollout, When.update) if any(part.when is when for part in parts)]
-    if len(phases) < 2:
+    if not in_turns:
         table.add_row("sum", f"{total(parts) / 2**30:.2f}", "", style="bold")
     else:
-        for when in phases:
-            needed = total([part for part in parts if part.when in (When.always, when)])
+        for when, needed in phases(parts).items():
             table.add_row(f"in {when.value}", f"{needed / 2**30:.2f}", "", style="bold")
     return table
 

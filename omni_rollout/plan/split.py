@@ -9,7 +9,7 @@ from omni_rollout.errors import UserError
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sampling import assumed_images
 from omni_rollout.models.base.sizes import Sizes
-from omni_rollout.plan.memory import engine_parts, host_parts, process_parts, rank_parts, start_parts
+from omni_rollout.plan.memory import RESERVE_BYTES, engine_parts, host_parts, process_parts, rank_parts, start_parts
 from omni_rollout.plan.parts import Part, Run, total
 
 
@@ -18,6 +18,7 @@ class Gpus:
     nodes: int
     per_node: int
     gib: int
+    cpu: bool = False  # in place of a GPU: a CPU with that much memory
 
     @classmethod
     def parse(cls, text: str) -> Gpus:
@@ -33,6 +34,11 @@ class Gpus:
         return cls(nodes=nodes, per_node=per_node, gib=gib)
 
     @property
+    def text(self) -> str:
+        """What `parse` reads."""
+        return f"{self.nodes}x{self.per_node}x{self.gib}" if self.nodes > 1 else f"{self.per_node}x{self.gib}"
+
+    @property
     def count(self) -> int:
         return self.nodes * self.per_node
 
@@ -41,6 +47,8 @@ class Gpus:
         return self.gib << 30
 
     def __str__(self) -> str:
+        if self.cpu:
+            return f"a CPU with {self.gib} GiB"
         return f"{self.count} GPU{'s' if self.count > 1 else ''} of {self.gib} GiB" + (
             f" on {self.nodes} nodes" if self.nodes > 1 else ""
         )
@@ -50,7 +58,7 @@ class Gpus:
 class Plan:
     """One configuration on given GPUs: `ranks` trainer ranks and `engines` rollout engines, each with a GPU of its own.
 
-    On a single GPU they share it, as backend=embedded does.
+    On a single GPU they share it, as backend=embedded does; on several, a rank and an engine may share each.
     """
 
     gpus: Gpus
@@ -68,20 +76,22 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        if self.gpus.count == 1:
-            return self.fits_together
-        return self.engines > 0 and max(self.rank_bytes, total(self.engine)) <= self.gpus.bytes
+        return self.fits_apart or self.fits_together
+
+    @property
+    def fits_apart(self) -> bool:
+        return self.gpus.count > 1 and self.engines > 0 and max(self.rank_bytes, total(self.engine)) <= self.gpus.bytes
 
     @property
     def together_bytes(self) -> int:
-        return max(total(self.together), total(self.start))
+        return total(self.together)
 
     @property
     def fits_together(self) -> bool:
         return self.together_bytes <= self.gpus.bytes
 
 
-def make_run(config: TrainConfig, sizes: Sizes) -> Run:
+def make_run(config: TrainConfig, sizes: Sizes, *, reserve: int = RESERVE_BYTES) -> Run:
     sampling, placed = config.sampling, config.sampling.sde_window_range
     first, size = placed[0] if placed else 0, sampling.sde_window_size
     steps = None if size is None and placed is None else tuple(range(first, first + size if size else (placed or [0, 0])[1]))
@@ -93,7 +103,7 @@ def make_run(config: TrainConfig, sizes: Sizes) -> Run:
     family = family_module(config.model.family, "spec")
     images = assumed_images(family.RULES, sampling.extra)
     spec = family.resolve({**given, **widths, "sde_type": sampling.sde_type.value, "step_indices": steps}, images)
-    return Run(config=config, spec=spec, sizes=sizes)
+    return Run(config=config, spec=spec, sizes=sizes, reserve=reserve)
 
 
 def make_plan(run: Run, gpus: Gpus, ranks: int | None = None) -> Plan:
@@ -112,7 +122,6 @@ def make_plan(run: Run, gpus: Gpus, ranks: int | None = None) -> Plan:
 def _split(run: Run, gpus: Gpus, ranks: int) -> Plan:
     engines = max(gpus.count - ranks, 0) if gpus.count > 1 else 1
     engine = engine_parts(run)
-    together = process_parts(run) if gpus.count == 1 else [*rank_parts(run, gpus.count), *engine]
     here = min(ranks, gpus.per_node)
     return Plan(
         gpus=gpus,
@@ -122,5 +131,5 @@ def _split(run: Run, gpus: Gpus, ranks: int) -> Plan:
         start=start_parts(run),
         engine=engine,
         hosts=host_parts(run, here, min(engines, max(gpus.per_node - here, 1)), ranks),
-        together=together,
+        together=process_parts(run, gpus.count),
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from omni_rollout.policy.checkpoint import load_generators, load_policy, save_po
 from omni_rollout.policy.drift import Drift
 from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
-from omni_rollout.policy.engines.torch_engine import first_rank, on_first_rank
+from omni_rollout.policy.engines.torch_engine import TorchEngine, first_rank, on_first_rank
 from omni_rollout.policy.inputs import Shown
 from omni_rollout.policy.lora import as_saved, attach_lora, base_alone, without_adapted
 from omni_rollout.policy.rng import seed_generators
@@ -64,8 +65,8 @@ class Learner:
         self.dtype: torch.dtype = getattr(torch, config.model.dtype.value)
         seed_generators(config.sampling.seed)
         family = family_module(config.model.family, "policy")
-        shared = without_adapted(held or {}, family.LORA_TARGETS) if trainer.lora_rank else None
-        self.policy = family.load_policy(config.model.path, self.dtype, config.parity.value, shared)
+        self.shared = self._shareable(held or {}, family.LORA_TARGETS)
+        self.policy = family.load_policy(config.model.path, self.dtype, config.parity.value, self.shared)
         if not trainer.lora_rank or trainer.engine is TrainerEngineName.deepspeed:  # which takes a policy of one dtype only
             to_masters(self.policy)
         self._device = compute_device()
@@ -74,6 +75,7 @@ class Learner:
         self.drift = Drift(effective_weights(self.policy, self.dtype))
         copied = self.algorithm.needs_reference and not trainer.lora_rank
         start = copy.deepcopy(self.policy).requires_grad_(False) if copied else None
+        self._start = start
         if trainer.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         if trainer.lora_rank:
@@ -107,6 +109,17 @@ class Learner:
             if self.behaviour is not None and saved.behaviour is not None:  # else the next batch is the policy's own
                 self.behaviour.load(saved.behaviour)
             load_generators(checkpoint)
+
+    def _shareable(self, held: Held, adapted: Iterable[str]) -> Held:
+        """What of the engine's becomes the trainer's own too: it writes there only while the engine samples nothing."""
+        trainer = self.config.trainer
+        if trainer.engine is not TrainerEngineName.torch:
+            return {}
+        if trainer.lora_rank:
+            return without_adapted(held, adapted)
+        # Masters are shared where the engine holds all of their bits, and never samples with others, such as an average.
+        alone = not trainer.ema_decay and not self.algorithm.keeps_old and not self.config.rollout.ahead
+        return held if alone and self.dtype is torch.float32 else {}
 
     def expected(self, weights: str) -> dict[str, Any]:
         """What a trajectory's fingerprint must say for this learner, as it is set now, to score it bit for bit.
@@ -196,6 +209,25 @@ class Learner:
         by_policy = {"policy": self.state, "average": self.average_state, "behaviour": self.behaviour_state}
         factors = as_saved(self.policy, by_policy.get(which, sampler)() or {})
         return Adapter(factors=factors, rank=trainer.lora_rank, alpha=trainer.lora_alpha or 2 * trainer.lora_rank)
+
+    def frozen(self) -> list[torch.Tensor]:
+        """Weights that are never written and that no engine shares: what a LoRA is added to, the reference policy."""
+        reference = [] if self._start is None else list(self._start.parameters())
+        return [*self._own(trained=False), *reference]
+
+    def moments(self) -> list[torch.Tensor]:
+        """The optimizer's, of an engine that keeps its state on the device; none before the first update."""
+        return self.engine.moments() if isinstance(self.engine, TorchEngine) else []
+
+    def learned(self) -> list[torch.Tensor]:
+        """What updates write, but for the optimizer's own: weights that no engine shares, and the policies beside them."""
+        beside = [one.parts.values() for one in (self.ema, self.old, self.behaviour) if one is not None]
+        return [*self._own(trained=True), *chain.from_iterable(beside)]
+
+    def _own(self, *, trained: bool) -> list[torch.Tensor]:
+        shared = {tensor.untyped_storage().data_ptr() for tensor in self.shared.values()}
+        parameters = [one for one in self.policy.parameters() if one.requires_grad is trained]
+        return [one for one in parameters if one.untyped_storage().data_ptr() not in shared]
 
     def state(self) -> dict[str, torch.Tensor]:
         """The trained parameters by their name in the policy: whole, fp32, on the CPU.

@@ -11,18 +11,16 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from importlib.metadata import version as package_version
 from typing import Any
 
 import numpy as np
 import torch
-from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 from omni_rollout.diffusion.machine import pin_switches
 from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobError
-from omni_rollout.models import family_module
-from omni_rollout.rollout.architecture import register
+from omni_rollout.rollout.architecture import engine_config
 from omni_rollout.rollout.decoding import DecodeError, Decoder
 from omni_rollout.rollout.delivery import OnError, Result, delivered
 from omni_rollout.rollout.guards import (
@@ -71,35 +69,19 @@ class RolloutEngine:
     ) -> None:
         check_alone()
         without_bars()
-        pipeline = family_module(family, "spec").ROLLOUT_PIPELINE
         self.threads = torch.get_num_threads()
         if parity != "fast":
             pin_switches()
         if parity == "exact":
             register_linears()
-        settings: dict[str, Any] = {
-            "model": path,
-            "model_class_name": register(family),
-            "dtype": dtype,
-            "enforce_eager": parity != "fast",
-            "distributed_executor_backend": "uni",
-            "step_execution": True,
-            "max_num_seqs": max_num_seqs,
-            "cache_backend": "none",
-            "enable_prompt_embed_cache": True,
-            "custom_pipeline_args": {"pipeline_class": pipeline, "parity": parity, "threads": self.threads},
-            "diffusion_attention_config": None if parity == "fast" else {"default": {"backend": "TORCH_SDPA"}},
-            "worker_extension_cls": "omni_rollout.rollout.worker.RolloutWorkerExtension",
-        }
-        config = OmniDiffusionConfig(**settings)
-        config.enrich_config()
+        config = engine_config(path, family, dtype, max_num_seqs, parity, self.threads)
         self._world = OwnWorld()
         self._engine = self._world.open(config)
         self._engine.post_process_func = None  # the stock one turns the image into PIL and drops the rest
         torch.set_num_threads(self.threads)  # the engine's start may change it for the whole process
         self.loop = asyncio.new_event_loop()  # runs while something is waited for; a server runs it all the time
         self.in_flight: set[asyncio.Task[Record]] = set()
-        self._closed = False
+        self._closed = self._given_back = False
         self._serial = itertools.count()
         self._decoder = Decoder(lambda latents, spec: self.pipeline.decode_beside_the_loop(latents, spec))
         close_at_exit(self)
@@ -123,6 +105,7 @@ class RolloutEngine:
         raised; `close` then leaves the engine's thread as it is.
         """
         self._check_open()
+        self._check_weights()
         if self.parity != "fast":
             check_threads(self.threads)
         requests = list(requests)
@@ -195,9 +178,20 @@ class RolloutEngine:
             sent |= dict.fromkeys(dict(bucket), "") | tensor_digests(self._rpc("load_weights", bucket))
         held = self._rpc("adopt_policy", version)
         check_synced(sent, held, version)
-        self.policy_version = version
+        self.policy_version, self._given_back = version, False
         self._adopt(held)
         return combined_digest(held)
+
+    def give_back(self, keep: Collection[str] = ()) -> None:
+        """Frees the policy's weights until the next `update_weights`, but for what shares memory with those named in `keep`."""
+        self._check_open()
+        self._drain()
+        self._given_back = True
+        self._rpc("give_back", keep)
+
+    def beside_policy(self) -> list[torch.Tensor]:
+        """Text encoder and VAE, in the engine's own memory: what it needs to sample, and for nothing else."""
+        return self._rpc("beside_policy")
 
     def close(self) -> None:
         """Frees the engine; another may be made afterwards."""
@@ -247,10 +241,12 @@ class RolloutEngine:
 
     def policy_digests(self) -> dict[str, str]:
         """Digest of every tensor of the transformer as the engine holds it, by checkpoint name."""
+        self._check_weights()
         return self._rpc("policy_digests")
 
     def policy_tensors(self) -> dict[str, torch.Tensor]:
-        """What `policy_digests` names, in the engine's own memory: whoever shares it must not write into it."""
+        """What `policy_digests` names, in the engine's own memory: whoever shares it writes only while nothing is sampled."""
+        self._check_weights()
         return self._rpc("policy_tensors")
 
     def policy_layout(self) -> dict[str, tuple[str, list[int]]]:
@@ -270,6 +266,10 @@ class RolloutEngine:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this RolloutEngine is closed; make a new one")
+
+    def _check_weights(self) -> None:
+        if self._given_back:
+            raise RuntimeError("this engine's weights were given back for an update: call update_weights first")
 
     async def _sample(self, request: RolloutRequest) -> Record:
         asked, output = engine_request(request, next(self._serial)), None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
             for network in self.model_runner.pipeline.experts.values():
                 use_native(network)
                 install_attention(network)
+        self._given_back: dict[str, tuple[torch.UntypedStorage, int]] = {}  # by checkpoint name; its size when it has memory
         self._pack = custom_pipeline_args["parity"] == "fast" and not torch.cuda.is_available()
         self._repack()
 
@@ -77,6 +78,7 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         Returns:
             Those that were copied; the others are the engine's own memory already.
         """
+        self._refill(name for name, _ in named)
         pipeline, own = self.model_runner.pipeline, self.policy_tensors()
         moved = [(name, tensor) for name, tensor in named if not same_memory(tensor, own.get(name))]
         with torch.no_grad():
@@ -90,9 +92,31 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         Returns:
             The digest of every tensor as it now stands in the engine, by checkpoint name.
         """
+        self._refill(list(self._given_back))  # what was not sent has memory, and no bits that anybody knows
         self.model_runner.pipeline.policy_version = version
         self._repack()
         return self.policy_digests()
+
+    def give_back(self, keep: Collection[str]) -> None:
+        """Frees the policy's weights, but for those that share memory with one of `keep`, until they are loaded again."""
+        storages = {name: tensor.untyped_storage() for name, tensor in self._named_weights()}
+        kept = {storages[name].data_ptr() for name in keep}
+        freed = {name: storage for name, storage in storages.items() if storage.nbytes() and storage.data_ptr() not in kept}
+        self._given_back |= {name: (storage, storage.nbytes()) for name, storage in freed.items()}
+        for storage in freed.values():
+            storage.resize_(0)
+
+    def _refill(self, names: Iterable[str]) -> None:
+        for name in names:
+            storage, size = self._given_back.pop(name, (None, 0))
+            if storage is not None and not storage.nbytes():
+                storage.resize_(size)
+
+    def beside_policy(self) -> list[torch.Tensor]:
+        """What the pipeline holds beside the policy: parameters and buffers of text encoder and VAE."""
+        pipeline = self.model_runner.pipeline
+        own = {id(tensor) for network in pipeline.experts.values() for tensor in _tensors(network)}
+        return [tensor for tensor in _tensors(pipeline) if id(tensor) not in own]
 
     def policy_digests(self) -> dict[str, str]:
         return tensor_digests(self._named_weights())
@@ -106,13 +130,21 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         return {name: (str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in self._named_weights()}
 
     def _named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Of those that have memory."""
         pipeline = self.model_runner.pipeline
         table = family_module(pipeline.family, "weights")
         for folder, network in pipeline.experts.items():
             prefix = "" if len(pipeline.experts) == 1 else f"{folder}."
             for name, parameter in network.named_parameters():
+                if parameter.numel() and not parameter.untyped_storage().nbytes():
+                    continue
                 for own, tensor in checkpoint_names(name, parameter, table.FUSED, table.RENAMED):
                     yield prefix + own, tensor
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def _linear_layers(transformer: torch.nn.Module) -> Iterator[Layer]:

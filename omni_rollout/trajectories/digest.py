@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from omni_rollout.models.base.stowed import memory
+
 BUCKET_BYTES = 256 << 20
 THREADS = 16  # at most; each holds a copy of one tensor when the weights are on an accelerator
 
@@ -16,7 +18,8 @@ THREADS = 16  # at most; each holds a copy of one tensor when the weights are on
 def tensor_digest(tensor: torch.Tensor) -> str:
     """sha256 over dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    whole = tensor.detach().cpu().contiguous()
+    digest.update(memory(whole))
     return digest.hexdigest()
 
 

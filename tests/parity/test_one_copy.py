@@ -145,10 +145,10 @@ def test_an_engine_with_another_weight_is_not_shared_with(engine, learner, check
         shared.copy_(kept)
 
 
-def test_full_weights_and_deepspeed_have_fp32_masters_of_their_own(engine, checkpoint):
+def test_full_weights_beside_an_average_are_fp32_masters_of_their_own(engine, checkpoint):
     held = engine.policy_tensors()
     engines = {tensor.untyped_storage().data_ptr() for tensor in held.values()}
-    learner = Learner(config_of(checkpoint, engine.dtype, lora_rank=0), held=held)
+    learner = Learner(config_of(checkpoint, engine.dtype, lora_rank=0, ema_decay=0.5), held=held)
     for parameter in learner.policy.parameters():
         assert parameter.dtype == torch.float32 and parameter.untyped_storage().data_ptr() not in engines
 

@@ -174,7 +174,7 @@ def test_a_step_without_a_last_backward_is_an_error(engine: str, zero_stage: int
         ({"engine": "deepspeed", "zero_stage": -1}, "zero_stage=-1: expected 0, 1, 2 or 3"),
         ({"engine": "deepspeed", "zero_stage": 4}, "zero_stage=4"),
         ({"engine": "fsdp2"}, "one rank has nothing to cut"),
-        ({"engine": "torch", "offload": "optimizer"}, "offload=optimizer: needs"),
+        ({"engine": "torch", "ranks": 2, "offload": "optimizer"}, "offload=optimizer: needs"),
         ({"engine": "deepspeed", "zero_stage": 0, "offload": "optimizer"}, "zero_stage of 1, 2 or 3"),
         ({"engine": "deepspeed", "zero_stage": 2, "offload": "all"}, "offload=all: needs .*zero_stage=3"),
         ({"engine": "deepspeed", "ranks": 2}, "process group has 1"),

@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from omni_rollout.config import TrainerEngineName
-from omni_rollout.integrations.verl.rank import TrainerRank, every_rank
+from omni_rollout.integrations.verl.rank import RankUpdate, TrainerRank, every_rank
 from omni_rollout.integrations.verl.records import Weights, to_section
 from omni_rollout.integrations.verl.server import RolloutServer
 from omni_rollout.policy.learner import Learner, Which
+from omni_rollout.policy.state import RunState
+from omni_rollout.run.phases import Phase, Phases
 from omni_rollout.types import RolloutRequest, Trajectory
 
 
@@ -24,9 +28,19 @@ class ColocatedRank(TrainerRank):
     def init_model(self, checkpoint: Path | None = None) -> None:
         self._join()
         self._server = RolloutServer(to_section(self._config))
+        self._phases = Phases(self._config, self._server.engine)
+        self._phases.enter(Phase.sync)
         whole = self._config.trainer.engine is TrainerEngineName.torch  # what an engine cuts cannot be shared with the rollout
         held = self._server.engine.policy_tensors() if whole else None
         self._learner = Learner(self._config, rank=self.rank, ranks=self.world_size, checkpoint=checkpoint, held=held)
+        self._phases.add(self._learner)
+
+    @every_rank
+    def update_policy(
+        self, keys: Sequence[str], partition: str, advantages: torch.Tensor, step: int, version: int
+    ) -> RankUpdate:
+        self._phases.enter(Phase.update)
+        return super().update_policy(keys, partition, advantages, step, version)
 
     @every_rank
     def publish(self, version: int, which: Which = "sampler") -> Weights:
@@ -35,7 +49,17 @@ class ColocatedRank(TrainerRank):
         Raises:
             WeightSyncError: a tensor is different in the engine.
         """
-        return self._published(version, self._server.engine.update_weights(self._learner.weights(which), version))
+        self._phases.enter(Phase.sync)
+        digest = self._server.engine.update_weights(self._learner.weights(which), version)
+        self._phases.enter(Phase.rollout)
+        return self._published(version, digest)
+
+    @every_rank
+    def save_checkpoint(self, folder: Path, run: RunState) -> str | None:
+        self._phases.enter(Phase.save)
+        problem = super().save_checkpoint(folder, run)
+        self._phases.enter(Phase.rollout)
+        return problem
 
     def ready(self) -> None:
         self._server.ready()

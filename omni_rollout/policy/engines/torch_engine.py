@@ -66,6 +66,10 @@ class TorchEngine:
     def state_dict(self) -> dict[str, torch.Tensor]:
         return on_first_rank(chain.from_iterable(self._state(*group) for group in self._groups.items()))
 
+    def moments(self) -> list[torch.Tensor]:
+        """AdamW's, on the device; none before the first update."""
+        return [state[key] for state in self._optimizer.state.values() for key in MOMENTS if key in state]
+
     def _state(self, prefix: str, named: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
         states = {name: self._optimizer.state[parameter] for name, parameter in named.items()}
         if not all(states.values()):
