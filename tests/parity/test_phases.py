@@ -21,6 +21,7 @@ from omni_rollout.config import (
     TrainerConfig,
 )
 from omni_rollout.errors import WeightSyncError
+from omni_rollout.models.base import stowed
 from omni_rollout.models.qwen_image.policy import LORA_TARGETS
 from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.nano.random_weights import build_random
@@ -213,3 +214,30 @@ def test_an_engine_without_weights_samples_nothing(engine, checkpoint, tmp_path)
         engine.update_weights(some, 1)
     engine.update_weights(_base(engine, config), 2)
     assert len(list(engine.generate(requests(1)))) == 2
+
+
+def reads_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(stowed._File, "read", lambda self, targets: [target.zero_() for target in targets])
+
+
+def keeps_what_is_learned_once(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(run_phases, "Stowed", lambda tensors, folder, constant=False: stowed.Stowed(tensors, folder, constant=True))
+
+
+def shares_masters_beside_an_average(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Learner, "_shareable", lambda self, held, adapted: held)
+
+
+@pytest.mark.parametrize("mutant", [keeps_what_is_learned_once, shares_masters_beside_an_average, reads_nothing])
+def test_a_mistake_would_be_seen(engine, checkpoint, tmp_path, monkeypatch, mutant):
+    """The last of the file: what reads nothing leaves the engine without a VAE."""
+    if mutant is shares_masters_beside_an_average and engine.dtype == "bfloat16":
+        pytest.skip("masters are copies of what is held in another dtype")
+    config = config_of(engine, checkpoint, tmp_path, offload=True, ema_decay=0.9)
+    plain = two_steps(engine, config_of(engine, checkpoint, tmp_path, ema_decay=0.9))
+    mutant(monkeypatch)
+    try:
+        seen = two_steps(engine, config)
+    except Exception:
+        return  # a sync, a log-prob that is not the rollout's, images that failed
+    assert not equal(plain, seen)
