@@ -67,7 +67,7 @@ def run_case(folder: Path, engine: RolloutEngine, name: str, rank: int) -> dict[
     shares: list[Any] = [None] * RANKS
     dist.all_gather_object(shares, sampled(engine, requests(1)[rank::RANKS]))
     trajectories = sorted((one for share in shares for one in share), key=lambda one: one.request_id)
-    scored = learner.old_log_probs(trajectories, recomputed=True)
+    scored = learner.old_log_probs(trajectories, ADVANTAGES, 1, recomputed=True)
     update, _ = learner.step(trajectories, ADVANTAGES, [one.log_probs for one in trajectories], 1)
     digest = engine.update_weights(learner.weights(), 1)
     for trajectory in sampled(engine, requests(2)):

@@ -113,9 +113,10 @@ def two_steps(engine: RolloutEngine, config: TrainConfig, *, in_turns: bool = Tr
                 seen |= {f"{step} {one.seed} latents": one.latents, f"{step} {one.seed} log_probs": one.log_probs}
                 seen[f"{step} {one.seed} image"] = torch.from_numpy(one.media)
             phases.enter(Phase.update)
-            old = learner.old_log_probs(trajectories, recomputed=True)
+            advantages = torch.tensor([1.0, -1.0])
+            old = learner.old_log_probs(trajectories, advantages, step, recomputed=True)
             assert all(torch.equal(a, one.log_probs) for a, one in zip(old, trajectories, strict=True)), "exact, too"
-            update, _ = learner.step(trajectories, torch.tensor([1.0, -1.0]), old, step)
+            update, _ = learner.step(trajectories, advantages, old, step)
             rows += [update.losses, update.grad_norms, update.ref_kls]
             if learner.ema is not None:
                 sync("average")
