@@ -82,15 +82,21 @@ NOT_RUN = {  # as it is printed, with its placeholders filled in -> why not, and
     "EXTRA=cuda make doctor": NotRun("installs the build for CUDA", makes),
     ".venv/bin/pytest -m gpu": NotRun("needs a CUDA device", selects),
     "omni-rollout train experiment=nano_ocr trainer.steps=30 rollout.max_num_seqs=8": NotRun("trains for minutes", composes),
+    "omni-rollout train experiment=nano_ocr trainer.fit=auto": NotRun("trains for minutes; test_fit.py", composes),
     "omni-rollout train experiment=nano_ocr profile=true": NotRun("trains for minutes; test_profile.py", composes),
     "omni-rollout train backend=verl experiment=nano_ocr rollout.workers=2 trainer.ranks=2 trainer.engine=fsdp2": NotRun(
         "trains for minutes, on Ray", composes
     ),
+    "omni-rollout train backend=verl experiment=nano_ocr rollout.placement=colocated trainer.ranks=2 "
+    "trainer.engine=fsdp2": NotRun("trains for minutes, on Ray; test_equality.py", composes),
+    "omni-rollout train backend=verl experiment=nano_ocr rollout.ahead=1": NotRun(
+        "trains for minutes, on Ray; test_equality_ahead.py", composes
+    ),
     "omni-rollout train backend=verl launch=slurm launch.nodes=2 launch.gpus_per_node=8 experiment=nano_ocr": NotRun(
         "needs Slurm", composes
     ),
-    "omni-rollout train experiment=qwen_image_ocr prompts=recipes/nano/data/heldout.jsonl": NotRun(
-        "needs GPUs, and Qwen-Image", composes
+    "omni-rollout train experiment=qwen_image_ocr_lora trainer.micro_batch_size=1 prompts=recipes/nano/data/heldout.jsonl": NotRun(
+        "needs a GPU, and Qwen-Image", composes
     ),
     "omni-rollout rollout checkpoint=runs/mine prompts=recipes/nano/data/heldout.jsonl out=sampled": NotRun(A_RUN, parses),
     "omni-rollout evaluate checkpoint=runs/mine out=evaluated": NotRun(A_RUN, parses),
