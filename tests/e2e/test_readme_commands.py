@@ -95,9 +95,8 @@ NOT_RUN = {  # as it is printed, with its placeholders filled in -> why not, and
     "omni-rollout train backend=verl launch=slurm launch.nodes=2 launch.gpus_per_node=8 experiment=nano_ocr": NotRun(
         "needs Slurm", composes
     ),
-    "omni-rollout train experiment=qwen_image_ocr_lora trainer.micro_batch_size=1 prompts=recipes/nano/data/heldout.jsonl": NotRun(
-        "needs a GPU, and Qwen-Image", composes
-    ),
+    "omni-rollout train experiment=qwen_image_ocr_lora trainer.micro_batch_size=1 "
+    "prompts=recipes/nano/data/heldout.jsonl": NotRun("needs a GPU, and Qwen-Image", composes),
     "omni-rollout rollout checkpoint=runs/mine prompts=recipes/nano/data/heldout.jsonl out=sampled": NotRun(A_RUN, parses),
     "omni-rollout evaluate checkpoint=runs/mine out=evaluated": NotRun(A_RUN, parses),
     "omni-rollout export runs/mine --to pipeline --out exported": NotRun(A_RUN, parses),
