@@ -97,9 +97,9 @@ def test_the_edit_family_in_process_as_a_ray_worker_and_over_http(tmp_path):
     family, folder = "qwen_image_edit", tmp_path / "model"
     worker = RolloutServer(worker_settings(family, folder))
     requests = asked(family, settings(family, folder))
-    digest = worker._engine.weights_digest
+    digest = worker.engine.weights_digest
     made = list(worker.generate(requests, Weights(version=0, digest=digest, buckets=())))
-    worker._engine.close()
+    worker.engine.close()
     with Serving([*settings(family, folder), "serve.max_pixels=20000"], tmp_path / "log") as server:
         same_everywhere(family, server, requests, made)
         chat_with_a_picture(server, requests[1], made)
