@@ -49,7 +49,7 @@ def _turns(config: TrainConfig) -> Iterator[str]:
     if offload is not Offload.none and config.trainer.engine is TrainerEngineName.torch and not both:
         yield (
             f"trainer.offload={offload.value} with trainer.engine=torch: offloads while a rollout is sampled in the same "
-            "process; give backend=embedded, or trainer.engine=fsdp2 or deepspeed"
+            "process; give backend=embedded, rollout.placement=colocated, or trainer.engine=deepspeed (or fsdp2, with all)"
         )
 
 

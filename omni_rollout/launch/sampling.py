@@ -1,11 +1,12 @@
-"""Checks of `sampling.*` across its keys."""
+"""Checks of `sampling.*` across its keys, and of what they need of the family."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
-from omni_rollout.config import SamplingConfig, SDETypeName
+from omni_rollout.config import SamplingConfig, SDETypeName, TrainConfig, Width
+from omni_rollout.models import families, family_module
 
 _LARGEST_SIDE = 2**16  # more is a slip of the hand
 
@@ -26,6 +27,17 @@ def sampling_problems(sampling: SamplingConfig) -> Iterator[str]:
     if sampling.sde_type is SDETypeName.cps and sampling.noise_level > 1:
         yield f"sampling.noise_level={sampling.noise_level}: cps expects 0 to 1 (it is a share of a quarter turn)"
     yield from _window(sampling)
+
+
+def width_problems(config: TrainConfig) -> Iterator[str]:
+    width, family = config.collate.width, config.model.family
+    if width is Width.fixed or family not in families():
+        return
+    if not family_module(family, "spec").RULES.masks_padding:
+        yield (
+            f"collate.width={width.value}: {family} attends to padding, so the width is part of what it learned; "
+            "give collate.width=fixed"
+        )
 
 
 def _window(sampling: SamplingConfig) -> Iterator[str]:

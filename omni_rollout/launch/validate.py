@@ -29,7 +29,7 @@ from omni_rollout.errors import UserError
 from omni_rollout.launch import ahead, model_files
 from omni_rollout.launch.outputs import file_problem, folder_problem
 from omni_rollout.launch.processes import max_num_seqs_problems, process_problems
-from omni_rollout.launch.sampling import sampling_problems
+from omni_rollout.launch.sampling import sampling_problems, width_problems
 from omni_rollout.launch.sources import prompt_problems, reward_problems, unknown
 from omni_rollout.models import families
 
@@ -45,6 +45,7 @@ def validate(config: TrainConfig) -> None:
         UserError: one line for each problem: what was given, what is expected, what to do.
     """
     common = [*_numbers(config), *sampling_problems(config.sampling), *_model(config), *prompt_problems(config)]
+    common += width_problems(config)
     own = [*_learning(config), *reward_problems(config), *_trainer(config), *_guard(config), *process_problems(config)]
     _raise([*common, *own, *max_num_seqs_problems(config), *ahead.problems(config), *_folder("run_dir", config.run_dir)])
 
@@ -52,6 +53,7 @@ def validate(config: TrainConfig) -> None:
 def validate_rollout(config: TrainConfig, out: str) -> None:
     """`validate` for sampling alone, where `ode` and groups of one make sense; `out`: the folder for its images."""
     common = [*_numbers(config), *sampling_problems(config.sampling), *_model(config), *prompt_problems(config)]
+    common += width_problems(config)
     _raise([*common, *_folder("out", out, new=True)])
 
 
@@ -89,12 +91,13 @@ def validate_scoring(config: TrainConfig, files: Mapping[str, Path | None], *, p
 
 def validate_serving(config: TrainConfig) -> None:
     port = [] if config.serve.port < 2**16 else [f"serve.port={config.serve.port}: expected 0 to 65535"]
-    _raise([*_numbers(config), *sampling_problems(config.sampling), *_model(config), *port])
+    _raise([*_numbers(config), *sampling_problems(config.sampling), *width_problems(config), *_model(config), *port])
 
 
 def validate_plan(config: TrainConfig) -> None:
     """`validate` for `plan`, which reads neither prompts nor weights."""
-    _raise([*_numbers(config), *sampling_problems(config.sampling), *_trainer(config), *process_problems(config)])
+    own = [*_trainer(config), *process_problems(config), *ahead.problems(config), *width_problems(config)]
+    _raise([*_numbers(config), *sampling_problems(config.sampling), *own])
 
 
 def _raise(problems: list[str]) -> None:
@@ -225,7 +228,9 @@ def _guard(config: TrainConfig) -> Iterator[str]:
             f"monitor.on_mismatch={action.value} with parity=fast: this profile promises no equal log-probs; "
             "give parity=exact, or monitor.on_mismatch=alert"
         )
-    if action is OnMismatch.recompute and config.trainer.old_log_probs is OldLogProbs.recompute:
+    if action is OnMismatch.recompute and config.rollout.ahead:
+        yield "monitor.on_mismatch=recompute with rollout.ahead=1: every step recomputes already; leave monitor.on_mismatch out"
+    elif action is OnMismatch.recompute and config.trainer.old_log_probs is OldLogProbs.recompute:
         yield (
             "monitor.on_mismatch=recompute with trainer.old_log_probs=recompute: every step recomputes already; "
             "leave out one of the two"

@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from omni_rollout.config import Backend, TrainConfig
+from omni_rollout.config import AUTO, Backend, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
 from omni_rollout.launch.outputs import file_problem
@@ -58,7 +58,7 @@ def _typed(value: str, before: Any) -> Any:
     return value == "true" if isinstance(before, bool) else float(value) if isinstance(before, float) else int(value)
 
 
-def possible(config: TrainConfig, chosen: Sequence[str], gpus: Gpus) -> TrainConfig | None:
+def possible(config: TrainConfig, chosen: Sequence[str], ranks: int) -> TrainConfig | None:
     """With all of these changes; None: one of them changes nothing, two are of one key, or `train` would refuse them."""
     keys = [word.partition("=")[0] for text in chosen for word in text.split()]
     if len(set(keys)) < len(keys):
@@ -67,14 +67,15 @@ def possible(config: TrainConfig, chosen: Sequence[str], gpus: Gpus) -> TrainCon
     for text in chosen:
         steps.append(changed(steps[-1], text))
     idle = any(one == before for one, before in zip(steps[1:], steps, strict=False))
-    probe = replace(steps[-1].trainer, ranks=max(gpus.count - 1, 1))
+    probe = replace(steps[-1].trainer, ranks=ranks)
     return None if idle or any(trainer_engine(probe)) else steps[-1]
 
 
 def closest(config: TrainConfig, sizes: Sizes, gpus: Gpus) -> list[tuple[str, Plan]]:
     """The fewest changes with which the run fits, each way with its plan; fewest ranks first. Empty: none was found."""
+    ranks = max(gpus.count - 1, 1)
     for number in range(1, MOST_CHANGES + 1):
-        ways = ((" ".join(chosen), possible(config, chosen, gpus)) for chosen in combinations(CHANGES, number))
+        ways = ((" ".join(chosen), possible(config, chosen, ranks)) for chosen in combinations(CHANGES, number))
         plans = ((text, make_plan(make_run(way, sizes), gpus)) for text, way in ways if way is not None)
         found = [(text, plan) for text, plan in plans if plan.fits]
         if found:
@@ -98,6 +99,11 @@ def plan(overrides: Sequence[str], *, json_path: Path | None = None) -> int:
         raise UserError("gpus has no value: give gpus=8x80, once" if not given else f"gpus is given as {given}: expected one")
     gpus = Gpus.parse(given[0])
     config = compose([word for word in overrides if not word.startswith("gpus=")], unused=["prompts"])
+    if config.trainer.fit == AUTO:
+        raise UserError(
+            "trainer.fit=auto: of train, not of plan; "
+            "`omni-rollout train ... trainer.fit=auto dry_run=true gpus=8x80` says what it would set"
+        )
     fixed = any(word.startswith("trainer.ranks=") for word in overrides)
     ranks = config.trainer.ranks if fixed else max(gpus.count - 1, 1)
     backend = Backend.embedded if gpus.count == 1 else Backend.verl

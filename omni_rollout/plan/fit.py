@@ -6,14 +6,16 @@ import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from omni_rollout.config import Backend, Placement, TrainConfig
+from omni_rollout.config import AUTO, Backend, Placement, TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
+from omni_rollout.launch.validate import trainer_engine
 from omni_rollout.models import family_module
 from omni_rollout.plan.closest import possible
 from omni_rollout.plan.memory import RESERVE_BYTES
@@ -62,22 +64,27 @@ def fitted(overrides: Sequence[str], gpus: str | None = None) -> tuple[list[str]
             least = chosen, plan
         if place.count == 1 and plan.fits_together:
             return [*overrides, *chosen], _told(place, chosen, first, plan)
-        if split := _split(config, given, plan):
+        if split := _split(way, given, plan):
             added = [*chosen, *(f"{key}={value}" for key, value in split.items() if key not in given)]
             return [*overrides, *added], _told(place, added, first, plan)
-    assert least is not None
+    if least is None:  # what was given cannot be had, whatever is changed beside it
+        raise UserError("\n".join(trainer_engine(replace(config.trainer, ranks=place.count))))
     raise UserError(_refusal(place, *least))
 
 
 def machine(nodes: int = 1) -> Gpus:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves, the smallest one's memory for each; without one, this machine's memory.
 
+    As CUDA does, it counts up to the first word that names no GPU, such as -1.
+
     Args:
         nodes: machines of this kind that the run has.
     """
     found = _gpus_mib()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = len(found) if visible is None else min(len([word for word in visible.split(",") if word.strip()]), len(found))
+    words = map(str, range(len(found))) if visible is None else (word.strip() for word in visible.split(","))
+    named = takewhile(lambda word: word.startswith(("GPU-", "MIG-")) or (word.isdecimal() and int(word) < len(found)), words)
+    count = min(len(list(named)), len(found))
     if count:
         return Gpus(nodes=nodes, per_node=count, gib=min(found) >> 10)
     limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
@@ -101,7 +108,13 @@ def _of_run(config: TrainConfig, given: set[str], place: Gpus) -> Gpus:
         raise UserError(f"trainer.fit=auto with rollout.url={config.rollout.url}: the engine is elsewhere; leave out one")
     if config.backend is Backend.verl and place.cpu:
         raise UserError("trainer.fit=auto with backend=verl: only one process is planned on a CPU; leave out one of the two")
-    alone = config.backend is Backend.embedded and "backend" in given
+    if config.backend is Backend.verl and place.count == 1 and config.rollout.placement is Placement.apart:
+        raise UserError(
+            "trainer.fit=auto with backend=verl on one GPU: an engine and a trainer rank apart need two; "
+            "give backend=embedded, or rollout.placement=colocated"
+        )
+    in_process = config.profile or config.rollout.max_num_seqs == AUTO  # what verl does not have
+    alone = config.backend is Backend.embedded and ("backend" in given or in_process)
     return replace(place, nodes=1, per_node=1) if alone else place
 
 
@@ -112,7 +125,7 @@ def _ways(config: TrainConfig, given: set[str], place: Gpus) -> Iterator[tuple[l
     free = [text for text in free if _lowers(config, text) and not text.startswith(elsewhere)]
     for mask in range(1 << len(free)):
         chosen = [text for number, text in enumerate(free) if mask >> number & 1]
-        way = possible(config, chosen, place)
+        way = possible(config, chosen, place.count)  # as many ranks as there may be: colocated, one on each
         if way is not None:
             yield [word for text in chosen for word in text.split()], way
 
@@ -120,10 +133,12 @@ def _ways(config: TrainConfig, given: set[str], place: Gpus) -> Iterator[tuple[l
 def _split(config: TrainConfig, given: set[str], plan: Plan) -> dict[str, Any]:
     """How several GPUs are shared out: apart where that fits, else a rank and an engine on each. Empty: neither fits."""
     workers, placement = config.rollout.workers or 0, config.rollout.placement
-    if plan.fits_apart and workers <= plan.engines and placement is Placement.apart:
+    cut = not any(trainer_engine(replace(config.trainer, ranks=plan.ranks)))  # not, where one rank has nothing to cut
+    if plan.fits_apart and cut and workers <= plan.engines and placement is Placement.apart:
         return {"backend": "verl", "trainer.ranks": plan.ranks, "rollout.workers": plan.engines}
     alone = (
         plan.gpus.count > 1
+        and not config.rollout.ahead
         and "rollout.workers" not in given
         and ("trainer.ranks" not in given or plan.ranks == plan.gpus.count)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from omni_rollout.config import Backend, TrainConfig
+from omni_rollout.config import Backend, Placement, TrainConfig
 from omni_rollout.models import family_module
 from omni_rollout.plan.memory import engine_parts, process_parts, rank_parts, start_parts
 from omni_rollout.plan.parts import total
@@ -34,6 +34,10 @@ def needs(config: TrainConfig, gpus: str | None) -> tuple[bool, Iterator[str]]:
     if config.backend is Backend.embedded:
         fits = process <= place.bytes
         where = f"{gib(process)} in one process, backend=embedded, on one GPU of {place.gib} GiB"
+    elif config.rollout.placement is Placement.colocated:
+        each = total(process_parts(run, ranks))
+        fits = ranks <= place.count and each <= place.bytes
+        where = f"{gib(each)} in each of {ranks} processes, rollout.placement=colocated, on {place}"
     else:
         apart = ranks + config.engines <= place.count
         fits = apart and make_plan(run, place, ranks).fits_apart

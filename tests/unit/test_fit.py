@@ -33,6 +33,8 @@ PUBLISHED = read_sizes("Qwen/Qwen-Image")
         ("1x48", [], None),
         ("8x80", ["trainer.lora_rank=0"], ["trainer.engine=fsdp2", "trainer.reduce=backward", "backend=verl"]),
         ("8x80", ["backend=embedded"], []),
+        ("8x80", ["profile=true"], []),
+        ("2x80", ["trainer.lora_rank=0"], ["trainer.offload=all", "trainer.engine=fsdp2", "trainer.reduce=backward"]),
     ],
 )
 def test_what_is_set(gpus: str, given: list[str], added: list[str] | None) -> None:
@@ -45,7 +47,9 @@ def test_what_is_set(gpus: str, given: list[str], added: list[str] | None) -> No
     overrides, told = fit.fitted(words, gpus)
     new = overrides[len(words) :]
     assert overrides[: len(words)] == words and new[: len(added)] == added
-    assert told.startswith(f"fit         {Gpus.parse(gpus) if 'backend=embedded' not in given else '1 GPU of 80 GiB'}: ")
+    assert told.startswith(
+        f"fit         {Gpus.parse(gpus) if not {'backend=embedded', 'profile=true'} & {*given} else '1 GPU of 80 GiB'}: "
+    )
     assert "nothing was changed" in told if not new else all(word in told for word in new)
 
 
@@ -119,6 +123,8 @@ def test_a_change_is_what_the_command_line_makes_of_it() -> None:
         ("81559\n40960\n", "1,0", Gpus(nodes=2, per_node=2, gib=40)),
         ("81559\n81559\n", "0", Gpus(nodes=2, per_node=1, gib=79)),
         ("81559\n", "", None),
+        ("81559\n81559\n", "-1", None),
+        ("81559\n81559\n", "1,-1,0", Gpus(nodes=2, per_node=1, gib=79)),
         ("", None, None),
     ],
 )
@@ -151,6 +157,30 @@ def test_what_there_is_no_arithmetic_for_is_told(words: list[str], message: str,
     monkeypatch.setattr(fit, "_gpus_mib", list)
     with pytest.raises(UserError, match=message):
         fit.fitted([*QWEN, *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "message"),
+    [
+        (["trainer.engine=fsdp2"], "1x80", "trainer.engine=fsdp2: one rank has nothing to cut"),
+        (["trainer.reduce=backward"], "1x80", "trainer.reduce=backward"),
+        (
+            ["backend=verl"],
+            "1x80",
+            "trainer.fit=auto with backend=verl on one GPU: an engine and a trainer rank apart need two",
+        ),
+        (["rollout.ahead=1", "trainer.ranks=8"], "8x80", "nothing that is known here makes the run fit 8 GPUs of 80 GiB"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_by_name(words: list[str], gpus: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        fit.fitted([*QWEN, *words], gpus)
+    assert message in str(refused.value)
+
+
+def test_plan_does_not_take_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "experiment=nano_ocr", "trainer.fit=auto", "gpus=1x80"]) != 0
+    assert "trainer.fit=auto: of train, not of plan" in capsys.readouterr().err
 
 
 def test_another_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,16 @@ class _Pinned:
 class _File:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it is open for as long as this is
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it is open for as long as this is
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> RunFailedError:
+        return RunFailedError(
+            f"{self._folder}: {error.strerror}, while memory was offloaded to a file there; make room, or leave out "
+            "rollout.offload and trainer.offload"
+        )
 
     def write(self, sources: Iterable[torch.Tensor]) -> None:
         place = 0
@@ -104,10 +113,7 @@ class _File:
                     written = os.pwrite(self._file.fileno(), view, place)
                     view, place = view[written:], place + written
         except OSError as error:
-            raise RunFailedError(
-                f"{self._folder}: {error.strerror}, while memory was offloaded to a file there; make room, or leave out "
-                "rollout.offload and trainer.offload"
-            ) from error
+            raise self._failed(error) from error
 
     def read(self, targets: Iterable[torch.Tensor]) -> None:
         place = 0
