@@ -12,7 +12,7 @@ from typing import Any
 from omni_rollout.config import CollateConfig, EvaluationConfig, SamplingConfig, Width
 from omni_rollout.data.prompts import group_id
 from omni_rollout.models import family_module
-from omni_rollout.models.base.sampling import check_text
+from omni_rollout.models.base.sampling import check_text, width_problem
 from omni_rollout.types import InputImage, Prompt, RequestError, RolloutRequest, SamplingSpec
 
 BUCKET = 16  # text tokens
@@ -55,11 +55,8 @@ class Collator:
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._collate = collate
-        if collate.width is not Width.fixed and not self._family.RULES.masks_padding:
-            raise RequestError(
-                f"collate.width={collate.width.value}: {family} attends to padding, so the width is part of what it learned; "
-                "give collate.width=fixed"
-            )
+        if (problem := width_problem(collate.width.value, self._family.RULES)) is not None:
+            raise RequestError(problem)
         if not self._family.RULES.images[0]:  # else a spec hangs on the prompt's images
             self.check(self.spec())
 

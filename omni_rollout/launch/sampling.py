@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from omni_rollout.config import SamplingConfig, SDETypeName, TrainConfig, Width
+from omni_rollout.config import SamplingConfig, SDETypeName, TrainConfig
 from omni_rollout.models import families, family_module
+from omni_rollout.models.base.sampling import width_problem
 
 _LARGEST_SIDE = 2**16  # more is a slip of the hand
 
@@ -30,14 +31,9 @@ def sampling_problems(sampling: SamplingConfig) -> Iterator[str]:
 
 
 def width_problems(config: TrainConfig) -> Iterator[str]:
-    width, family = config.collate.width, config.model.family
-    if width is Width.fixed or family not in families():
-        return
-    if not family_module(family, "spec").RULES.masks_padding:
-        yield (
-            f"collate.width={width.value}: {family} attends to padding, so the width is part of what it learned; "
-            "give collate.width=fixed"
-        )
+    if config.model.family in families():
+        problem = width_problem(config.collate.width.value, family_module(config.model.family, "spec").RULES)
+        yield from [] if problem is None else [problem]
 
 
 def _window(sampling: SamplingConfig) -> Iterator[str]:

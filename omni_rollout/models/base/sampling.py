@@ -112,6 +112,16 @@ def resolve_extra(given: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
 SQUARE = 1024  # pixels
 
 
+def width_problem(width: str, rules: Rules) -> str | None:
+    """Why `collate.width` cannot be this one; None: it can."""
+    if width == "fixed" or rules.masks_padding:
+        return None
+    return (
+        f"collate.width={width}: {rules.family} attends to padding, so the width is part of what it learned; "
+        "give collate.width=fixed"
+    )
+
+
 def assumed_images(rules: Rules, extra: Mapping[str, Any]) -> list[InputImage]:
     """For sizes without a prompt at hand: as few as the family takes, or one for each size in `extra`.
 
