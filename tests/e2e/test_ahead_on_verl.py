@@ -2,62 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.e2e.test_verl_resume import LIMIT, STEPS, lines, of_the_run
+from tests.e2e.test_verl_resume import command as command_of_a_run
+
 pytest.importorskip("verl")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-STEPS = 4
-LIMIT = 900  # seconds; a busy machine needs several times what a quiet one does
-OF_THE_MACHINE = ("timing_s/", "perf/", "rollout/")
+AHEAD = ("rollout.ahead=1", "trainer.schedule=constant", "trainer.warmup_steps=0", "evaluation.every=2")
 
 
 def command(checkpoint: Path, folder: Path, *overrides: str) -> list[str]:
-    prompts = folder.parent / "prompts.txt"
-    prompts.write_text("a red cat\na blue dog on a table\n")
-    return [
-        *(sys.executable, "-m", "omni_rollout.cli", "train"),
-        f"model.path={checkpoint}",
-        f"prompts={prompts}",
-        f"run_dir={folder}",
-        "collate.prompt_width=24",
-        "sampling.height=64",
-        "sampling.width=64",
-        "sampling.num_inference_steps=5",
-        "reward=jpeg_compressibility",
-        "rollout.ahead=1",
-        "rollout.group_size=4",
-        "rollout.prompts_per_step=2",
-        "rollout.max_num_seqs=2",
-        f"trainer.steps={STEPS}",
-        "trainer.learning_rate=1e-3",
-        "trainer.schedule=constant",
-        "trainer.warmup_steps=0",
-        "trainer.save_every=1",
-        "evaluation.images=2",
-        "evaluation.every=2",
-        "wandb.mode=disabled",
-        "threads=1",
-        *overrides,
-    ]
-
-
-def lines(folder: Path) -> list[dict[str, float]]:
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def of_the_run(folder: Path) -> list[dict[str, float]]:
-    return [{key: value for key, value in line.items() if not key.startswith(OF_THE_MACHINE)} for line in lines(folder)]
+    return command_of_a_run(checkpoint, folder, *AHEAD, *overrides)
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
