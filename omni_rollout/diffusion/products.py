@@ -28,7 +28,11 @@ WIDE = 2**20  # weights of a wide layer, at least
 # rows of the former fill two rounds to the same 73% and pad twice as much; 512 rows fill one to 36%.
 CUDA_ROWS = 1024
 # Numbers of rows that may turn out to have a block's bits, on a CPU; a GPU's were not looked at.
-CANDIDATES, WIDE_CANDIDATES, CONDITIONING_CANDIDATES = (16, 32, 64, 128, 256, 512, 1024), (64, 128, 256, 512), (16, 32, 64)
+CANDIDATES, WIDE_CANDIDATES, CONDITIONING_CANDIDATES = (
+    (16, 32, 64, 128, 256, 512, 1024),
+    (64, 128, 256, 512),
+    (4, 8, 16, 32, 64),
+)
 PADDED = 1.25  # up to this many times the rows that are left are multiplied in one call; else in a full call and a rest
 ALIGNMENT = 256  # bytes: cuBLAS chooses by the alignment of pointers too, up to this
 

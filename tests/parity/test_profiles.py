@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -46,6 +50,22 @@ def test_fast_profile_keeps_up_with_the_weights_but_is_not_exact(checkpoint):
 def test_fast_profile_reads_every_row_of_a_batch(checkpoint):
     """The output projections' input is a slice of the joint sequence; read as if it were whole, gaps were 0.1."""
     assert differences(checkpoint, "bfloat16", "fast").abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("cap", ["AVX2", "AVX512_CORE"])
+def test_the_fast_profile_multiplies_where_onednn_may_not_use_amx(cap):
+    """vLLM's packed bf16 kernel ended the process where the CPU has AMX and oneDNN may not use it."""
+    code = (
+        "import torch, vllm._C; from types import SimpleNamespace; "
+        "from omni_rollout.rollout.platform.linear import PackedLinearMethod; "
+        "weight, bias = torch.ones(128, 128, dtype=torch.bfloat16), torch.ones(128, dtype=torch.bfloat16); "
+        "layer = SimpleNamespace(weight=weight, bias=bias); method = PackedLinearMethod(); "
+        "method.process_weights_after_loading(layer); "
+        "assert (method.apply(layer, torch.ones(300, 128, dtype=torch.bfloat16), bias) == 129).all()"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": cap}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_changed_attention_backend_is_refused_by_name(checkpoint, monkeypatch):

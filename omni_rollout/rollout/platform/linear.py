@@ -10,11 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
+from omni_rollout.diffusion.machine import onednn_isa
 from omni_rollout.diffusion.products import exact_linear
+
+# vLLM asks the CPU for AMX, and not ONEDNN_MAX_CPU_ISA what it leaves of it: its bf16 kernel then ends the process.
+WITHOUT_PACKED = ("SSE41", "AVX2", "AVX512_CORE")
 
 
 class KeptWeightLinearMethod(linear.UnquantizedLinearMethod):
@@ -22,14 +27,18 @@ class KeptWeightLinearMethod(linear.UnquantizedLinearMethod):
         """Nothing to pack."""
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return exact_linear(x, layer.weight, bias, getattr(layer, "output_partition_sizes", None))  # q, k and v one by one
+        with torch._C.DisableTorchFunctionSubclass():  # vLLM's parameters would send every look at one through Python
+            return exact_linear(x, layer.weight, bias, getattr(layer, "output_partition_sizes", None))  # q, k and v one by one
 
 
 class PackedLinearMethod(KeptWeightLinearMethod):
     """vLLM's packed GEMM beside the kept weight: faster, other roundings; to be packed again after every new weight."""
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if onednn_isa() in WITHOUT_PACKED:
+            layer.cpu_linear = F.linear
+        else:
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         # vLLM's bf16 kernel reads a strided input as if it were not: all rows but the first of a batch came out wrong.
