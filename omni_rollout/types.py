@@ -42,13 +42,16 @@ class Prompt:
     text: str
     images: tuple[InputImage, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)  # what rewards need, e.g. {"text": "42"}
+    targets: tuple[InputImage, ...] = ()  # what to learn from, best first, where a data set gives it; else it is sampled
 
     def to_json(self) -> dict[str, Any]:
-        return {"text": self.text, "images": [asdict(image) for image in self.images], "metadata": dict(self.metadata)}
+        values = {"text": self.text, "images": [asdict(image) for image in self.images], "metadata": dict(self.metadata)}
+        return {**values, "targets": [asdict(image) for image in self.targets]} if self.targets else values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Prompt:
-        return cls(**{**values, "images": tuple(InputImage(**image) for image in values.get("images", ()))})
+        images = {name: tuple(InputImage(**image) for image in values.get(name, ())) for name in ("images", "targets")}
+        return cls(**{**values, **images})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRequest:
-    """One image to sample. Made by `collate`, consumed by `RolloutEngine.generate`."""
+    """One image to sample, or to encode. Made by `collate`, consumed by `RolloutEngine.generate`."""
 
     request_id: str
     prompt: Prompt
@@ -113,6 +116,11 @@ class RolloutRequest:
     seed: int
     group_id: str  # members of one group share the prompt; advantages are taken within it
     member: int
+
+    @property
+    def target(self) -> InputImage | None:
+        """The image whose latents are the answer; None: the policy samples one."""
+        return self.prompt.targets[self.member] if self.prompt.targets else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING, ClassVar
 
 from omni_rollout.algorithms import rollout_correction
-from omni_rollout.config import AlgorithmConfig, OldLogProbs, OnMismatch, SDETypeName, TrainConfig
+from omni_rollout.config import AlgorithmConfig, OldLogProbs, OnMismatch, RewardNormalise, SDETypeName, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +83,11 @@ class Algorithm(AlgorithmConfig):
     def needs_reference(self) -> bool:
         return self.kl_coef > 0
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Columns of `prompts` with the images to learn from, best first; none: they are sampled."""
+        return ()
+
     def advantages(self, rewards: torch.Tensor, group_ids: Sequence[str]) -> torch.Tensor:
         """[B] fp32: (reward - group mean) / (deviation + advantage_eps), cut to +-advantage_clip.
 
@@ -136,7 +141,7 @@ class Algorithm(AlgorithmConfig):
                 yield f"algorithm.{key}={getattr(self, key)}: expected {' or '.join(expected)}"
         if not self.advantage_eps >= 0:
             yield f"algorithm.advantage_eps={self.advantage_eps}: expected 0 or more"
-        if self.compares and config.rollout.group_size == 1:
+        if self.compares and config.rollout.group_size == 1 and not self.targets:
             yield f"rollout.group_size=1: {self.name} compares the images of one prompt; give 2 or more"
 
 
@@ -218,6 +223,37 @@ class Forward(Algorithm):
             if given:
                 yield f"{key}: of no use to {self.name}, which reads no log-probs and draws no noise in steps; leave it out"
         yield from super().problems(config)
+
+
+@dataclass
+class FromData(Forward):
+    """Takes images that the policy sampled, or those of a data set: each row of `prompts` is a group."""
+
+    images_a_row: ClassVar[tuple[str, ...]]  # what they are called unless they are named otherwise
+    columns: list[str] | None = None  # of `prompts`: paths of images to learn from, best first; None: images are sampled
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(self.columns or ())
+
+    def problems(self, config: TrainConfig) -> Iterator[str]:
+        yield from super().problems(config)
+        if self.columns is None:
+            return
+        own, given = self.images_a_row, f"algorithm.columns=[{','.join(self.targets)}]"
+        wrong = len(self.targets) != len(own) or len(set(self.targets)) < len(own)
+        if wrong or {"prompt", "images", "metadata"} & {*self.targets}:
+            yield f"{given}: {self.name} learns from {len(own)} of a row; give [{','.join(own)}], or what these are called"
+        if config.rollout.group_size != len(own):
+            yield f"rollout.group_size={config.rollout.group_size}: with {given}, a row has {len(own)}; give {len(own)}"
+        of_no_use = {
+            "rollout.ahead": config.rollout.ahead,
+            "rollout.url": config.rollout.url,
+            "reward.normalise": config.reward.normalise is not RewardNormalise.none,
+        }
+        for key, found in of_no_use.items():
+            if found:
+                yield f"{key}: of no use with {given}, where nothing is sampled and no reward is asked; leave it out"
 
 
 def clipped_surrogate(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:

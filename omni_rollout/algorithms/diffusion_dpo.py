@@ -1,11 +1,11 @@
-"""Diffusion-DPO (arXiv 2311.12908), online: of each group the best image is preferred to the worst.
+"""Diffusion-DPO (arXiv 2311.12908). Online, of each group the best image is preferred to the worst; of a data set, the first.
 
     e = mean((v - (noise - x0))^2), at the same time and with the same noise for winner w and loser l
     L = mean( -log sigmoid( -(dpo_beta / 2) [ (e_w - e_w,ref) - (e_l - e_l,ref) ] ) )
 
 The reference is the policy the run started from. The paper's T omega(lambda_t) is within dpo_beta: 5000 in its code, for
-noise prediction; 2000 for flows in verl-omni and Flow-Factory; 100 in verl-omni's online recipe, which this follows. Pairs of
-a data set that were chosen beforehand are not read.
+noise prediction; 2000 for flows in verl-omni and Flow-Factory; 100 in verl-omni's online recipe, which this follows. With
+`columns=[chosen,rejected]` the pairs are those of `prompts`, whoever made them, as in the paper.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, ClassVar
 
-from omni_rollout.algorithms.base import Forward, Samples, element_means, random_times
+from omni_rollout.algorithms.base import FromData, Samples, element_means, random_times
 from omni_rollout.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DiffusionDPO(Forward):
+class DiffusionDPO(FromData):
+    images_a_row: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     shares_noise: ClassVar[bool] = True
     rows_together: ClassVar[int] = 2
     dpo_beta: float = 100.0

@@ -27,6 +27,7 @@ def run(parsed: argparse.Namespace) -> int:
     from omni_rollout.launch.validate import validate
     from omni_rollout.rollout.start import say_family_defaults
     from omni_rollout.run.before import check_before
+    from omni_rollout.run.folder import note_command
 
     own, overrides = own_words(parsed.overrides, ("dry_run", "gpus"))
     if own["dry_run"] not in (None, "true", "false"):
@@ -50,7 +51,9 @@ def run(parsed: argparse.Namespace) -> int:
         from omni_rollout.integrations.slurm import submit
 
         submit(config, overrides)
+        note_command(config.run_dir, parsed.overrides)
         return 0
+    note_command(config.run_dir, parsed.overrides)
     return _train(config, prompts)
 
 

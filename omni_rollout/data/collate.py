@@ -151,7 +151,7 @@ class Collator:
         requests = []
         for position, prompt in enumerate(prompts):
             group = f"{step:05d}-{position:03d}-{group_id(prompt)}"
-            spec = self.spec(window=self.window(group, step), images=prompt.images)
+            spec = self.spec(size_of(prompt), self.window(group, step), prompt.images)
             self.check(spec, prompt)
             spec = self._fitted(spec, prompt)
             requests += [self.request(prompt, spec, group, member) for member in range(group_size)]
@@ -198,6 +198,11 @@ class Collator:
         draw = random.Random(derive_seed(self._sampling.seed, group, "window"))
         start = self._window_start(step, first, end - size, draw)
         return tuple(range(start, start + size))
+
+
+def size_of(prompt: Prompt) -> dict[str, int]:
+    """Of the images that are learned from, where the prompt brings them."""
+    return {"height": prompt.targets[0].height, "width": prompt.targets[0].width} if prompt.targets else {}
 
 
 def _plain(value: Any) -> Any:

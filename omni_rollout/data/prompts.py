@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_rollout import plugins
+from omni_rollout.data.targets import Targets, located
 from omni_rollout.errors import UserError
 from omni_rollout.models.base.images import describe
 from omni_rollout.trajectories import strict_json
@@ -22,7 +23,9 @@ MAX_DEPTH = 32  # of nested metadata: what the next program that reads or pickle
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # controls but tab and line ends; lone surrogates
 
 
-def load_prompts(source: str | Path | Mapping[str, float], split: str = "train") -> list[Prompt]:
+def load_prompts(
+    source: str | Path | Mapping[str, float], split: str = "train", targets: Targets | None = None
+) -> list[Prompt]:
     """Reads a prompt file: .txt (one a line), .jsonl or .parquet (a `prompt` column; every other column is metadata).
 
     A nested `metadata` object is merged into the metadata; blank lines and null parquet cells are left out. `images`, a path or
@@ -32,17 +35,19 @@ def load_prompts(source: str | Path | Mapping[str, float], split: str = "train")
     Hugging Face's `datasets` saved to disk, with or without splits. A function (`plugins`) gives the rows: texts, or
     what a line of jsonl holds; the same ones each time, for a resumed run asks again. A mapping: all of its sources.
 
+    With `targets`, every row must bring those images, which are the prompt's `targets`.
+
     Raises:
         UserError: what is wrong, with the file and the line (or row), counted from 1.
     """
     if isinstance(source, Mapping):
-        return [prompt for part in source for prompt in load_prompts(part, split)]
+        return [prompt for part in source for prompt in load_prompts(part, split, targets)]
     if plugins.is_function(str(source)):
-        prompts = [_prompt(row, where, Path.cwd()) for where, row in _function_rows(str(source))]
+        prompts = [_prompt(row, where, Path.cwd(), targets) for where, row in _function_rows(str(source))]
     elif Path(source).is_dir():
-        prompts = _from_folder(Path(source), split)
+        prompts = _from_folder(Path(source), split, targets)
     else:
-        prompts = _from_file(Path(source))
+        prompts = _from_file(Path(source), targets)
     if not prompts:
         raise UserError(f"{source}: holds no prompts; expected at least one")
     return prompts
@@ -66,17 +71,17 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return next((path for path in named if path.is_file()), None)
 
 
-def _from_folder(folder: Path, split: str) -> list[Prompt]:
+def _from_folder(folder: Path, split: str, targets: Targets | None) -> list[Prompt]:
     for saved in (folder, folder / split):
         if (saved / _HF_STATE).is_file():
-            return [_prompt(row, where, saved) for where, row in _dataset_rows(saved)]
+            return [_prompt(row, where, saved, targets) for where, row in _dataset_rows(saved)]
     path = _split_file(folder, split) or (_split_file(folder, "train") if split == "test" else None)
     if path is None:
         raise UserError(
             f"{folder}: no prompts in this folder; expected {split}.jsonl, .parquet or .txt, {split}_metadata.jsonl, or a "
             "dataset that `datasets` saved to disk"
         )
-    return _from_file(path)
+    return _from_file(path, targets)
 
 
 def _function_rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -107,7 +112,7 @@ def _dataset_rows(saved: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from _present(rows, saved)
 
 
-def _from_file(path: Path) -> list[Prompt]:
+def _from_file(path: Path, targets: Targets | None) -> list[Prompt]:
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: suffix {path.suffix!r} is unknown; expected one of {', '.join(SUFFIXES)}")
     if not path.is_file():
@@ -115,13 +120,14 @@ def _from_file(path: Path) -> list[Prompt]:
     if path.suffix == ".txt":
         return [Prompt(text=printable(line.strip(), where)) for where, line in _lines(path)]
     if path.suffix == ".jsonl":
-        return [_prompt(_parse(line, where), where, path.parent) for where, line in _lines(path)]
-    return [_prompt(row, where, path.parent) for where, row in _parquet_rows(path)]
+        return [_prompt(_parse(line, where), where, path.parent, targets) for where, line in _lines(path)]
+    return [_prompt(row, where, path.parent, targets) for where, row in _parquet_rows(path)]
 
 
 def group_id(prompt: Prompt) -> str:
     """16 hex digits that name a prompt by its text, metadata and the sha256 of its images, the same in every process."""
-    images = [[image.sha256 for image in prompt.images]] if prompt.images else []  # without any: as it was before there were
+    kinds = (prompt.images, *([prompt.targets] if prompt.targets else []))
+    images = [[image.sha256 for image in kind] for kind in kinds] if any(kinds) else []  # none: as it was before there were
     canonical = json.dumps([prompt.text, dict(prompt.metadata), *images], sort_keys=True, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -196,7 +202,7 @@ def printable(text: str, where: str) -> str:
     return text
 
 
-def _prompt(row: Any, where: str, folder: Path) -> Prompt:
+def _prompt(row: Any, where: str, folder: Path, targets: Targets | None) -> Prompt:
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: found {type(row).__name__}, expected an object with a `prompt`")
     if "prompt" not in row:
@@ -208,14 +214,20 @@ def _prompt(row: Any, where: str, folder: Path) -> Prompt:
         raise UserError(f"{where}: `prompt` is empty")
     printable(text, where)
     _check_depth(row, where)
-    metadata = {key: value for key, value in row.items() if key not in ("prompt", "images", "metadata")}
+    own = {"prompt", "images", "metadata", *(targets.columns if targets is not None else ())}
+    metadata = {key: value for key, value in row.items() if key not in own}
     nested = row.get("metadata") or {}
     if not isinstance(nested, Mapping):
         raise UserError(f"{where}: `metadata` is {type(nested).__name__}, expected an object")
     twice = metadata.keys() & nested.keys()
     if twice:
         raise UserError(f"{where}: {', '.join(sorted(twice))[:200]} is given both at the top and inside `metadata`; keep one")
-    return Prompt(text=text, images=_images(row.get("images"), where, folder), metadata={**metadata, **nested})
+    return Prompt(
+        text=text,
+        images=_images(row.get("images"), where, folder),
+        metadata={**metadata, **nested},
+        targets=() if targets is None else targets.of(row, where, folder),
+    )
 
 
 def _images(given: Any, where: str, folder: Path) -> tuple[InputImage, ...]:
@@ -225,8 +237,7 @@ def _images(given: Any, where: str, folder: Path) -> tuple[InputImage, ...]:
         if not isinstance(path, str):
             raise UserError(f"{where}: `images` holds {type(path).__name__}, expected paths of image files")
         try:
-            inside = folder / "images" / path
-            found.append(describe(inside if inside.is_file() and not (folder / path).is_file() else folder / path))
+            found.append(describe(located(path, folder)))
         except (OSError, ValueError) as error:
             raise UserError(f"{where}: image {path} cannot be read ({error})") from error
     return tuple(found)

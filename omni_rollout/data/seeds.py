@@ -32,7 +32,8 @@ class SeedLedger:
 
     def record_noise(self, trajectories: Iterable[Trajectory]) -> list[str]:
         """Notes the digest of the noise that each image really started from; sentences as above."""
-        return self._note([("initial_noise", t.fingerprint["initial_noise"], t.request_id) for t in trajectories])
+        sampled = [t for t in trajectories if "initial_noise" in t.fingerprint]  # others are images of a data set
+        return self._note([("initial_noise", t.fingerprint["initial_noise"], t.request_id) for t in sampled])
 
     def _note(self, entries: list[tuple[str, object, str]]) -> list[str]:
         if self._path is not None:

@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from omni_rollout.config import TrainConfig
 from omni_rollout.data.prompts import has_split, load_prompts
+from omni_rollout.data.targets import targets_of
 from omni_rollout.errors import UserError
 from omni_rollout.types import Prompt
 
 
 def prompt_data(config: TrainConfig) -> tuple[PromptStream, list[Prompt]]:
     """What a run trains on, and what its evaluations show: `evaluation.prompts`, else the `test` of a folder or dataset, else
-    the same prompts.
+    the same prompts. Of an algorithm that learns from a data set's images, what it trains on has them.
 
     Raises:
         UserError: see `load_prompts`.
     """
+    targets = targets_of(config)
     given = config.prompts if isinstance(config.prompts, dict) else {config.prompts: 1.0}
-    parts = [load_prompts(source) for source in given]
+    parts = [load_prompts(source, targets=targets) for source in given]
     mixture = [(len(part), weight) for part, weight in zip(parts, given.values(), strict=True)] if len(given) > 1 else None
     prompts = [prompt for part in parts for prompt in part]
     stream = PromptStream(prompts, config.rollout.prompts_per_step, config.sampling.seed, mixture)
+    if targets is not None and not config.evaluation.images:
+        return stream, []  # no reward is asked about any
     if config.evaluation.prompts:
         return stream, load_prompts(config.evaluation.prompts, "test")
     tests = [source for source in given if has_split(source, "test")]
-    return stream, [prompt for source in tests for prompt in load_prompts(source, "test")] or prompts
+    held_out = [prompt for source in tests for prompt in load_prompts(source, "test")] or prompts
+    return stream, [replace(prompt, targets=()) for prompt in held_out]
+
+
+def to_score(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Those whose images a reward is asked about: all that the policy samples."""
+    return [prompt for prompt in prompts if not prompt.targets]
 
 
 class PromptStream:

@@ -59,7 +59,7 @@ ALIASES: dict[str, tuple[str, str]] = {
     "mini_num_image_per_prompt": ("rollout.max_num_seqs", "images denoised together; the rest of a group waits"),
     "sample_time_per_prompt": ("rollout.group_size", "images of one prompt, in one rollout"),
     "kl_reward": (NONE, "the KL is part of the loss: algorithm.kl_coef"),
-    "train.sft": (NONE, "no supervised images are mixed in; algorithm=sft learns from the best of its own"),
+    "train.sft": (NONE, "algorithm=sft alone: from the best of its own images, or with algorithm.columns from a data set's"),
     "frames": ("sampling.extra", "sampling.extra.frames=N, of families that make videos"),
     "activation_checkpointing": ("trainer.gradient_checkpointing", ""),
     "fsdp_optimizer_offload": ("trainer.offload", "none, optimizer or all"),

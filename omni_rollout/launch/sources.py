@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from omni_rollout import plugins
-from omni_rollout.config import TrainConfig
+from omni_rollout.config import Backend, TrainConfig
+from omni_rollout.models import family_module
 
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -50,6 +51,22 @@ def prompt_problems(config: TrainConfig) -> Iterator[str]:
         yield from _source("prompts", str(source))
     if config.evaluation.prompts is not None:
         yield from _source("evaluation.prompts", config.evaluation.prompts)
+
+
+def target_problems(config: TrainConfig, columns: Sequence[str]) -> Iterator[str]:
+    """What keeps a run from learning from images of these columns, beside what its algorithm says."""
+    if not columns:
+        return
+    given = f"algorithm.columns=[{','.join(columns)}]"
+    kind = family_module(config.model.family, "spec").KIND
+    if kind != "image":
+        yield f"{given}: {config.model.family} makes {kind}, and only images are read from a data set"
+    if config.backend is Backend.verl:
+        yield f"{given} with backend=verl: a data set's images are learned from in one process; give backend=embedded"
+    sources = config.prompts if isinstance(config.prompts, dict) else [config.prompts]
+    for source in map(str, sources):
+        if source.endswith(".txt"):
+            yield f"prompts={source}: a .txt has no columns, and {given} needs them; give a .jsonl, .parquet or dataset"
 
 
 def _source(key: str, source: str) -> Iterator[str]:

@@ -30,7 +30,7 @@ from omni_rollout.launch import ahead, model_files
 from omni_rollout.launch.outputs import file_problem, folder_problem
 from omni_rollout.launch.processes import max_num_seqs_problems, process_problems
 from omni_rollout.launch.sampling import sampling_problems, width_problems
-from omni_rollout.launch.sources import prompt_problems, reward_problems, unknown
+from omni_rollout.launch.sources import prompt_problems, reward_problems, target_problems, unknown
 from omni_rollout.models import families
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -175,7 +175,10 @@ def _in_flight(number: Any) -> Iterator[str]:
 def _learning(config: TrainConfig) -> Iterator[str]:
     try:
         algorithm_class(config.algorithm.name, config.algorithm.source)  # is there one?
-        yield from get_algorithm(config.algorithm).problems(config)
+        algorithm = get_algorithm(config.algorithm)
+        yield from algorithm.problems(config)
+        if config.model.family in families():
+            yield from target_problems(config, algorithm.targets)
     except UserError as error:
         yield str(error)
     if config.wandb.mode is not None and config.wandb.mode not in _WANDB_MODES:

@@ -34,7 +34,8 @@ def step_metrics(
     """Metrics of a step whose weights have been synced.
 
     Args:
-        rewards, breakdown, group_ids: see `reward_metrics`; of the images that have a reward.
+        rewards, breakdown, group_ids: see `reward_metrics`; of the images that have a reward. No breakdown: a data set's
+            images, which no reward scored.
         failed: images that have none.
         elements: numbers in a latent.
         padding: share of the text tokens; see `Collator.padding`.
@@ -50,8 +51,7 @@ def step_metrics(
         "staleness": float(staleness),
         **update_metrics(update, elements=elements, clip_range=clip_range),
         **{name: value for name, value in sampled.items() if name.startswith("parity/")},
-        **reward_metrics(rewards, group_ids, breakdown),
-        "critic/rewards/failed": float(failed),
+        **({**reward_metrics(rewards, group_ids, breakdown), "critic/rewards/failed": float(failed)} if breakdown else {}),
         **{f"timing_s/{stage}": seconds for stage, seconds in timings.items()},
         "perf/throughput": len(rewards) / timings["step"],  # images per second
         "rollout/kept": float(kept),

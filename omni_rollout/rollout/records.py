@@ -27,7 +27,11 @@ def engine_request(request: RolloutRequest, serial: int) -> OmniDiffusionRequest
             num_frames=family_module(request.spec.family, "spec").layout(request.spec).frames,
             seed=request.seed,
             generator_device="cpu",
-            extra_args={"spec": request.spec.to_json(), "prompt": request.prompt.to_json()},
+            extra_args={
+                "spec": request.spec.to_json(),
+                "prompt": request.prompt.to_json(),
+                "target": None if request.target is None else request.member,
+            },
         ),
     )
 
@@ -79,6 +83,13 @@ def to_trajectory(
             "negative_prompt_width": request.spec.negative_prompt_width if guided else None,
             "guided": guided,
             "batch_sizes": record["batch_sizes"],
-            "initial_noise": tensor_digest(record["initial_noise"])[:16],
+            **_source(request, record),
         },
     )
+
+
+def _source(request: RolloutRequest, record: Mapping[str, Any]) -> dict[str, str]:
+    """What the latents were made from: noise, or an image that was given."""
+    if request.target is not None:
+        return {"target": request.target.sha256}
+    return {"initial_noise": tensor_digest(record["initial_noise"])[:16]}

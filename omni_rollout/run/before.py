@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import Schedule, TrainConfig
-from omni_rollout.data.stream import prompt_data
+from omni_rollout.data.stream import prompt_data, to_score
 from omni_rollout.models import family_module
 from omni_rollout.rewards import make_rewards
 from omni_rollout.rollout.start import many, sampling_words
@@ -31,7 +32,7 @@ def check_before(config: TrainConfig) -> Prompts:
         find_start(config)
     stream, held_out = prompt_data(config)
     kind = family_module(config.model.family, "spec").KIND
-    make_rewards(config).check([*stream.prompts, *held_out], kind)
+    make_rewards(config).check(to_score([*stream.prompts, *held_out]), kind)
     return Prompts(training=len(stream.prompts), evaluation=len(held_out))
 
 
@@ -46,9 +47,11 @@ def header(config: TrainConfig, prompts: Prompts) -> Iterator[str]:
     rewards = ", ".join(f"{name} ({weight:g})" for name, weight in config.reward.weights.items())
     yield f"policy      {what} of {config.model.path}, {config.algorithm.name}, {config.backend.value}"
     yield f"prompts     {config.prompts}: {many(prompts.training, 'prompt')}{again}"
-    yield f"a step      {rollout.prompts_per_step} prompts x {rollout.group_size} images = {images}: {sampling_words(config)}"
+    columns = get_algorithm(config.algorithm).targets
+    how = f"of {', '.join(columns)}, encoded; nothing is sampled" if columns else sampling_words(config)
+    yield f"a step      {rollout.prompts_per_step} prompts x {rollout.group_size} images = {images}: {how}"
     yield f"update      {many(trainer.updates_per_step, 'update')} a step, {_rate(config)}, clip range {trainer.clip_range:g}"
-    yield f"reward      {rewards}"
+    yield f"reward      {rewards}{': evaluations alone' if columns else ''}"
     if evaluation.images:
         from_file = config.evaluation.prompts or "the training prompts"
         yield f"evaluation  {many(evaluation.images, 'image')} of {from_file}, {often}: deterministic, the same seeds"

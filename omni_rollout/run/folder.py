@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from omni_rollout.errors import UserError
@@ -11,7 +13,16 @@ from omni_rollout.policy.state import RunState, verify
 
 START_IMAGES = "evaluation_start.npz"  # in a run folder: the starting policy's images, see `monitor.hacking`
 EVALUATIONS = "evaluation.jsonl"  # a line an image and evaluation
+COMMANDS = "command.txt"  # in a run folder: what was typed, a line each time that it was started or went on
 ORIGIN = "origin"  # in a run folder: the checkpoint of another run that it went on from
+
+
+def note_command(run_dir: str | Path, words: Sequence[str]) -> None:
+    """Adds `omni-rollout train WORDS` to the run folder."""
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / COMMANDS).open("a", encoding="utf-8") as file:
+        file.write(shlex.join(["omni-rollout", "train", *words]) + "\n")
 
 
 def checkpoint_folders(run_dir: str | Path) -> list[Path]:

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 from omni_rollout.algorithms import get_algorithm
 from omni_rollout.algorithms.base import Algorithm
 from omni_rollout.config import TrainConfig
-from omni_rollout.data.collate import Collator
-from omni_rollout.data.stream import PromptStream, prompt_data
+from omni_rollout.data.collate import Collator, size_of
+from omni_rollout.data.stream import PromptStream, prompt_data, to_score
 from omni_rollout.models import family_module
 from omni_rollout.rewards import WeightedSum, make_rewards
 from omni_rollout.types import Prompt, RolloutRequest
@@ -32,12 +32,12 @@ class Material:
         stream, evaluation_prompts = prompt_data(config)
         rewards, algorithm = make_rewards(config), get_algorithm(config.algorithm)
         prompts = [*stream.prompts, *evaluation_prompts]
-        rewards.check(prompts, family_module(config.model.family, "spec").KIND)
+        rewards.check(to_score(prompts), family_module(config.model.family, "spec").KIND)
         tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
         window = algorithm.window_start
         collator = Collator(config.model.family, tokenizer, config.sampling, config.collate, window)
         for prompt in prompts:
-            collator.check(collator.spec(images=prompt.images), prompt)
+            collator.check(collator.spec(size_of(prompt), images=prompt.images), prompt)
         return cls(
             stream=stream,
             evaluation_prompts=evaluation_prompts,

@@ -26,8 +26,11 @@ class Journal:
         self.failure: str | None = None  # of this step, if one could not be kept
 
     def keep(self, step: int, trajectory: Trajectory) -> None:
-        """Writes one at once. Where that fails, the step's are deleted to make room, and `failure` says why."""
-        if not self._keep or self.failure:
+        """Writes one at once. Where that fails, the step's are deleted to make room, and `failure` says why.
+
+        Not one of a data set's images: it is encoded again sooner than read.
+        """
+        if not self._keep or self.failure or trajectory.prompt.targets:
             return
         folder = self._step(step)
         try:

@@ -24,6 +24,7 @@ from omni_rollout.monitor.report import page, pictures
 from omni_rollout.monitor.report.provenance import command_of
 from omni_rollout.monitor.report.read import read_run
 from omni_rollout.monitor.verdict import paired
+from omni_rollout.run.folder import note_command
 from omni_rollout.trajectories.sheet import cut, image_grid
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"'&"
@@ -202,11 +203,21 @@ def test_text_from_outside_is_text(run: Path, tmp_path: Path) -> None:
         for step in (1, 2)
     ]
     write(folder, [{"step": 0, **evaluated(0)}, *steps, line(4, **evaluated(4))])
+    (folder / "command.txt").write_bytes(f"omni-rollout train '{HOSTILE}typed'\n".encode() + b"\xff\n")
     for html in (html_of(folder), html_of(run, folder)):
         read = Page(html)
         assert not {"script", "b"} & {tag for tag, _ in read.tags}
         assert not [name for _, attributes in read.tags for name in attributes if name.startswith("on")]
-        assert HOSTILE in read.text and "<b>run" in read.text
+        assert HOSTILE in read.text and "<b>run" in read.text and f"{HOSTILE}typed" in read.text
+
+
+def test_what_was_typed_stands_beside_the_command_that_is_composed(run: Path) -> None:
+    assert "It was started from Python" in Page(html_of(run)).text
+    for words in (["a=b c", "x='y'"], ["trainer.resume=auto"]):
+        note_command(run, words)
+    text = Page(html_of(run)).text
+    assert "omni-rollout train 'a=b c' 'x='\"'\"'y'\"'\"''\nomni-rollout train trainer.resume=auto\n" in text
+    assert "It was started from Python" not in text and "omni-rollout train experiment=nano_ocr" in text
 
 
 def test_the_command_gives_the_configuration_again(run: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from omni_rollout.cli import main
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import UserError
 from omni_rollout.integrations.slurm import SCRIPT, submit
@@ -63,6 +64,13 @@ def test_the_script_asks_for_what_was_given_and_runs_the_same_run(tmp_path: Path
         *("omni-rollout", "train", "backend=verl", "experiment=nano_ocr", "launch.max_restarts=5", prompt)
     ]
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_the_folder_keeps_what_was_typed(tmp_path: Path) -> None:
+    words = [*BASE, f"run_dir={tmp_path}/a run", "launch.submit=false", "trainer.fit=auto"]
+    assert main(["train", *words]) == 0 == main(["train", *words, "trainer.steps=3"])
+    typed = (tmp_path / "a run" / "command.txt").read_text().splitlines()
+    assert [shlex.split(line)[2:] for line in typed] == [words, [*words, "trainer.steps=3"]]
 
 
 def test_without_sbatch_the_script_is_there_and_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

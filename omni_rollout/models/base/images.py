@@ -13,13 +13,37 @@ from PIL import Image
 
 from omni_rollout.types import InputImage, RequestError
 
+FORMATS = ("PNG", "JPEG", "WEBP")
+
 
 def describe(path: Path) -> InputImage:
     """Raises OSError: no such file, or none that PIL can read."""
-    content = path.read_bytes()
+    return described(path, path.read_bytes())
+
+
+def described(path: Path, content: bytes) -> InputImage:
+    """`describe` of a file that holds this."""
     with Image.open(io.BytesIO(content)) as image:
         width, height = image.size
     return InputImage(path=str(path), sha256=hashlib.sha256(content).hexdigest(), height=height, width=width)
+
+
+def picture_problem(content: bytes, max_pixels: int) -> str | None:
+    """Why these bytes are no single, whole picture of `FORMATS` with at most `max_pixels` (serve.max_pixels); None: they are.
+
+    The size is looked at before anything is unpacked.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                return f"{width}x{height} pixels, expected at most {max_pixels} (serve.max_pixels)"
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                return f"an animation of {frames} frames, expected one picture"
+            image.load()
+    except Exception as error:  # whatever a decoder makes of hostile bytes
+        return f"not readable as {', '.join(FORMATS)} ({str(error)[:120]})"
+    return None
 
 
 def read_image(image: InputImage) -> bytes:

@@ -14,6 +14,7 @@ from threading import Lock
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import nn
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -23,9 +24,10 @@ from omni_rollout.diffusion.schedule import WARM_UP, Schedule
 from omni_rollout.diffusion.sde import sde_step
 from omni_rollout.models import family_module
 from omni_rollout.models.base.encodings import Encodings
+from omni_rollout.models.base.images import open_image
 from omni_rollout.models.base.sampling import check_text
 from omni_rollout.models.base.velocity import Conditioning, expert_at, velocity
-from omni_rollout.types import Prompt, SamplingSpec
+from omni_rollout.types import InputImage, Prompt, SamplingSpec
 
 WARM_UP_WIDTH = 64
 VAE_PATIENCE = 300.0  # seconds
@@ -38,7 +40,7 @@ class Denoising:
     spec: SamplingSpec
     schedule: Schedule
     conditioning: Conditioning
-    initial_noise: torch.Tensor  # [1, *shape] fp32
+    initial_noise: torch.Tensor | None  # [1, *shape] fp32; None: what it ends with is given, and no step is taken
     latents: list[torch.Tensor] = field(default_factory=list)  # T+1 of [1, *shape] fp32
     log_probs: list[torch.Tensor] = field(default_factory=list)  # T of [1] fp32
     batch_sizes: list[int] = field(default_factory=list)  # requests in the same forward pass, per step
@@ -99,6 +101,10 @@ class RolloutMixin:
         """[1, *shape] fp32."""
         raise NotImplementedError
 
+    def encode_target(self, image: Image.Image, spec: SamplingSpec) -> torch.Tensor:
+        """[1, *shape] fp32: the final latents that decode to this RGB picture of the spec's size: the mean, without noise."""
+        raise NotImplementedError
+
     def decode(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
         """[B, *shape] fp32 of one size -> uint8 [B, *media], of the shape of `Layout.media`."""
         raise NotImplementedError
@@ -126,32 +132,43 @@ class RolloutMixin:
         return Prompt(text="dummy run"), family_module(self.family, "spec").resolve(size)
 
     def prepare_encode(self, state: Any, **_: Any) -> Any:
-        prompt, spec, schedule = self._resolve(state)
+        prompt, spec, schedule, target = self._resolve(state)
         check_text(prompt.text, family_module(self.family, "spec").RULES)
         conditioning = self.encoded(prompt, spec)
-        state.latents = self.noise(spec, state.sampling.generator)
+        state.latents = self.noise(spec, state.sampling.generator) if target is None else self._encoded_target(target, spec)
         state.timesteps = schedule.timesteps
-        state.step_index = 0
+        state.step_index = 0 if target is None else len(schedule.timesteps) - 1  # the engine knows no request without a step
         state.do_true_cfg = False  # for the engine; guidance is ours, per request
         state.extra["denoising"] = Denoising(
-            spec=spec, schedule=schedule, conditioning=conditioning, initial_noise=state.latents.clone()
+            spec=spec,
+            schedule=schedule,
+            conditioning=conditioning,
+            initial_noise=state.latents.clone() if target is None else None,
         )
         return state
 
-    def _resolve(self, state: Any) -> tuple[Prompt, SamplingSpec, Schedule]:
+    def _encoded_target(self, target: InputImage, spec: SamplingSpec) -> torch.Tensor:
+        """One at a time, so that the bits do not depend on what else is asked for."""
+        pin_thread(self.threads)
+        with self._vae_in_use:
+            return self.encode_target(open_image(target), spec)
+
+    def _resolve(self, state: Any) -> tuple[Prompt, SamplingSpec, Schedule, InputImage | None]:
         if OmniDiffusionRequest.is_dummy_run_request_id(state.request_id):
-            return *self.warm_up(state.sampling.height, state.sampling.width), WARM_UP
+            return *self.warm_up(state.sampling.height, state.sampling.width), WARM_UP, None
         asked = state.sampling.extra_args
         spec = SamplingSpec.from_json(asked["spec"])
         schedule = family_module(spec.family, "spec").schedule(spec, self.scheduler.config)
-        return Prompt.from_json(asked["prompt"]), spec, schedule
+        prompt, target = Prompt.from_json(asked["prompt"]), asked["target"]
+        return prompt, spec, schedule, None if target is None else prompt.targets[target]
 
     def denoise_step(self, input_batch: Any, *, states: Any = None, **_: Any) -> torch.Tensor:
         pin_thread(self.threads)  # this is the engine's own thread
         groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for position, state in enumerate(states):
-            groups[state.extra["denoising"].conditioning.batch_key(state.step_index)].append(position)
-        rows: list[torch.Tensor] = [torch.empty(0)] * len(states)
+            if state.extra["denoising"].initial_noise is not None:
+                groups[state.extra["denoising"].conditioning.batch_key(state.step_index)].append(position)
+        rows: list[torch.Tensor] = [state.latents for state in states]  # of given ones nobody asks for a velocity
         for positions in groups.values():
             members = [states[position] for position in positions]
             result = velocity(
@@ -172,6 +189,9 @@ class RolloutMixin:
     def step_scheduler(self, state: Any, noise_pred: torch.Tensor, **_: Any) -> None:
         run: Denoising = state.extra["denoising"]
         index = state.step_index
+        if run.initial_noise is None:
+            state.step_index += 1
+            return
         stochastic = index in run.spec.step_indices
         step = sde_step(
             noise_pred,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image
 from vllm_omni.diffusion.models.qwen_image import QwenImagePipeline
@@ -33,6 +34,8 @@ class QwenTransformer:
     mode: ClassVar[str] = "RGB"  # PIL's, of input images
     encode_prompt: Any
     tokenizer_max_length: int
+    _pack_latents: Any
+    device: Any
     transformer: Any
     vae: Any
     dtype: torch.dtype
@@ -78,6 +81,17 @@ class QwenTransformer:
     def conditions(self, images: Sequence[Image.Image], spec: SamplingSpec) -> dict[str, torch.Tensor]:
         """See `Layout.conditions`."""
         return {}
+
+    def encode_target(self, image: Image.Image, spec: SamplingSpec) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None, :, None].float() / 255 * 2 - 1
+        latents = self.vae.encode(pixels.to(self.device, self.vae.dtype), return_dict=False)[0].mode().float()
+        config = self.vae.config
+        mean, std = (
+            torch.tensor(numbers, device=latents.device).view(1, -1, 1, 1, 1)
+            for numbers in (config.latents_mean, config.latents_std)
+        )
+        _, channels, _, rows, columns = latents.shape
+        return self._pack_latents((latents - mean) / std, 1, channels, rows, columns)
 
 
 class QwenImageRolloutPipeline(QwenTransformer, RolloutMixin, QwenImagePipeline):

@@ -1,4 +1,4 @@
-"""How to run it again: the command, what it changes, versions and digests."""
+"""How to run it again: what was typed, a command of the configuration, what that changes, versions and digests."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from omni_rollout.monitor.suggested import flat_values, override_value
 from omni_rollout.policy.state import file_digest
 
 _CHOICES = ("experiment", "algorithm.name")  # not keys to set: files to choose
+NOT_TYPED = "It was started from Python, or by a version that kept no command"
 _EVERY_TIME = "run_dir"  # its default is another every second
 
 
@@ -36,7 +37,9 @@ def section(run: Run) -> str:
     rows = [[key, override_value(before), override_value(now)] for key, (before, now) in command.differences.items()]
     return "".join(
         [
-            "<h3>Command</h3>",
+            "<h3>As it was typed</h3>",
+            f"<pre>{escape(run.typed)}</pre>" if run.typed else sentence(NOT_TYPED),
+            "<h3>A command that gives its configuration</h3>",
             f"<pre>{escape(shlex.join(command.words))}</pre>",
             *map(
                 sentence,

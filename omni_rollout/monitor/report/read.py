@@ -14,7 +14,7 @@ from omni_rollout.errors import UserError
 from omni_rollout.monitor.pairs import PPO_KL_COMPARES
 from omni_rollout.monitor.suggested import flat_values
 from omni_rollout.policy.state import STATE
-from omni_rollout.run.folder import EVALUATIONS
+from omni_rollout.run.folder import COMMANDS, EVALUATIONS
 from omni_rollout.trajectories import strict_json
 
 Line = dict[str, Any]
@@ -38,6 +38,7 @@ class Run:
     lines: list[Line]  # of metrics.jsonl
     scores: Mapping[int, Mapping[int, Score]]  # step of an evaluation -> index of the image
     states: list[Mapping[str, Any]]  # `run` of the checkpoints' state.json, oldest first
+    typed: str  # the commands that started it, a line each; empty: it was not started by the command
     fingerprint: Mapping[str, Any]  # of a trajectory that was kept; empty: none was
     unread: list[str]  # a sentence for each thing that could not be read
 
@@ -83,9 +84,20 @@ def read_run(folder: Path) -> Run:
         lines=lines,
         scores=dict(sorted(scores.items())),
         states=_states(folder, unread),
+        typed=_typed(folder, unread),
         fingerprint=_fingerprint(folder, unread),
         unread=unread,
     )
+
+
+def _typed(folder: Path, unread: list[str]) -> str:
+    try:
+        return (folder / COMMANDS).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        unread.append(f"{COMMANDS} cannot be read: {error.strerror}")
+        return ""
 
 
 def _records(path: Path, is_one: Callable[[Any], bool], unread: list[str]) -> list[dict[str, Any]]:

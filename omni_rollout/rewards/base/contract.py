@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from omni_rollout.errors import RunFailedError
-from omni_rollout.types import KINDS, InputImage, Kind, Prompt
+from omni_rollout.types import KINDS, InputImage, Kind, Prompt, Trajectory
 
 SHAPES: dict[Kind, str] = {"image": "[H, W, 3]", "video": "[F, H, W, 3]", "layers": "[L, H, W, 4]"}
 
@@ -54,7 +54,7 @@ class RewardBatch:
     """The rewards of one batch of images. None: this image could not be scored."""
 
     total: list[float | None]  # one an image: the weighted sum
-    breakdown: dict[str, list[float | None]]  # reward name -> one an image, before its weight
+    breakdown: dict[str, list[float | None]]  # reward name -> one an image, before its weight; empty: none was asked
     failures: list[str]  # a sentence for every image and reward that failed
 
     @property
@@ -68,6 +68,11 @@ class RewardBatch:
             total=[_number(self.total[row]) for row in rows],
             breakdown={name: [_number(values[row]) for row in rows] for name, values in self.breakdown.items()},
         )
+
+
+def preferences(group: Sequence[Trajectory]) -> RewardBatch:
+    """Of a data set's images: 1 for the best of its row, 0 for the others. No reward is asked."""
+    return RewardBatch(total=[float(one.member == 0) for one in group], breakdown={}, failures=[])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
 
-from omni_rollout.rewards.base.contract import RewardBatch
+from omni_rollout.rewards.base.contract import RewardBatch, preferences
 from omni_rollout.rewards.base.sum import WeightedSum
 from omni_rollout.types import RolloutRequest, Trajectory
 
@@ -43,22 +43,29 @@ class Meanwhile:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(self._rewards([one.media for one in group], [one.prompt for one in group]))
+                future.set_result(self._rated(group))
             except BaseException as error:  # told where the result is asked for
                 future.set_exception(error)
+
+    def _rated(self, group: Sequence[Trajectory]) -> RewardBatch:
+        if group[0].prompt.targets:
+            return preferences(group)
+        return self._rewards([one.media for one in group], [one.prompt for one in group])
 
     def result(self, trajectories: Sequence[Trajectory]) -> RewardBatch:
         """Of all of them, in their order, once the last is scored."""
         places = {one.request_id: place for place, one in enumerate(trajectories)}
-        breakdown: dict[str, list[float | None]] = {name: [None] * len(places) for name in self._rewards.weights}
+        total: list[float | None] = [None] * len(places)
+        breakdown: dict[str, list[float | None]] = {}
         failures: list[str] = []
         for group, future in self._scored:
             batch = future.result()
             failures += batch.failures
-            for name, values in batch.breakdown.items():
-                for one, value in zip(group, values, strict=True):
-                    breakdown[name][places[one.request_id]] = value
-        return self._rewards.batch(breakdown, failures)
+            for row, one in enumerate(group):
+                total[places[one.request_id]] = batch.total[row]
+                for name, values in batch.breakdown.items():
+                    breakdown.setdefault(name, [None] * len(places))[places[one.request_id]] = values[row]
+        return RewardBatch(total=total, breakdown=breakdown, failures=failures)
 
     def __enter__(self) -> Meanwhile:
         return self

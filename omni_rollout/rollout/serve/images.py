@@ -5,20 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
 
-from PIL import Image
-
-from omni_rollout.models.base.images import describe
+from omni_rollout.models.base.images import describe, picture_problem
 from omni_rollout.rollout.serve.errors import BadRequest
 from omni_rollout.types import InputImage
-
-FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def image_bytes(text: str, param: str) -> bytes:
@@ -67,17 +62,5 @@ class ImageFolder:
         self._folder.cleanup()
 
     def _check(self, content: bytes, param: str) -> None:
-        try:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > self._max_pixels:  # before anything is unpacked
-                    raise BadRequest(
-                        f"{param}: {width}x{height} pixels, expected at most {self._max_pixels} (serve.max_pixels)", param
-                    )
-                if getattr(image, "n_frames", 1) > 1:
-                    raise BadRequest(f"{param}: an animation of {image.n_frames} frames, expected one picture", param)  # type: ignore[attr-defined]
-                image.load()
-        except BadRequest:
-            raise
-        except Exception as error:  # whatever a decoder makes of hostile bytes
-            raise BadRequest(f"{param}: not readable as {', '.join(FORMATS)} ({str(error)[:120]})", param) from None
+        if (problem := picture_problem(content, self._max_pixels)) is not None:
+            raise BadRequest(f"{param}: {problem}", param)
