@@ -9,6 +9,7 @@ from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import AUTO, Offload, RolloutOffload, TrainerEngineName
 from omni_rollout.models.base.sizes import decode_rows
 from omni_rollout.plan.parts import ALWAYS, Part, Run, Sharing, When
+from omni_rollout.rewards.base.sizes import model_bytes
 
 CONTEXT_BYTES = 1 << 30  # what CUDA itself takes of a GPU, for each process on it. A round guess
 RESERVE_BYTES = 4 << 30  # that, NCCL's buffers, and what fragmentation wastes. A round guess
@@ -27,7 +28,8 @@ def process_parts(run: Run, ranks: int = 1) -> list[Part]:
     """On the GPU of one process that holds an engine and one of `ranks` ranks, by what `run/phases.py` does with each."""
     trainer = [_shared_policy(run) if run.shared else _policy(run, ranks), *_state(run, ranks), *_gathered(run, ranks)]
     whole = [] if run.shared or ranks == 1 else [replace(part, when=(When.start,)) for part in _whole_policy(run)]
-    return [*_engine_in_turns(run), *trainer, *whole, *_update(run), _new_weights(), _reserve(run)]
+    rewards = _reward_models(run) if ranks == 1 else []  # on verl a process without a GPU scores
+    return [*_engine_in_turns(run), *trainer, *whole, *_update(run), _new_weights(), *rewards, _reserve(run)]
 
 
 def _policy(run: Run, ranks: int) -> Part:
@@ -74,6 +76,17 @@ def _engine_in_turns(run: Run) -> Iterator[Part]:
             yield replace(part, why=f"{part.why}; offloaded (rollout.offload)", when=(When.rollout,))
         else:
             yield part
+
+
+def _reward_models(run: Run) -> Iterator[Part]:
+    for name, size in model_bytes(run.config).items():
+        known = "weights of its CLIP model, here all the time" if size else "the model that another reward has loaded"
+        why = (
+            known
+            if size is not None
+            else f"NOT counted: no sizes of {run.config.reward.model[name]} are shipped; give a folder"
+        )
+        yield Part(name=f"reward {name}", bytes=size or 0, why=why)
 
 
 def _new_weights() -> Part:
@@ -231,6 +244,7 @@ def host_parts(run: Run, ranks: int, engines: int, shared: int) -> list[Part]:
     if engines:
         why = f"{engines} engines x {_gib(weights)}: the new weights as they arrive"
         parts.append(Part(name="weight sync", bytes=engines * weights, why=why))
+    parts += [replace(part, why=f"{part.why}, in the reward worker on a CPU") for part in _reward_models(run)]
     why = f"2 versions of the weights, {_gib(weights)} each: Ray needs that much object store on every node"
     return [*parts, Part(name="object store", bytes=2 * weights, why=why)]
 
