@@ -56,7 +56,7 @@ class TrainerRank(Worker):
         if self.world_size > 1:
             device = get_platform()
             backend = "gloo" if device.device_name == "cpu" else f"cpu:gloo,{device.device_name}:nccl"
-            patience = timedelta(seconds=self._config.launch.timeout)  # the driver's, which begins earlier and says who hangs
+            patience = timedelta(seconds=2 * self._config.launch.timeout)  # longer than the driver's, which says who hangs
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=patience)
         tq.init()
 
