@@ -107,7 +107,8 @@ def _state(run: Run, ranks: int) -> Iterator[Part]:
         f" / {ranks} ranks" if share.gradients > 1 else ", whole until the update"
     )
     if kept or trainer.engine is TrainerEngineName.fsdp2:
-        yield Part(name="gradients", bytes=4 * trained // share.gradients, why=why, when=(When.update,))
+        stay = trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage == 3  # in a buffer that is never let go
+        yield Part(name="gradients", bytes=4 * trained // share.gradients, why=why, when=ALWAYS if stay else (When.update,))
     if kept:
         why = f"8 bytes x {_billions(trained)} trained" + (f" / {ranks} ranks" if share.moments > 1 else "")
         when = ALWAYS if trainer.offload is Offload.none else (When.update,)
@@ -130,9 +131,9 @@ def _gathered(run: Run, ranks: int) -> Iterator[Part]:
     trainer, model = run.config.trainer, run.sizes.transformer
     if trainer.engine is TrainerEngineName.fsdp2 and ranks > 1:
         outside = model.parameters - model.layers * model.block_parameters
-        why = f"{run.master} bytes x (2 blocks, of which one is fetched ahead, and what lies outside the blocks)"
+        why = f"{run.master} bytes x (2 blocks, one of them on its way, and what lies outside the blocks)"
         gathered = run.master * (2 * model.block_parameters + outside)
-        yield Part(name="gathered weights", bytes=gathered, why=why, when=(When.update,))
+        yield Part(name="gathered weights", bytes=gathered, why=why, when=(When.update, When.sync))
     if trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage > 0:
         if trainer.zero_stage == 3:
             live = min(run.held, ZERO3_LIVE)

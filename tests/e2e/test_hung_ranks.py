@@ -22,7 +22,9 @@ PATIENCE = 30
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=128 << 20)
+    modules = "omni_rollout.integrations.verl.platform,omni_rollout.integrations.verl.trainer"  # as in a run
+    environment = {"VERL_USE_EXTERNAL_MODULES": modules, "VERL_PLATFORM": "cpu"}
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=128 << 20, runtime_env={"env_vars": environment})
     yield
     ray.shutdown()
 

@@ -87,19 +87,19 @@ def answers(references: Sequence[Any], workers: Sequence[Any], where: Sequence[t
 
 def _status(node: str, pid: int) -> str:
     """As the system of its node has it; a process cannot be asked that does not answer."""
+
+    def status() -> str:  # travels by value: a process that imports verl's plug-ins first could not import this file
+        try:
+            return str(psutil.Process(pid).status())
+        except psutil.NoSuchProcess:
+            return "gone"
+
     there: Any = NodeAffinitySchedulingStrategy(node, soft=False)  # Ray types the others alone
-    ask = ray.remote(num_cpus=0, scheduling_strategy=there)(status_of)
+    ask = ray.remote(num_cpus=0, scheduling_strategy=there)(status)
     try:
-        return ray.get(ask.remote(pid), timeout=PATIENCE)
+        return ray.get(ask.remote(), timeout=PATIENCE)
     except (*DEATHS, GetTimeoutError, RayTaskError) as error:
-        return f"unknown ({describe(error)})"
-
-
-def status_of(pid: int) -> str:
-    try:
-        return str(psutil.Process(pid).status())
-    except psutil.NoSuchProcess:
-        return "gone"
+        return f"unknown ({str(error).splitlines()[-1]})"
 
 
 def note_restart(run_dir: str, why: str) -> None:
