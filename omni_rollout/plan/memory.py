@@ -100,7 +100,7 @@ def _state(run: Run, ranks: int) -> Iterator[Part]:
     on_gpu = kept or trainer.offload is Offload.optimizer
     own = _of_policy(run)
     cut = f" / {ranks} ranks" if share.weights > 1 else ""
-    if trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage in (1, 2) and trainer.offload is Offload.none:
+    if trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage > 0 and trainer.offload is Offload.none:
         why = f"4 bytes x {_billions(trained)} trained / {ranks} ranks: ZeRO's flat fp32 partition beside the parameters"
         yield Part(name="optimizer's copy", bytes=4 * trained // share.moments, why=why)
     why = f"4 bytes x {_billions(trained)} trained" + (
