@@ -77,7 +77,7 @@ class SamplingSpec:
         return self.negative_prompt is not None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**vars(self), "extra": dict(self.extra)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SamplingSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from omni_rollout import plugins
@@ -65,7 +65,7 @@ def _source(key: str, source: str) -> Iterator[str]:
         yield f"{key}={source}: expected a file that ends in {', '.join(PROMPT_SUFFIXES)}"
 
 
-def unknown(key: str, name: str, known: list[str]) -> Iterator[str]:
+def unknown(key: str, name: str, known: Sequence[str]) -> Iterator[str]:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         yield f"{key}={name}: {f'did you mean {near[0]}? ' if near else ''}expected one of {', '.join(known)}"

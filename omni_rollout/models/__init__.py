@@ -13,8 +13,9 @@ from pathlib import Path
 from types import ModuleType
 
 
-def families() -> list[str]:
-    return sorted(folder.name for folder in Path(__file__).parent.iterdir() if (folder / "spec.py").exists())
+@cache  # asked for by every capsule
+def families() -> tuple[str, ...]:
+    return tuple(sorted(folder.name for folder in Path(__file__).parent.iterdir() if (folder / "spec.py").exists()))
 
 
 @cache  # asked for by every sample at every step

@@ -14,7 +14,7 @@ def loads(text: str) -> Any:
         ValueError: it is not JSON, or nested too deep to be read.
     """
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
@@ -26,3 +26,6 @@ def _finite(text: str) -> float:
 
 def _refuse(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a finite number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)  # a capsule is some twenty texts

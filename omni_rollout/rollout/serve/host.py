@@ -48,12 +48,14 @@ class Work:
         self._host.engine.loop.call_soon_threadsafe(self._host._enter, self)
         return self
 
-    async def result(self) -> tuple[int, Result]:
-        """The next that has finished: its position, and the trajectory or what kept it from being made."""
-        result = await self._results.get()
-        self._left -= 1
-        self._host.asked -= 1
-        return result
+    async def results(self) -> list[tuple[int, Result]]:
+        """Those that have finished, at least one: its position, and the trajectory or what kept it from being made."""
+        results = [await self._results.get()]
+        while not self._results.empty():
+            results.append(self._results.get_nowait())
+        self._left -= len(results)
+        self._host.asked -= len(results)
+        return results
 
     def __exit__(self, *_: object) -> None:
         """Frees the places of what is not finished."""

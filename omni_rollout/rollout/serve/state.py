@@ -59,15 +59,16 @@ class Server:
             with self.host.work(batch.requests, None) as work, self.metrics.watching(batch.requests) as watch:
                 while len(made) < len(batch.requests):
                     try:
-                        index, result = await asyncio.wait_for(work.result(), LOOK_SECONDS)
+                        results = await asyncio.wait_for(work.results(), LOOK_SECONDS)
                     except TimeoutError:
                         if await request.is_disconnected():
                             raise BadRequest("the client has gone", status=499, kind="client_gone") from None
                         continue
-                    watch(index, result)
-                    if isinstance(result, Exception):
-                        raise error_of(result)
-                    made[index] = result
+                    for index, result in results:
+                        watch(index, result)
+                        if isinstance(result, Exception):
+                            raise error_of(result)
+                        made[index] = result
         finally:
             self.reader.release(batch)
         return [made[index] for index in range(len(batch.requests))]

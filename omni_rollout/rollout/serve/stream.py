@@ -21,6 +21,7 @@ from omni_rollout.rollout.serve.wire import ALIVE_SECONDS, FRAMES, echo, frame
 from omni_rollout.trajectories.capsule import packed
 from omni_rollout.types import Trajectory
 
+SMALL_BYTES = 1 << 20  # of latents and media: packed in a millisecond or two
 FETCH_SECONDS = 0.005  # between looks at whether a client has fetched what lies in shared memory
 
 
@@ -46,23 +47,28 @@ class Answer(StreamingResponse):
 
     async def _frames(self) -> AsyncIterator[bytes]:
         requests = self._batch.requests
-        for part in frame({"type": "accepted", "requests": [echo(request) for request in requests]}):
-            yield part
-        for _ in requests:
-            result = None
-            while result is None:
-                try:
-                    result = await asyncio.wait_for(self._work.result(), ALIVE_SECONDS)
-                except TimeoutError:
-                    for part in frame({"type": "alive"}):
+        yield b"".join(frame({"type": "accepted", "requests": [echo(request) for request in requests]}))
+        left = len(requests)
+        while left:
+            try:
+                results = await asyncio.wait_for(self._work.results(), ALIVE_SECONDS)
+            except TimeoutError:
+                yield b"".join(frame({"type": "alive"}))
+                continue
+            left -= len(results)
+            small: list[bytes] = []
+            for result in results:
+                self._watch(*result)
+                if _is_small(result[1]):  # another thread would take longer to wake than it has to do
+                    small += self._framed(*result)
+                else:
+                    for part in await asyncio.to_thread(self._framed, *result):
                         yield part
-            self._watch(*result)
-            for part in await asyncio.to_thread(self._framed, *result):
-                yield part
+            if small:
+                yield b"".join(small)
         while any(path.exists() for path in self._files):  # until the client has mapped the last, or is gone
             await asyncio.sleep(FETCH_SECONDS)
-        for part in frame({"type": "end"}):
-            yield part
+        yield b"".join(frame({"type": "end"}))
 
     def _framed(self, index: int, result: Trajectory | Exception) -> list[bytes]:
         if isinstance(result, Exception):
@@ -94,3 +100,7 @@ class Answer(StreamingResponse):
         if self._gone:  # while this thread wrote it: nobody else will remove it
             path.unlink(missing_ok=True)
         return path.name
+
+
+def _is_small(result: Trajectory | Exception) -> bool:
+    return isinstance(result, Exception) or result.latents.nbytes + result.media.nbytes < SMALL_BYTES
