@@ -112,7 +112,8 @@ def pss(pid: int) -> int:
 
 def overrides_of(model: Path, engine: str, kind: str) -> list[str]:
     where = ("backend=verl", f"trainer.ranks={RANKS}", "rollout.placement=colocated", "launch.object_store_mb=256")
-    return [f"model.path={model}", *SETTINGS, *where, *ENGINES[engine], *KINDS[kind]]
+    twice = "trainer.micro_batch_size=1"  # two backward passes an update, between which gradients wait
+    return [f"model.path={model}", *SETTINGS, *where, twice, *ENGINES[engine], *KINDS[kind]]
 
 
 def measure(model: Path, engine: str, kind: str) -> Peaks:
