@@ -42,9 +42,10 @@ faults: $(INSTALLED)
 simulation: $(INSTALLED)
 	$(BIN)/python -m benchmarks.simulation
 
-# Peak memory of a process with an engine and a trainer, by two sizes of a random model; half an hour, 8 GiB.
+# Peak memory of a process with an engine and a trainer, by two sizes of a random model, then of two colocated ranks; 8 GiB.
 memory: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.memory_colocated
 
 # Diffusers, stock vllm-omni, the bare transformer and ours, in turns: rewrites the tables and plots of docs/performance.md.
 bench: $(INSTALLED)

@@ -177,8 +177,7 @@ class AlgorithmConfig:
     advantage_deviation: str = "population"  # divided by the count; sample: by the count less one
     advantage_eps: float = 1e-4  # added to the deviation
     advantage_clip: float = 5.0
-    kl_coef: float = 0.0  # weight of the distance to the policy the run started from: the exact Gaussian KL of a coupled
-    # algorithm's step (see kl_with_dt), the mean squared difference of a forward one's velocities
+    kl_coef: float = 0.0  # weight of the distance to the policy the run started from, which the algorithm defines
 
 
 @dataclass
@@ -247,6 +246,7 @@ class LaunchConfig:
     address: str | None = None  # of a Ray cluster, or `auto`; None: one is started here, and ends with the run
     cpus: int = 16  # logical ones of a cluster started here: a place for every process, however few cores there are
     object_store_mb: int = 1024  # of a cluster started here
+    timeout: float = 7200.0  # seconds for an update, a weight sync or a checkpoint, after which the trainer ranks hang
     max_restarts: int = 2  # from the newest checkpoint, when a process dies that cannot be replaced in place
     slurm: bool = False  # write run_dir/job.sbatch instead of training here
     submit: bool = True  # and give it to sbatch

@@ -210,9 +210,9 @@ class Trainer:
 
     def _batch(self, step: int) -> Batch:
         """Of this step, to learn from; with rollout.ahead=1 that of the next is sampled here, too."""
-        batch, self._next = self._next or self._first(step), None
-        if self.config.rollout.ahead and step < self.config.trainer.steps:
-            self._next = self._rollout(step + 1)
+        batch = self._next = self._next or self._first(step)  # until there is another: what is left here is closed at the end
+        ahead = self.config.rollout.ahead and step < self.config.trainer.steps
+        self._next = self._rollout(step + 1) if ahead else None
         return batch
 
     def _first(self, step: int) -> Batch:

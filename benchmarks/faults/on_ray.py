@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 
 import psutil
 
-from benchmarks.faults.scene import PER_STEP, STEPS, TIMEOUT, Scene, Strike, title_of
+from benchmarks.faults.scene import PER_STEP, RANKS_TIMEOUT, STEPS, TIMEOUT, Scene, Strike, title_of
 from benchmarks.faults.witness import metrics
 
 SERVER, REWARD, RANK, AGENT_LOOP = "ray::RolloutServer", "ray::RewardLoopWorker", "ray::TrainerRank", "ray::AgentLoopWorker"
@@ -73,29 +73,45 @@ def agent_loop_dies(scene: Scene, name: str, step: int) -> None:
 
 
 def colocated_dies_sampling(scene: Scene, name: str, step: int) -> None:
-    colocated_dies(scene, name, "in a rollout", step, lambda _: len(scene.witness.of_step(step)) >= 3)
+    colocated_fails(scene, name, step, signal.SIGKILL, learning=False)
 
 
 def colocated_dies_learning(scene: Scene, name: str, step: int) -> None:
-    def learning(victim: psutil.Process) -> bool:
-        title = f"{COLOCATED}.update_policy"  # what Ray calls the process meanwhile
-        return len(scene.witness.of_step(step)) == PER_STEP and title_of(victim).startswith(title)
-
-    colocated_dies(scene, name, "in the update", step, learning)
+    colocated_fails(scene, name, step, signal.SIGKILL, learning=True)
 
 
-def colocated_dies(scene: Scene, name: str, when: str, step: int, moment: Callable[[psutil.Process], bool]) -> None:
+def colocated_hangs_sampling(scene: Scene, name: str, step: int) -> None:
+    strike = colocated_fails(scene, name, step, signal.SIGSTOP, learning=False)
+    scene.must_say(strike, f"finished no image for {TIMEOUT['colocated']} s (rollout.timeout): it hangs")
+
+
+def colocated_hangs_learning(scene: Scene, name: str, step: int) -> None:
+    strike = colocated_fails(scene, name, step, signal.SIGSTOP, learning=True)
+    scene.must_say(strike, f"no answer for {RANKS_TIMEOUT} s (launch.timeout)", f"(process {strike.victim}) is stopped")
+
+
+def colocated_fails(scene: Scene, name: str, step: int, number: signal.Signals, *, learning: bool) -> Strike:
+    """One of 2 processes with an engine and a rank gets a signal, in the rollout or in the update."""
     before, victim = restarts(scene), find(scene, COLOCATED)
-    scene.until(lambda: moment(victim), f"{COLOCATED} {when} of step {step}")
-    victim.kill()
-    what = f"kill -9 of one of 2 processes with an engine and a rank, {when}; the driver starts all again"
+
+    def moment() -> bool:
+        finished = len(scene.witness.of_step(step))
+        title = f"{COLOCATED}.update_policy"  # what Ray calls the process meanwhile
+        return finished == PER_STEP and title_of(victim).startswith(title) if learning else finished >= 3
+
+    when = "in the update" if learning else "in a rollout"
+    scene.until(moment, f"{COLOCATED} {when} of step {step}")
+    victim.send_signal(number)
+    what = f"{number.name} of one of 2 processes with an engine and a rank, {when}; the driver starts all again"
     strike = scene.strike(name, what, step)
+    strike.victim = victim.pid
     scene.until(lambda: restarts(scene) > before, "a line in restarts.jsonl")
     if "did not come back" in scene.said():
         strike.broken.append("the run waited for a process that never comes back")
     strike.unfinished = PER_STEP - len(scene.witness.of_step(step))  # the other may have finished some meanwhile
     scene.after_step(step)
     resumed(scene, strike)
+    return strike
 
 
 def dies_and_the_run_starts_again(scene: Scene, title: str, name: str, what: str, step: int, images: int) -> None:
@@ -147,6 +163,11 @@ FAULTS: dict[str, dict[str, Callable[[Scene, str, int], None]]] = {  # by back e
         "agent loop": agent_loop_dies,
         "driver": driver_dies,
     },
-    "colocated": {"colocated, sampling": colocated_dies_sampling, "colocated, learning": colocated_dies_learning},
+    "colocated": {
+        "colocated, sampling": colocated_dies_sampling,
+        "colocated, learning": colocated_dies_learning,
+        "colocated hangs, sampling": colocated_hangs_sampling,
+        "colocated hangs, learning": colocated_hangs_learning,
+    },
 }
 assert all(len(faults) < STEPS[backend] for backend, faults in FAULTS.items())

@@ -15,12 +15,16 @@ import psutil
 
 from benchmarks.faults.witness import Witness
 
-STEPS = {"embedded": 4, "verl": 7, "colocated": 4}
+STEPS = {"embedded": 4, "verl": 7, "colocated": 6}
 TIMEOUT = {"embedded": 30, "verl": 60, "colocated": 60}  # seconds, rollout.timeout
+RANKS_TIMEOUT = 90  # seconds, launch.timeout
 PROCESSES = {
     "embedded": ("backend=embedded",),
     "verl": ("backend=verl", "rollout.workers=2"),
-    "colocated": ("backend=verl", "trainer.ranks=2", "trainer.engine=fsdp2", "rollout.placement=colocated"),
+    "colocated": (
+        *("backend=verl", "trainer.ranks=2", "trainer.engine=fsdp2", "rollout.placement=colocated"),
+        *(f"launch.timeout={RANKS_TIMEOUT}", "launch.max_restarts=4"),
+    ),
 }
 PER_STEP = 8  # trajectories: 2 prompts, 4 images each
 AGENTS = ("ray::RuntimeEnvAgent", "ray::DashboardAgent")  # may be there a minute after their raylet was killed
@@ -45,6 +49,7 @@ class Strike:
     step: int  # in which it came
     logged: int  # steps whose line was written
     unfinished: int  # requests of that step that were under way, or waiting
+    victim: int = 0  # its process
     broken: list[str] = field(default_factory=list)  # promises of this fault in particular that were not kept
 
 

@@ -147,9 +147,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         elif value is not None and value > _LARGEST:
             yield f"{key}={value}: expected at most {_LARGEST}"
     above_zero = {
-        "rollout.timeout": config.rollout.timeout,
-        "reward.timeout": config.reward.timeout,
-        "serve.timeout": config.serve.timeout,
+        **{f"{part}.timeout": getattr(config, part).timeout for part in ("rollout", "reward", "serve", "launch")},
         "algorithm.advantage_clip": config.algorithm.advantage_clip,
         "trainer.learning_rate": config.trainer.learning_rate,
         "trainer.max_grad_norm": config.trainer.max_grad_norm,

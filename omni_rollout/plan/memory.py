@@ -9,6 +9,7 @@ from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import AUTO, Offload, RolloutOffload, TrainerEngineName
 from omni_rollout.models.base.sizes import decode_rows
 from omni_rollout.plan.parts import ALWAYS, Part, Run, Sharing, When
+from omni_rollout.rewards.base.sizes import model_bytes
 
 CONTEXT_BYTES = 1 << 30  # what CUDA itself takes of a GPU, for each process on it. A round guess
 RESERVE_BYTES = 4 << 30  # that, NCCL's buffers, and what fragmentation wastes. A round guess
@@ -27,7 +28,8 @@ def process_parts(run: Run, ranks: int = 1) -> list[Part]:
     """On the GPU of one process that holds an engine and one of `ranks` ranks, by what `run/phases.py` does with each."""
     trainer = [_shared_policy(run) if run.shared else _policy(run, ranks), *_state(run, ranks), *_gathered(run, ranks)]
     whole = [] if run.shared or ranks == 1 else [replace(part, when=(When.start,)) for part in _whole_policy(run)]
-    return [*_engine_in_turns(run), *trainer, *whole, *_update(run), _new_weights(), _reserve(run)]
+    rewards = _reward_models(run) if ranks == 1 else []  # on verl a process without a GPU scores
+    return [*_engine_in_turns(run), *trainer, *whole, *_update(run), _new_weights(), *rewards, _reserve(run)]
 
 
 def _policy(run: Run, ranks: int) -> Part:
@@ -76,6 +78,17 @@ def _engine_in_turns(run: Run) -> Iterator[Part]:
             yield part
 
 
+def _reward_models(run: Run) -> Iterator[Part]:
+    for name, size in model_bytes(run.config).items():
+        known = "weights of its CLIP model, here all the time" if size else "the model that another reward has loaded"
+        why = (
+            known
+            if size is not None
+            else f"NOT counted: no sizes of {run.config.reward.model[name]} are shipped; give a folder"
+        )
+        yield Part(name=f"reward {name}", bytes=size or 0, why=why)
+
+
 def _new_weights() -> Part:
     return Part(name="new weights", bytes=SYNC_BYTES, why="as many as are on their way at a time", when=(When.sync,))
 
@@ -94,7 +107,8 @@ def _state(run: Run, ranks: int) -> Iterator[Part]:
         f" / {ranks} ranks" if share.gradients > 1 else ", whole until the update"
     )
     if kept or trainer.engine is TrainerEngineName.fsdp2:
-        yield Part(name="gradients", bytes=4 * trained // share.gradients, why=why, when=(When.update,))
+        stay = trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage == 3  # in a buffer that is never let go
+        yield Part(name="gradients", bytes=4 * trained // share.gradients, why=why, when=ALWAYS if stay else (When.update,))
     if kept:
         why = f"8 bytes x {_billions(trained)} trained" + (f" / {ranks} ranks" if share.moments > 1 else "")
         when = ALWAYS if trainer.offload is Offload.none else (When.update,)
@@ -117,9 +131,9 @@ def _gathered(run: Run, ranks: int) -> Iterator[Part]:
     trainer, model = run.config.trainer, run.sizes.transformer
     if trainer.engine is TrainerEngineName.fsdp2 and ranks > 1:
         outside = model.parameters - model.layers * model.block_parameters
-        why = f"{run.master} bytes x (2 blocks, of which one is fetched ahead, and what lies outside the blocks)"
+        why = f"{run.master} bytes x (2 blocks, one of them on its way, and what lies outside the blocks)"
         gathered = run.master * (2 * model.block_parameters + outside)
-        yield Part(name="gathered weights", bytes=gathered, why=why, when=(When.update,))
+        yield Part(name="gathered weights", bytes=gathered, why=why, when=(When.update, When.sync))
     if trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage > 0:
         if trainer.zero_stage == 3:
             live = min(run.held, ZERO3_LIVE)
@@ -231,6 +245,7 @@ def host_parts(run: Run, ranks: int, engines: int, shared: int) -> list[Part]:
     if engines:
         why = f"{engines} engines x {_gib(weights)}: the new weights as they arrive"
         parts.append(Part(name="weight sync", bytes=engines * weights, why=why))
+    parts += [replace(part, why=f"{part.why}, in the reward worker on a CPU") for part in _reward_models(run)]
     why = f"2 versions of the weights, {_gib(weights)} each: Ray needs that much object store on every node"
     return [*parts, Part(name="object store", bytes=2 * weights, why=why)]
 

@@ -80,12 +80,13 @@ class Learner:
             self.policy.enable_gradient_checkpointing()
         if trainer.lora_rank:
             seed = config.sampling.seed
-            self.parameters = attach_lora(self.policy, rank=trainer.lora_rank, alpha=trainer.lora_alpha, seed=seed)
+            parameters = attach_lora(self.policy, rank=trainer.lora_rank, alpha=trainer.lora_alpha, seed=seed)
         else:
-            self.parameters = list(self.policy.parameters())
+            parameters = list(self.policy.parameters())
         saved = load_policy(checkpoint, self.policy) if checkpoint is not None else None
         self._machine = checker(self.policy, self.dtype, self._device)
-        self.engine = make_trainer_engine(trainer, self.policy, self.parameters)
+        self.engine = make_trainer_engine(trainer, self.policy, parameters)
+        del parameters  # whole, where the engine has cut them: nobody may hold them any longer
         self.old = ExponentialAverage(self.engine, None) if self.algorithm.keeps_old else None
         self.update = PolicyUpdate(
             self.engine,
@@ -223,6 +224,11 @@ class Learner:
         """What updates write, but for the optimizer's own: weights that no engine shares, and the policies beside them."""
         beside = [one.parts.values() for one in (self.ema, self.old, self.behaviour) if one is not None]
         return [*self._own(trained=True), *chain.from_iterable(beside)]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained, as they lie now: of a policy that is cut, the parts of this rank."""
+        return [one for one in self.policy.parameters() if one.requires_grad]
 
     def _own(self, *, trained: bool) -> list[torch.Tensor]:
         shared = {tensor.untyped_storage().data_ptr() for tensor in self.shared.values()}

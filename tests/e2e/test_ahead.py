@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,14 @@ from safetensors import safe_open
 from torch import nn
 
 from omni_rollout import train as loop
+from omni_rollout.errors import EngineDiedError
 from omni_rollout.launch.compose import compose
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.state import read_state
+from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.train import train
 from omni_rollout.trajectories.journal import Journal
-from omni_rollout.types import Trajectory
+from omni_rollout.types import RolloutRequest, Trajectory
 
 STEPS = 4
 OF_THE_MACHINE = ("timing_s/", "perf/", "rollout/")
@@ -142,3 +146,20 @@ def test_a_comparison_with_any_other_policy_would_be_found(arguments, whole, tmp
     row = lines(tmp_path / "run")[-1]
     assert row["staleness"] == 1 and row["parity/bitwise_equal_fraction"] < 1 and row["parity/ppo_kl_mb0"] != 0.0
     assert "kl_nonzero" in str(row["alerts/names"])
+
+
+def test_a_batch_lets_go_of_its_rewards_where_the_next_rollout_fails(arguments, tmp_path, monkeypatch):
+    sample, before = RolloutEngine.generate, set(threading.enumerate())
+
+    def dies_in_the_second(self: RolloutEngine, requests: Sequence[RolloutRequest], **more: Any) -> Iterator[Trajectory]:
+        if requests[0].request_id.partition("-")[0].lstrip("0") == "2":
+            raise EngineDiedError("in the rollout that is ahead")
+        yield from sample(self, requests, **more)
+
+    monkeypatch.setattr(RolloutEngine, "generate", dies_in_the_second)
+    with pytest.raises(EngineDiedError, match="that is ahead"):
+        train(compose(arguments(tmp_path / "run", "evaluation.images=0")))
+    threads = [thread for thread in threading.enumerate() if thread.name == "rewards" and thread not in before]
+    for thread in threads:
+        thread.join(20)
+    assert not [thread for thread in threads if thread.is_alive()]

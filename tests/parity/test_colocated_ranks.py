@@ -5,6 +5,7 @@ Run as a script it is one rank; the tests look at what the ranks wrote.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from omni_rollout.config import ModelConfig, TrainConfig, TrainerConfig, TrainerEngineName
 from omni_rollout.errors import UserError
@@ -59,10 +61,19 @@ def sampled(engine: RolloutEngine, asked: list[RolloutRequest]) -> list[Trajecto
     return sorted(engine.generate(asked), key=lambda trajectory: trajectory.request_id)
 
 
+def whole_parameters() -> int:
+    """Bytes of parameters that are alive, trained, and not cut; what lives in a cycle is let go first."""
+    gc.collect()
+    trained = [one for one in gc.get_objects() if type(one) is nn.Parameter and one.requires_grad]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in trained}.values())
+
+
 def run_case(folder: Path, engine: RolloutEngine, name: str, rank: int) -> dict[str, Any]:
     """Each rank samples its share, learns from all, and gives its engine the new weights; then each samples the same."""
     held = engine.policy_tensors() if name == "lora" else None
+    before = whole_parameters()
     learner = Learner(config_of(folder / "checkpoint", name, RANKS), rank=rank, ranks=RANKS, held=held)
+    whole = whole_parameters() - before
     start = engine.update_weights(learner.weights(), 0)
     shares: list[Any] = [None] * RANKS
     dist.all_gather_object(shares, sampled(engine, requests(1)[rank::RANKS]))
@@ -81,6 +92,7 @@ def run_case(folder: Path, engine: RolloutEngine, name: str, rank: int) -> dict[
     return {
         "engine's log-probs": all(torch.equal(a, b.log_probs) for a, b in zip(scored, trajectories, strict=True)),
         "norms": update.grad_norms,
+        "whole": whole,
         "digests": [start, digest, average],
     }
 
@@ -149,6 +161,11 @@ def test_all_engines_are_given_the_weights_of_all_ranks(ran, alone, name):
     start, digest, average = one["digests"]
     assert (start, digest) == (alone["start"][0].fingerprint["weights"], alone[name][0].fingerprint["weights"])
     assert len({start, digest, average}) == 3
+
+
+def test_nobody_holds_what_an_engine_has_cut(ran):
+    found = json.loads((ran / "0.json").read_text())
+    assert found["ddp"]["whole"] > 0 and found["fsdp2"]["whole"] <= 0 and found["zero3"]["whole"] <= 0
 
 
 @pytest.mark.parametrize("kind", ["lora", "ddp"])

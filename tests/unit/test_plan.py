@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from diffusers.models.transformers import transformer_qwenimage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import CLIPConfig, CLIPModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from omni_rollout.cli import main
 from omni_rollout.config import TrainConfig, TrainerEngineName
@@ -36,6 +37,7 @@ from omni_rollout.plan.closest import closest
 from omni_rollout.plan.parts import When, total
 from omni_rollout.plan.split import Gpus, Plan, make_plan, make_run
 from omni_rollout.policy.lora import attach_lora
+from omni_rollout.rewards.base import sizes as rewards
 
 PUBLISHED = sizes.read_sizes("Qwen/Qwen-Image")
 QWEN = ["experiment=qwen_image_ocr_lora"]
@@ -262,3 +264,45 @@ def test_a_checkpoint_without_a_key_is_told(tmp_path: Path) -> None:
 def test_planning_loads_no_torch() -> None:
     plan = f"from omni_rollout.cli import main; main(['plan', 'gpus=8x80', *{QWEN}])"
     subprocess.run([sys.executable, "-c", f"import sys; {plan}; assert 'torch' not in sys.modules"], check=True)
+
+
+def test_published_reward_models_are_as_large_as_transformers_makes_them() -> None:
+    for name, config in rewards.PUBLISHED.items():
+        towers = {part: {**config[part], "num_attention_heads": 16} for part in rewards.DEFAULTS}  # how many changes no size
+        given: Any = {**config, **towers}
+        with torch.device("meta"):
+            assert rewards.clip_parameters(config) == numbers(CLIPModel(CLIPConfig(**given))), name
+    with torch.device("meta"):  # what a config.json leaves out
+        assert rewards.clip_parameters({}) == numbers(CLIPModel(CLIPConfig()))
+
+
+def test_reward_models_are_counted_in_one_process_and_lie_on_the_host_on_verl(tmp_path: Path) -> None:
+    given = {"pickscore": 1.0, "clip_score": 1.0, "aesthetic": 1.0, "jpeg_compressibility": 1.0}
+    weights = [f"+reward.weights.{name}={weight}" for name, weight in given.items()]
+    plan, without = planned(*weights, gpus="1x80"), planned(gpus="1x80")
+    clip_l, clip_h = 4 * 427_616_513, 4 * 986_109_441  # as their pages on the hub say
+    head = 4 * sum(layer.numel() for layer in nn.Sequential(*starmap(nn.Linear, pairwise(rewards.HEAD_WIDTHS))).parameters())
+    assert {one.name: one.bytes for one in plan.together if one.name.startswith("reward ")} == {
+        "reward clip_score": clip_l,
+        "reward pickscore": clip_h,
+        "reward aesthetic": head,  # the same CLIP, loaded once
+    }
+    assert plan.together_bytes - without.together_bytes == clip_l + clip_h + head
+    several = planned(*weights, gpus="8x80")
+    assert [one.bytes for one in several.hosts if one.name.startswith("reward ")] == [clip_l, clip_h, head]
+    assert not [one for one in (*several.together, *several.rank, *several.engine) if one.name.startswith("reward ")]
+
+
+def test_a_reward_model_of_a_folder_and_one_whose_sizes_nobody_knows(tmp_path: Path) -> None:
+    small = CLIPConfig(text_config={"hidden_size": 32, "num_attention_heads": 2}, vision_config={"num_hidden_layers": 1})
+    CLIPModel(small).bfloat16().save_pretrained(tmp_path)
+    weights = ["+reward.weights.pickscore=1", "+reward.weights.hpsv2=1"]
+    plan = planned(*weights, f"+reward.model.pickscore={tmp_path}", "+reward.model.hpsv2=some/other", gpus="1x80")
+    found = {one.name: one for one in plan.together if one.name.startswith("reward ")}
+    assert found["reward pickscore"].bytes == 2 * stored(tmp_path)
+    assert found["reward hpsv2"].bytes == 0 and "NOT counted: no sizes of some/other" in found["reward hpsv2"].why
+    assert not [
+        one
+        for one in planned(*weights, "+reward.source.pickscore=http://localhost:1", gpus="1x80").together
+        if "pickscore" in one.name
+    ]

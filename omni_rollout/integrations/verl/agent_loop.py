@@ -23,6 +23,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from omni_rollout.config import Placement, RolloutConfig
 from omni_rollout.integrations.verl import NAME
+from omni_rollout.integrations.verl.deaths import HungError
 from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, run_config, to_fields
 from omni_rollout.integrations.verl.reward import to_score
 from omni_rollout.rollout.dispatch import ATTEMPTS, Dispatcher
@@ -157,7 +158,7 @@ class Sampling:
         """Reads what one server finishes, chunk by chunk; returns when it died and does not come back in time.
 
         Raises:
-            RayActorError: it died, and never comes back.
+            RayActorError, HungError: it died, or hangs, and never comes back.
         """
         while True:
             size, stream = await self._sent[server].get()
@@ -168,12 +169,15 @@ class Sampling:
                         self._store(trajectory)
                     self._send()
             except (RayActorError, TimeoutError) as error:
+                if isinstance(error, TimeoutError):
+                    ray.kill(self._servers[server], no_restart=False)
+                    if not self._comes_back:
+                        silent = f"process {server} finished no image for {self._timeout:g} s (rollout.timeout): it hangs"
+                        raise HungError(silent) from error
                 self._sent[server] = asyncio.Queue()
                 again = self._dispatcher.died(server)
                 self.retried += len(again)
                 logger.warning("%d requests go to another server: %s", len(again), error or "no answer")
-                if isinstance(error, TimeoutError):
-                    ray.kill(self._servers[server], no_restart=False)
                 self._send()
                 if not await self._revived(server):
                     return

@@ -1,13 +1,15 @@
-"""Processes that die and that nothing replaces in place: who died, and how often the run was started again."""
+"""Processes that die or hang and that nothing replaces in place: who it was, and how often the run was started again."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import (
     GetTimeoutError,
@@ -18,8 +20,14 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, LocalRayletDiedError)
+
+class HungError(RuntimeError):
+    """A process is silent, and was given up: like a dead one."""
+
+
+DEATHS = (HungError, RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, LocalRayletDiedError)
 PATIENCE = 60.0  # seconds for a worker to answer whether it is there
 
 
@@ -48,6 +56,50 @@ def find_dead(workers: Sequence[Any], error: BaseException) -> None:
             raise death from error
         except GetTimeoutError:  # it is busy, not dead
             continue
+
+
+def places(workers: Sequence[Any]) -> list[tuple[str, int]]:
+    """Node and process of each: to be asked while they answer."""
+    return ray.get(
+        [worker.__ray_call__.remote(lambda _: (ray.get_runtime_context().get_node_id(), os.getpid())) for worker in workers]
+    )
+
+
+def answers(references: Sequence[Any], workers: Sequence[Any], where: Sequence[tuple[str, int]], timeout: float) -> list[Any]:
+    """What the workers, one call each, return. They wait for each other, so where one hangs no other answers either.
+
+    Args:
+        where: `places` of them.
+
+    Raises:
+        HungError: not all did within `timeout` seconds; then all are killed, and what each was doing is in the message.
+    """
+    try:
+        return ray.get(list(references), timeout=timeout)
+    except GetTimeoutError as error:
+        told = ", ".join(
+            f"rank {rank} (process {pid}) is {_status(*place)}" for rank, place in enumerate(where) for pid in place[1:]
+        )
+        for worker in workers:
+            ray.kill(worker)
+        raise HungError(f"the trainer ranks gave no answer for {timeout:g} s (launch.timeout): {told}") from error
+
+
+def _status(node: str, pid: int) -> str:
+    """As the system of its node has it; a process cannot be asked that does not answer."""
+
+    def status() -> str:  # travels by value: a process that imports verl's plug-ins first could not import this file
+        try:
+            return str(psutil.Process(pid).status())
+        except psutil.NoSuchProcess:
+            return "gone"
+
+    there: Any = NodeAffinitySchedulingStrategy(node, soft=False)  # Ray types the others alone
+    ask = ray.remote(num_cpus=0, scheduling_strategy=there)(status)
+    try:
+        return ray.get(ask.remote(), timeout=PATIENCE)
+    except (*DEATHS, GetTimeoutError, RayTaskError) as error:
+        return f"unknown ({str(error).splitlines()[-1]})"
 
 
 def note_restart(run_dir: str, why: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from omni_rollout.policy.state import RunState
 from omni_rollout.policy.update import Update
 from omni_rollout.trajectories.digest import buckets, combined_digest, tensor_digests
 
-every_rank = register(dispatch_mode=cast(Any, Dispatch).ONE_TO_ALL)
+every_rank = register(dispatch_mode=cast(Any, Dispatch).ONE_TO_ALL, blocking=False)  # who waits says how long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,8 @@ class TrainerRank(Worker):
         if self.world_size > 1:
             device = get_platform()
             backend = "gloo" if device.device_name == "cpu" else f"cpu:gloo,{device.device_name}:nccl"
-            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size)
+            patience = timedelta(seconds=2 * self._config.launch.timeout)  # longer than the driver's, which says who hangs
+            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=patience)
         tq.init()
 
     @every_rank

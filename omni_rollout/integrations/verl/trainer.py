@@ -16,6 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import ray
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
@@ -27,7 +28,7 @@ from omni_rollout.config import Placement
 from omni_rollout.data.seeds import SeedLedger
 from omni_rollout.integrations.verl import NAME, replica
 from omni_rollout.integrations.verl.agent_loop import AgentLoopManager
-from omni_rollout.integrations.verl.deaths import find_dead, restarts
+from omni_rollout.integrations.verl.deaths import answers, find_dead, places, restarts
 from omni_rollout.integrations.verl.group import rank_group
 from omni_rollout.integrations.verl.metrics import Samples, captioned, merged, our_timings
 from omni_rollout.integrations.verl.rank import RankUpdate
@@ -73,7 +74,8 @@ class OmniTrainer(PPOTrainer):
         self.reward_loop_manager = RewardWorkers(config=self.config)
         colocated, rollout = self.run.rollout.placement is Placement.colocated, self.config.actor_rollout_ref.rollout
         self.servers = self.actor_rollout_wg.workers if colocated else replica.launch(rollout, section, self.run.engines)
-        self.actor_rollout_wg.init_model(self.start.checkpoint)
+        ray.get(self.actor_rollout_wg.init_model(self.start.checkpoint))
+        self.places = places(self.actor_rollout_wg.workers)
         self.global_steps = self.start.step
 
     def _init_dataloader(self) -> None:
@@ -154,7 +156,8 @@ class OmniTrainer(PPOTrainer):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         keys, update = [batch.keys[row] for row in self.scored.scored], self.actor_rollout_wg.update_policy
-        self.updates: list[RankUpdate] = update(keys, batch.partition_id, self.advantages, self.global_steps, self.version)
+        asked = update(keys, batch.partition_id, self.advantages, self.global_steps, self.version)
+        self.updates: list[RankUpdate] = self._answers(asked)
         return batch
 
     def on_sample_end(self) -> None:
@@ -179,7 +182,11 @@ class OmniTrainer(PPOTrainer):
         self.servers_in_step = replica.push(self.servers, self.weights, self.run.rollout.timeout)
 
     def _published(self, which: Which, version: int) -> Weights:
-        return agreed(self.actor_rollout_wg.publish(version, which), self.global_steps)
+        return agreed(self._answers(self.actor_rollout_wg.publish(version, which)), self.global_steps)
+
+    def _answers(self, asked: list[Any]) -> list[Any]:
+        """Of all trainer ranks. Raises HungError after `launch.timeout`."""
+        return answers(asked, self.actor_rollout_wg.workers, self.places, self.run.launch.timeout)
 
     def _samples(self, batch: KVBatchMeta) -> Samples:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=str(batch.partition_id), select_fields=["sample"])
@@ -275,6 +282,6 @@ class OmniTrainer(PPOTrainer):
     def _write(self, folder: Path) -> None:
         lines, weights = {"metrics.jsonl": self.sight.lines, "seeds.jsonl": self.seeds.lines}, self.weights.digest
         state = run_state(self.run, step=self.global_steps, weights=weights, wandb_id=self.sight.wandb_id, lines=lines)
-        for failure in self.actor_rollout_wg.save_checkpoint(folder, state):
+        for failure in self._answers(self.actor_rollout_wg.save_checkpoint(folder, state)):
             if failure is not None:
                 raise OSError(failure)

@@ -1,0 +1,86 @@
+"""How large the models of rewards are that run in the process which scores, by their config.json: no torch, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from omni_rollout.config import TrainConfig
+from omni_rollout.models.base.sizes import read_config, stored_item
+from omni_rollout.rewards.clip_score import MODEL as CLIP_L
+from omni_rollout.rewards.pickscore import MODEL as PICKSCORE
+
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+HEAD_WIDTHS = (768, 1024, 128, 64, 16, 1)  # of aesthetic.py, a matrix and a bias from each to the next
+MODELS = {"clip_score": CLIP_L, "pickscore": PICKSCORE, "hpsv2": CLIP_H, "aesthetic": CLIP_L}  # hpsv2's is tuned: as large
+DEFAULTS = {  # of `transformers.CLIPConfig`, for what a config.json leaves out
+    "text_config": {
+        **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12},
+        **{"vocab_size": 49408, "max_position_embeddings": 77},
+    },
+    "vision_config": {
+        **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+        **{"num_channels": 3, "image_size": 224, "patch_size": 32},
+    },
+}
+_H = {
+    "text_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24},
+    "vision_config": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "patch_size": 14},
+    "projection_dim": 1024,
+}
+# What the published config.json files say, on the hub under these names, where they enter the formulas. Weights in float32.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    CLIP_L: {
+        "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+        "vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "patch_size": 14},
+        "projection_dim": 768,
+    },
+    PICKSCORE: _H,
+    CLIP_H: _H,
+}
+
+
+def model_bytes(config: TrainConfig) -> dict[str, int | None]:
+    """Reward -> bytes of the weights it loads, of those that load any; 0 where another's are used; None: size not known.
+
+    Raises:
+        UserError: a folder's config.json cannot be read.
+    """
+    names = [name for name in MODELS if name in {**config.reward.weights, **config.evaluation.reward.weights}]
+    found: dict[str, int | None] = {}
+    loaded: set[str] = set()
+    for name in names:
+        if name in config.reward.source:
+            continue
+        model = config.reward.model.get(name, MODELS[name])
+        size = 0 if model in loaded else _weights(model)
+        head = 4 * sum(wide * narrow + narrow for wide, narrow in pairwise(HEAD_WIDTHS)) if name == "aesthetic" else 0
+        found[name] = None if size is None else size + head
+        loaded.add(model)
+    return found
+
+
+def _weights(model: str) -> int | None:
+    folder = Path(model)
+    if folder.is_dir():
+        return stored_item(folder, 4) * clip_parameters(read_config(folder))
+    return 4 * clip_parameters(PUBLISHED[model]) if model in PUBLISHED else None
+
+
+def clip_parameters(config: Mapping[str, Any]) -> int:
+    """Of `transformers.CLIPModel`."""
+    text, vision = ({**defaults, **config.get(part, {})} for part, defaults in DEFAULTS.items())
+    projection = config.get("projection_dim", 512)
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    width = vision["hidden_size"]
+    words = text["hidden_size"] * (text["vocab_size"] + text["max_position_embeddings"] + 2)  # and the last norm
+    pixels = width * (vision["num_channels"] * vision["patch_size"] ** 2 + patches + 2 + 4)  # class, its place, two norms
+    return words + pixels + _blocks(text) + _blocks(vision) + projection * (text["hidden_size"] + width) + 1
+
+
+def _blocks(tower: Mapping[str, Any]) -> int:
+    width, inner = tower["hidden_size"], tower["intermediate_size"]
+    attention, mlp, norms = 4 * (width * width + width), 2 * width * inner + inner + width, 4 * width
+    return tower["num_hidden_layers"] * (attention + mlp + norms)
