@@ -140,12 +140,9 @@ def test_a_schedule_of_its_own(sides, monkeypatch):
     original = rollout.RolloutMixin._resolve
 
     def resolve(self: Any, state: Any) -> Any:
-        prompt, spec, _ = original(self, state)
-        return (
-            prompt,
-            spec,
-            family_spec.schedule(replace(spec, height=4 * spec.height, width=4 * spec.width), self.scheduler.config),
-        )
+        prompt, spec, _, target = original(self, state)
+        larger = replace(spec, height=4 * spec.height, width=4 * spec.width)
+        return prompt, spec, family_spec.schedule(larger, self.scheduler.config), target
 
     with monkeypatch.context() as patch:
         patch.setattr(rollout.RolloutMixin, "_resolve", resolve)
