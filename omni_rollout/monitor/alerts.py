@@ -141,8 +141,8 @@ def _reward_hacked(step: int, config: TrainConfig, notes: Mapping[str, str]) -> 
     if "guard/lost" in notes:
         yield Alert(
             name="reward_hacked",
-            sentence=f"step {step}: the trained reward rose, and the images lost: {notes['guard/lost']}",
-            cause="the reward does not see what the images lose: look at images/, then add a reward that sees it, or hold the "
+            sentence=f"step {step}: the trained reward rose, and guards got worse: {notes['guard/lost']}",
+            cause="the reward does not see what gets worse: look at images/, then add a reward that sees it, or hold the "
             "policy near its start",
             command=train_command(config, f"algorithm.kl_coef={config.algorithm.kl_coef * 10 or 0.01:g}"),
         )

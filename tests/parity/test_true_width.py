@@ -73,10 +73,10 @@ def test_products_as_they_come_on_the_rollouts_side_alone_are_noticed_and_named(
 
     monkeypatch.setattr(linear, "exact_linear", plain)
     result = sides.cell(CELL, 3)
-    if result.exact and onednn_isa() in ("SSE41", "AVX2") and sides.dtype is torch.bfloat16:
-        pytest.skip("torch multiplies bf16 by itself here, and its own product gives a row the same bits in any company")
     assert not result.exact and result.measure.bitwise_equal_fraction < 1
     first = sides.first_difference(sides.requests(CELL, 1)[0])
+    if first is None and onednn_isa() in ("SSE41", "AVX2") and sides.dtype is torch.bfloat16:
+        pytest.skip("noticed; torch multiplies bf16 by itself here, and a request alone has the blocks' bits: nothing to name")
     assert first is not None and first.where == "module" and first.name
 
 

@@ -190,7 +190,7 @@ def test_pictures_best_worst_suspects(run: Path) -> None:
     text = Page(html_of(run)).text
     best, worst, suspects = (text.index(word) for word in ("Best: largest gain", "Worst: largest loss", "Suspects: the reward"))
     assert text.index("0: prompt 0") < worst and best < text.index("6: prompt 6") < suspects
-    assert "step 4: 0.75 (+0.25; sharpness lost 80%)" in text and "before: 0.5" in text and "step 2: 0.6" in text
+    assert "step 4: 0.75 (+0.25; sharpness worse by 80%)" in text and "before: 0.5" in text and "step 2: 0.6" in text
     uri = pictures.data_uri(cut(Image.open(run / "images/evaluation_0004.png").convert("RGB"), COUNT)[0])
     assert uri in html_of(run)
 
@@ -328,7 +328,7 @@ def a_difference(run: Path) -> str:
 
 def an_alert(run: Path) -> str:
     write(run, [line(1), line(2, **{"alerts/names": "kl_nonzero, seed_reused"}), line(3, **{"alerts/names": "kl_nonzero"})])
-    return "kl_nonzero in 2 steps, first in step 2, seed_reused in 1 steps, first in step 2"
+    return "kl_nonzero in steps 2, 3, seed_reused in step 2"
 
 
 LACKS = [

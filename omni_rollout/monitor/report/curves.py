@@ -21,6 +21,13 @@ TIMES, WHOLE = "timing_s/", "timing_s/step"
 HIGHEST = 200.0  # percent: a share that was nearly 0 at the start would hide all other lines
 _LARGEST = {"largest |KL| per element": "parity/ppo_kl_mb0", "largest gap, in clip ranges": "parity/over_clip"}
 CLIPPED = {"actor/pg_clipfrac": "all", "actor/pg_clipfrac_higher": "above", "actor/pg_clipfrac_lower": "below"}
+MEANINGS = (
+    "sharpness: mean absolute Laplacian of brightness; contrast: its standard deviation; colour_entropy: bits of the histogram "
+    "of 15 colours; dark_share: pixels below a quarter of full brightness; diversity: how far images of one prompt are from "
+    "each other; start_distance, start_colour_distance: how far an image is from the starting policy's of the same seed, in "
+    "pixels and in shares of colours. A guard is worse where it changed by 3 standard errors and a fifth; a distance, where it "
+    "is that certainly above what the start's images of one prompt differ by."
+)
 HEALTH = {
     "actor/grad_norm": "Gradient norm before clipping (largest of a step)",
     "actor/drift": "Drift of the weights from the start (relative)",
@@ -47,13 +54,13 @@ def guards(run: Run) -> str:
         if values:
             rows.append([key, *(f"{value:.4g} (step {step})" for step, value in (values[0], values[-1]))])
     lost = [f"step {line['step']}: {line['guard/lost']}" for line in run.lines if "guard/lost" in line]
-    told = "".join(sentence(f"Lost while the reward rose, {each}") for each in lost)
+    told = "".join(sentence(f"Worse while the reward rose, {each}") for each in lost)
     none = sentence("At no evaluation did a guard fall beyond its noise while the reward rose.")
     chart = line_chart("Change since the first evaluation", series, unit="%")
     axis = (
         f"One axis for all: percent of the value at the first evaluation, cut at {HIGHEST:g} %; of the distances from the "
         "start's images, percent of the largest there can be. A rising dark_share or distance is a loss, and so is a fall of "
-        "any other."
+        f"any other. {MEANINGS}"
     )
     return f'{told or none}<div class="charts">{chart}</div>{sentence(axis)}{table(["", "first", "last"], rows)}'
 

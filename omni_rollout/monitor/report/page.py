@@ -42,7 +42,8 @@ text-align:left;min-width:6rem}td:first-child,td:not(.text){overflow-wrap:break-
 border-radius:6px;font-size:.85rem}.strip{margin:.5rem 0}.strip>p{color:var(--soft);margin:0}.frames{display:flex;gap:.5rem;
 overflow-x:auto}.frames figure{flex:0 0 auto;width:128px;font-size:.8rem}.frames img{width:128px;height:auto;display:block;
 image-rendering:pixelated}img.map{display:block;max-width:none;background:#fff}img.sheet{max-width:100%}summary{
-cursor:pointer;margin:.4rem 0}@media(max-width:700px){.runs{grid-template-columns:minmax(0,1fr)}td.text,th.text{min-width:0}
+cursor:pointer;margin:.4rem 0}@media(max-width:700px){.frames figure{width:22%}
+.frames img{width:100%}.runs{grid-template-columns:minmax(0,1fr)}td.text,th.text{min-width:0}
 }
 """ + "".join(f".l{n}{{stroke:var(--c{n})}}.f{n}{{fill:var(--c{n})}}" for n in range(8))
 

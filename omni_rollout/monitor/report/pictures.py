@@ -47,14 +47,15 @@ def _strips(run: Run, pictures: Strips) -> Iterator[str]:
     best = [index for index in reversed(known) if (change[index] or 0) > 0][:SHOWN]
     worst = [index for index in known if (change[index] or 0) < 0][:SHOWN]
     suspects = suspicious(first, last, count)[:SHOWN]
-    yield sentence(f"{count} images, the same prompts and seeds at every evaluation; below each the step and its reward.")
+    of = f"the first {count} of {len(first)} images" if count < len(first) else f"{count} images"
+    yield sentence(f"{of}, the same prompts and seeds at every evaluation; below each the step and its reward.")
     kinds = [
         ("Best: largest gain", best, "no image gained"),
         ("Worst: largest loss", worst, "no image lost"),
         (
-            "Suspects: the reward rose, and a guard fell most",
+            "Suspects: the reward rose, and a guard got worst",
             suspects,
-            f"none: no image gained while a guard lost {MATERIAL:.0%} of its mean at the start",
+            f"none: no image gained while a guard got worse by {MATERIAL:.0%} of its mean at the start",
         ),
     ]
     for title, chosen, none in kinds:
@@ -100,7 +101,7 @@ def _strip(index: int, pictures: Strips, scores: Mapping[int, Mapping[int, Score
         reward = scores[step][index].reward
         words = ("before: " if step == 0 else f"step {step}: ") + ("not scored" if reward is None else f"{reward:.3g}")
         if step == steps[-1] and change is not None:
-            lost = f"; {guard} lost {loss:.0%}" if loss > MATERIAL else ""
+            lost = f"; {guard} worse by {loss:.0%}" if loss > MATERIAL else ""
             words += f" ({change:+.3g}{lost})"
         picture = f'<img src="{data_uri(pictures[step][index])}" alt="{escape(f"image {index}, {words}")}">'
         frames.append(f"<figure>{picture}<figcaption>{escape(words)}</figcaption></figure>")

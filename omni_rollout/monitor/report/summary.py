@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from html import escape
+from pathlib import Path
 
 from omni_rollout.monitor.report.charts import Series, line_chart, sentence, table
 from omni_rollout.monitor.report.read import Run
@@ -15,6 +15,8 @@ NOT_SAID = {
     "held-out": "no evaluation before and after, so nothing is known of other prompts (evaluation.images=N)",
     "parity": "no log-probs were compared",
 }
+
+SHOWN = 4  # steps with an alert that are named
 
 
 def section(run: Run) -> str:
@@ -40,7 +42,30 @@ def facts(run: Run) -> dict[str, str]:
     rows = {name: found.get(name, missing) for name, missing in NOT_SAID.items()}
     if pairs := reward_pairs(run):
         rows["same images"] = f"held-out reward of the same prompts and seeds, before and after: {paired(pairs)}"
-    return {"steps": _steps(run), **rows, "alerts": _alerts(run), "evidence": _evidence(run, len(pairs))}
+    return {
+        "trained": trained(run),
+        "steps": _steps(run),
+        **rows,
+        "alerts": _alerts(run),
+        "evidence": _evidence(run, len(pairs)),
+    }
+
+
+def trained(run: Run) -> str:
+    """What was trained, by what, in a line."""
+    own = run.config
+    weights = own.get("reward.weights")
+    rewards = [f"{name} ({weight})" for name, weight in weights.items()] if isinstance(weights, dict) else []
+    rank = own.get("trainer.lora_rank")
+    return "; ".join(
+        [
+            f"{own.get('model.family')} from {'/'.join(Path(str(own.get('model.path'))).parts[-2:])}, {own.get('model.dtype')}",
+            f"LoRA of rank {rank}" if rank else "all weights",
+            f"by {own.get('algorithm.name')}, learning rate {own.get('trainer.learning_rate')}",
+            f"reward {', '.join(rewards)}",
+            f"{own.get('rollout.prompts_per_step')} prompts x {own.get('rollout.group_size')} images a step",
+        ]
+    )
 
 
 def _headline(run: Run) -> str:
@@ -67,7 +92,7 @@ def _held_out(run: Run) -> Iterator[Series]:
     for number, suffix in enumerate(("", "_ema")):
         errors = dict(run.points(f"evaluation/reward_se{suffix}"))
         known = {step: error for step, error in errors.items() if error is not None}
-        name = "averaged policy" if suffix else "policy"
+        name = "average of the weights (trainer.ema_decay)" if suffix else "policy"
         yield Series(name=name, points=run.points(f"{HELD_OUT}{suffix}"), errors=known, colour=number, strong=not suffix)
 
 
@@ -82,11 +107,12 @@ def _alerts(run: Run) -> str:
     names = [(name, line["step"]) for line in run.lines for name in str(line.get("alerts/names", "")).split(", ") if name]
     if not names:
         return "none"
-    first: dict[str, int] = {}
+    steps: dict[str, list[str]] = {}
     for name, step in names:
-        first.setdefault(name, step)
+        steps.setdefault(name, []).append(str(step))
     return ", ".join(
-        f"{name} in {count} steps, first in step {first[name]}" for name, count in Counter(n for n, _ in names).items()
+        f"{name} in step{'s' * (len(at) > 1)} {', '.join(at[:SHOWN])}" + (f" and {len(at) - SHOWN} more" if at[SHOWN:] else "")
+        for name, at in steps.items()
     )
 
 
