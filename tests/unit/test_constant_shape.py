@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import Timesteps
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from omni_rollout.diffusion import products
@@ -17,6 +18,7 @@ from omni_rollout.diffusion.exact_ops import exact_rope
 from omni_rollout.diffusion.guidance import guide
 from omni_rollout.diffusion.products import Calls, block_rows, exact_linear, set_calls
 from omni_rollout.diffusion.sde import sde_step
+from omni_rollout.diffusion.self_check import Layer, self_check
 from omni_rollout.models.wan2_2 import operators as wan
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -36,24 +38,33 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@cache
+def found(shape: tuple[int, int], dtype: torch.dtype, threads: int) -> str:
+    """What the self-check says of this layer: at AVX512_CORE oneDNN shares bf16 rows out among 3 or 5 threads unevenly."""
+    layers, cpu = [Layer("layer", shape[1], shape[0])], torch.device("cpu")
+    return self_check(layers, heads=1, head_dim=16, dtype=dtype, device=cpu)["calls"]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.sampled_from(SHAPES),
     dtype=st.sampled_from(DTYPES),
     lengths=st.lists(st.sampled_from([1, 15, 16, 17, 29, 64, 100, 128, 200, 300]), min_size=1, max_size=5),
-    bias=st.booleans(),
-    threads=st.sampled_from([1, 2, 3]),
+    threads=st.sampled_from([1, 2, 3, 5, 7]),
     seed=st.integers(0, 5),
 )
-def test_a_row_of_tokens_has_the_same_bits_in_any_company(shape, dtype, lengths, bias, threads, seed):
+@example(shape=(256, 1024), dtype=torch.bfloat16, lengths=[1, 1, 1, 64], threads=5, seed=0)  # other bits at AVX512_CORE
+def test_a_row_of_tokens_has_the_same_bits_in_any_company(shape, dtype, lengths, threads, seed):
     torch.set_num_threads(threads)
+    calls = found(shape, dtype, threads)
+    assume(calls.startswith("blocks"))
+    set_calls(Calls.blocks)
     inputs, outputs = shape
-    weight = normal(outputs, inputs, seed=seed, dtype=dtype)
-    shift = normal(outputs, seed=seed + 1, dtype=dtype) if bias else None
+    weight, bias = normal(outputs, inputs, seed=seed, dtype=dtype), normal(outputs, seed=seed + 1, dtype=dtype)
     portions = [normal(1, length, inputs, seed=seed + length, dtype=dtype) for length in lengths]
-    together = exact_linear(torch.cat(portions, dim=1), weight, shift).split(lengths, dim=1)
+    together = exact_linear(torch.cat(portions, dim=1), weight, bias).split(lengths, dim=1)
     for portion, expected in zip(portions, together, strict=True):
-        assert torch.equal(exact_linear(portion, weight, shift), expected)
+        assert torch.equal(exact_linear(portion, weight, bias), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
