@@ -126,18 +126,18 @@ def _first_inexact(layers: list[Layer], values: _Values, digest: Any) -> Layer |
         rows = block_rows(layer.out_features, layer.in_features, conditioning=False, device=values.device.type)
         tokens = rows // 2 + 13  # cuts across blocks
         for shape in ((3, tokens, layer.in_features), (5, layer.in_features)):
-            if not _exact(product, values(*shape), digest) or not _exact_to_the_rounding(layer, shape, values):
+            if not _exact(product, values(*shape), digest) or not _exact_to_the_rounding(layer, shape, values, digest):
                 return layer
             if products.calls() is Calls.blocks:
                 _find_equal_rows(layer, values, conditioning=len(shape) == 2)
     return None
 
 
-def _exact_to_the_rounding(layer: Layer, shape: tuple[int, ...], values: _Values) -> bool:
+def _exact_to_the_rounding(layer: Layer, shape: tuple[int, ...], values: _Values, digest: Any) -> bool:
     """As `_exact`, and in blocks at every place, of sums of which nothing but their rounding is left."""
     numbers = torch.Size(shape[:-1]).numel()
     x, weight, bias = values.cancelling(numbers, layer.out_features, layer.in_features)
-    if not _exact(lambda part: exact_linear(part, weight, bias), x.view(shape), hashlib.sha256()):
+    if not _exact(lambda part: exact_linear(part, weight, bias), x.view(shape), digest):
         return False
     if products.calls() is Calls.samples:
         return True
@@ -230,7 +230,7 @@ class _Values:
         """x [rows, in_features], weight and bias of which every product is 0 in exact arithmetic.
 
         What is left of each is how the sum was rounded on its way, and so in which order: where one kernel differs from
-        another, most elements show it. Of sums as they come bf16 shows one in some hundred.
+        another, most elements show it. Of sums as they come bf16 shows one in some thousand.
         """
         half = in_features // 2
         order = torch.arange(half, device=self.device).flip(0).roll(half // 3)

@@ -81,7 +81,7 @@ def test_what_cancels_out_shows_another_order_of_the_sum():
         backward = F.linear(x.float()[:, order], weight.float()[:, order], bias.float())
         return (forward.bfloat16() != backward.bfloat16()).float().mean().item()
 
-    assert seen(*values.cancelling(128, 1024, 256)) > 0.5 > 20 * seen(*plain)
+    assert seen(*values.cancelling(128, 1024, 256)) > 0.5 > 500 * seen(*plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
