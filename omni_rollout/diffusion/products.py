@@ -6,12 +6,14 @@ that the layer alone decides, the last one padded; within a block, neither a row
 (`self_check` proves it on the device at hand). Every product of the forward pass goes through `exact_linear`, on both sides.
 
 Where `self_check` finds that calls of other numbers of rows compute the very bits of those blocks, in every row, they are taken
-as well: large ones for many rows, small ones for few. Where it was not asked or finds none, the blocks remain.
+as well: large ones for many rows, small ones for few. Likewise products with a weight that oneDNN was given in its own layout.
+Where `self_check` was not asked or finds none, the blocks remain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from typing import Any, cast
@@ -45,8 +47,17 @@ class Calls(Enum):
 
 
 _calls = Calls.blocks
-# (what calls depend on beside their rows) -> numbers of rows that were found to give one and the same bits, ascending
-_equal: dict[tuple[Any, ...], tuple[int, ...]] = {}
+
+
+@dataclass(frozen=True)
+class EqualCalls:
+    """What was found to give the bits of a layer's blocks."""
+
+    rows: tuple[int, ...]  # numbers of rows of a call, ascending
+    packed: bool = False  # calls of all of these with the weight packed
+
+
+_equal: dict[tuple[Any, ...], EqualCalls] = {}  # by what calls depend on beside their rows
 
 
 def calls() -> Calls:
@@ -77,21 +88,21 @@ def candidates(out_features: int, in_features: int, *, conditioning: bool, devic
     return WIDE_CANDIDATES if out_features * in_features >= WIDE else CANDIDATES
 
 
-def set_equal_rows(weight: torch.Tensor, rows: Sequence[int], *, conditioning: bool, parts: Sequence[int] = ()) -> None:
-    """Of products with a bias and a weight of this shape, in this thread: what `self_check` found to give a block's bits.
+def set_equal_calls(weight: torch.Tensor, equal: EqualCalls, *, conditioning: bool, parts: Sequence[int] = ()) -> None:
+    """Of products with a bias and a weight of this shape, in this thread: what `self_check` found.
 
     Args:
         parts: of a fused weight: the bits are those that its parts have, each multiplied by itself.
     """
-    _equal[_kind(weight, conditioning, parts)] = tuple(sorted(rows))
+    _equal[_kind(weight, conditioning, parts)] = equal
 
 
-def equal_rows(weight: torch.Tensor, *, conditioning: bool, parts: Sequence[int] = ()) -> tuple[int, ...] | None:
+def equal_calls(weight: torch.Tensor, *, conditioning: bool, parts: Sequence[int] = ()) -> EqualCalls | None:
     """What was set; None: nothing was."""
     return _equal.get(_kind(weight, conditioning, parts))
 
 
-def forget_equal_rows() -> None:
+def forget_equal_calls() -> None:
     _equal.clear()
 
 
@@ -99,8 +110,37 @@ def _kind(weight: torch.Tensor, conditioning: bool, parts: Sequence[int]) -> tup
     return *weight.shape, weight.dtype, weight.device.type, conditioning, torch.get_num_threads(), *parts
 
 
+class PackedWeight:
+    """A weight in oneDNN's own layout, from the first product until it is to be forgotten. A second copy: of narrow layers."""
+
+    def __init__(self) -> None:
+        self._packed: torch.Tensor | None = None
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        if self._packed is None:
+            self._packed = packed(weight)
+        return self._packed
+
+    def forget(self) -> None:
+        """To be called when the weight has changed."""
+        self._packed = None
+
+
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    """For calls of any number of rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), NARROW_ROWS)
+
+
+def may_be_packed(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() < WIDE
+
+
 def exact_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: Sequence[int] | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    parts: Sequence[int] | None = None,
+    kept: PackedWeight | None = None,
 ) -> torch.Tensor:
     """x @ weight.T + bias, each row with the same bits whatever other rows there are.
 
@@ -111,20 +151,23 @@ def exact_linear(
         parts: output features of the projections that a fused weight is made of: each has the bits of a layer that was not
             fused, by a call of its own where `self_check` did not find that one call gives them, since N is part of a call's
             shape too.
+        kept: where the layer keeps its packed weight, if it is to be multiplied so and no gradient is wanted.
 
     Returns:
         [..., N] in x's dtype. Differentiable.
     """
     conditioning = x.dim() == 2
     parts = () if parts is None or len(parts) == 1 else parts
-    sizes = _sizes(weight, bias, conditioning, parts)
-    if not sizes:
+    equal = _equal_calls(weight, bias, conditioning, parts)
+    if not equal.rows:
         biases = [None] * len(parts) if bias is None else bias.split(list(parts))
         weights = weight.split(list(parts))
         return torch.cat([exact_linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    cuts = _cuts_by_sample(x) if _calls is Calls.samples else _cuts(len(rows), sizes)
-    if len(cuts) == 1 and cuts[0][2] == len(rows) and rows.device.type == "cpu":
+    cuts = _cuts_by_sample(x) if _calls is Calls.samples else _cuts(len(rows), equal.rows)
+    if equal.packed and kept is not None:
+        product = _multiply(rows, weight, bias, cuts, kept.of(weight))
+    elif len(cuts) == 1 and cuts[0][2] == len(rows) and rows.device.type == "cpu":
         product = _call(rows, weight, bias, None)  # torch's own way back takes no Python
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weight, bias)):
         product = cast(torch.Tensor, _Product.apply(rows, weight, bias, cuts))
@@ -133,12 +176,12 @@ def exact_linear(
     return product.view(*x.shape[:-1], weight.shape[0])
 
 
-def _sizes(weight: torch.Tensor, bias: torch.Tensor | None, conditioning: bool, parts: Sequence[int]) -> tuple[int, ...]:
-    """Numbers of rows that calls may have, ascending; none: fused parts need calls of their own."""
-    found = None if bias is None or _calls is Calls.samples else equal_rows(weight, conditioning=conditioning, parts=parts)
-    if found or parts:
-        return found or ()
-    return (block_rows(*weight.shape, conditioning=conditioning, device=weight.device.type),)
+def _equal_calls(weight: torch.Tensor, bias: torch.Tensor | None, conditioning: bool, parts: Sequence[int]) -> EqualCalls:
+    """Which calls may be made; of no number of rows: fused parts need calls of their own."""
+    found = None if bias is None or _calls is Calls.samples else equal_calls(weight, conditioning=conditioning, parts=parts)
+    if (found and found.rows) or parts:
+        return found or EqualCalls(())
+    return EqualCalls((block_rows(*weight.shape, conditioning=conditioning, device=weight.device.type),))
 
 
 Cuts = Sequence[tuple[int, int, int]]  # (first row, row after the last, rows of the call)
@@ -164,24 +207,40 @@ def _cuts(number: int, sizes: tuple[int, ...]) -> Cuts:
     return cuts
 
 
-def _multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cuts: Cuts) -> torch.Tensor:
+def _multiply(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cuts: Cuts, packed: torch.Tensor | None = None
+) -> torch.Tensor:
+    if packed is not None and len(cuts) == 1 and cuts[0][2] == len(rows):
+        return _call(rows, weight, bias, None, packed)
     out = rows.new_empty(rows.shape[0], weight.shape[0])
     for start, stop, call in cuts:
         portion, place = rows[start:stop], out[start:stop]
         if stop - start == call:
-            _call(portion, weight, bias, place)
+            _call(portion, weight, bias, place, packed)
         else:
             padded = F.pad(portion, (0, 0, 0, call - (stop - start)))
-            place.copy_(_call(padded, weight, bias, rows.new_empty(call, weight.shape[0]))[: stop - start])
+            whole = None if packed is not None else rows.new_empty(call, weight.shape[0])
+            place.copy_(_call(padded, weight, bias, whole, packed)[: stop - start])
     return out
 
 
-def in_calls_of(size: int, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def in_calls_of(
+    size: int, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, packed: torch.Tensor | None = None
+) -> torch.Tensor:
     """rows [n, K] @ weight.T + bias in calls of `size` rows, whatever the layer's own are. Not differentiable."""
-    return _multiply(rows, weight, bias, _cuts(len(rows), (size,)))
+    return _multiply(rows, weight, bias, _cuts(len(rows), (size,)), packed)
 
 
-def _call(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+def _call(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    packed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if packed is not None:
+        product = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+        return product if out is None else out.copy_(product)
     if rows.device.type == "cuda":  # a slice may begin anywhere
         rows, weight, bias = _aligned(rows), _aligned(weight), None if bias is None else _aligned(bias)
         if out is not None and out.data_ptr() % ALIGNMENT:

@@ -21,11 +21,12 @@ from omni_rollout.diffusion.activations import exact_gelu, exact_silu
 from omni_rollout.diffusion.attention import exact_attention
 from omni_rollout.diffusion.exact_ops import HasEffectiveWeight
 from omni_rollout.diffusion.machine import check_workspace, machine
-from omni_rollout.diffusion.products import Calls, block_rows, exact_linear, in_calls_of
+from omni_rollout.diffusion.products import Calls, EqualCalls, block_rows, exact_linear, in_calls_of, may_be_packed, packed
 from omni_rollout.errors import PinnedKnobError
 
 _POOL = 100_003  # different numbers that the inputs are made of
 _PLACED = 4  # rows that are multiplied at every place of a block
+_MOVED = 5  # places that they are moved by when calls of another kind are compared with a block
 _TOKENS = 77  # a sample, where attention, norms and activations are checked
 _checked: dict[tuple[Any, ...], Checked] = {}
 
@@ -129,7 +130,7 @@ def _first_inexact(layers: list[Layer], values: _Values, digest: Any) -> Layer |
             if not _exact(product, values(*shape), digest) or not _exact_to_the_rounding(layer, shape, values, digest):
                 return layer
             if products.calls() is Calls.blocks:
-                _find_equal_rows(layer, values, conditioning=len(shape) == 2)
+                _find_equal_calls(layer, values, conditioning=len(shape) == 2)
     return None
 
 
@@ -150,18 +151,34 @@ def _exact_to_the_rounding(layer: Layer, shape: tuple[int, ...], values: _Values
     return True
 
 
-def _find_equal_rows(layer: Layer, values: _Values, *, conditioning: bool) -> None:
-    """Which other numbers of rows give the bits of this layer's blocks, in every row and wherever it stands."""
+def _find_equal_calls(layer: Layer, values: _Values, *, conditioning: bool) -> None:
+    """Which other numbers of rows give the bits of this layer's blocks, in every row and wherever it stands; packed or not."""
     device, shape = values.device.type, (layer.out_features, layer.in_features)
     block = block_rows(*shape, conditioning=conditioning, device=device)
     others = products.candidates(*shape, conditioning=conditioning, device=device)
     if not others:
         return
-    (x, weight, bias), places = values.cancelling(max(others), *shape), 5
-    expected = in_calls_of(block, x, weight, bias).roll(places, 0)
-    moved = x.roll(places, 0)
-    equal = [rows for rows in others if rows != block and torch.equal(in_calls_of(rows, moved, weight, bias), expected)]
-    products.set_equal_rows(weight, [block, *equal], conditioning=conditioning)
+    x, weight, bias = values.cancelling(max(others), *shape)
+    found = _equal_calls({block, *others}, x, weight, bias, in_calls_of(block, x, weight, bias))
+    products.set_equal_calls(weight, found, conditioning=conditioning)
+
+
+def _equal_calls(
+    sizes: Iterable[int], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, expected: torch.Tensor
+) -> EqualCalls:
+    moved, expected = x.roll(_MOVED, 0), expected.roll(_MOVED, 0)
+
+    def are_equal(rows: int, with_weight: torch.Tensor | None = None) -> bool:
+        return torch.equal(in_calls_of(rows, moved, weight, bias, with_weight), expected)
+
+    equal = tuple(rows for rows in sorted(sizes) if are_equal(rows))
+    if not equal or not may_be_packed(weight):
+        return EqualCalls(equal)
+    try:
+        one = packed(weight)
+        return EqualCalls(equal, packed=all(are_equal(rows, one) for rows in equal))
+    except RuntimeError:  # oneDNN has no such product with the instructions that it may use
+        return EqualCalls(equal)
 
 
 @torch.no_grad()
@@ -172,14 +189,12 @@ def find_fused(parts: Sequence[int], in_features: int, *, dtype: torch.dtype, de
     """
     values = _Values(dtype, device)
     weight = values(sum(parts), in_features)
-    sizes = products.equal_rows(weight[: parts[0]], conditioning=False)
-    if sizes is None or products.equal_rows(weight, conditioning=False, parts=parts) is not None:
+    of_a_part = products.equal_calls(weight[: parts[0]], conditioning=False)
+    if of_a_part is None or products.equal_calls(weight, conditioning=False, parts=parts) is not None:
         return
-    (x, weight, bias), places = values.cancelling(max(sizes), sum(parts), in_features), 5
-    expected = exact_linear(x[None], weight, bias, parts)[0].roll(places, 0)
-    moved = x.roll(places, 0)
-    equal = [rows for rows in sizes if torch.equal(in_calls_of(rows, moved, weight, bias), expected)]
-    products.set_equal_rows(weight, equal, conditioning=False, parts=parts)
+    x, weight, bias = values.cancelling(max(of_a_part.rows), sum(parts), in_features)
+    expected = exact_linear(x[None], weight, bias, parts)[0]
+    products.set_equal_calls(weight, _equal_calls(of_a_part.rows, x, weight, bias, expected), conditioning=False, parts=parts)
 
 
 def _operators(values: _Values, heads: int, head_dim: int) -> Iterator[tuple[str, Callable[..., torch.Tensor], torch.Tensor]]:

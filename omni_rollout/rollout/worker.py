@@ -14,7 +14,7 @@ from omni_rollout.diffusion.machine import machine, pin_thread
 from omni_rollout.diffusion.self_check import Layer, attention_shape, find_fused, linear_layers, self_check
 from omni_rollout.models import family_module
 from omni_rollout.rollout.platform.attention import install_attention
-from omni_rollout.rollout.platform.linear import is_exact, pack_linears
+from omni_rollout.rollout.platform.linear import forget_packed, is_exact, pack_linears
 from omni_rollout.rollout.platform.native import all_native, use_native
 from omni_rollout.trajectories.digest import same_memory, tensor_digests
 
@@ -36,6 +36,10 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         if self._pack:
             for network in self.model_runner.pipeline.experts.values():
                 pack_linears(network)
+
+    def _forget_packed(self) -> None:
+        for network in self.model_runner.pipeline.experts.values():
+            forget_packed(network)
 
     def pinned_knobs(self) -> dict[str, Any]:
         """What the exact profile pins, as it really is in this worker."""
@@ -94,6 +98,7 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         """
         self._refill(list(self._given_back))  # what was not sent has memory, and no bits that anybody knows
         self.model_runner.pipeline.policy_version = version
+        self._forget_packed()
         self._repack()
         return self.policy_digests()
 
@@ -105,6 +110,7 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         self._given_back |= {name: (storage, storage.nbytes()) for name, storage in freed.items()}
         for storage in freed.values():
             storage.resize_(0)
+        self._forget_packed()
 
     def _refill(self, names: Iterable[str]) -> None:
         for name in names:

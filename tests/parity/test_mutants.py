@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from omni_rollout.config import TrainConfig
+from omni_rollout.diffusion import products
 from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.diffusion.guidance import guide
 from omni_rollout.models.base import rollout
@@ -28,6 +29,7 @@ from omni_rollout.parity.matrix import Cell
 from omni_rollout.parity.probe import CellResult, Probe
 from omni_rollout.policy.lora import attach_lora
 from omni_rollout.rollout import engine as engine_module
+from omni_rollout.rollout import worker
 from omni_rollout.rollout.engine import RolloutEngine
 
 PADDED = Cell(dtype="bfloat16", guidance=4.0, width="48", in_flight="3")
@@ -303,6 +305,23 @@ def test_stale_weights(sides):
     assert not seen.result.exact
     assert where(seen) == ("module", "transformer_blocks.1.attn.to_k"), "the first layer that computes with them"
     assert [finding.name for finding in weights] == [name]
+
+
+def test_a_packed_weight_older_than_the_weight(sides, monkeypatch):
+    if not any(equal.packed for equal in products._equal.values()):
+        pytest.skip("on this machine no packed product has a block's bits in this dtype")
+    assert look(sides).result.exact, "packs"
+    changed = "transformer_blocks.1.attn.to_out.0.weight"
+    base = dict(effective_weights(sides.policy, torch.bfloat16))
+    sent = {**base, changed: base[changed] + 0.02}
+    with monkeypatch.context() as planted:
+        planted.setattr(worker, "forget_packed", lambda network: None)
+        sides.engine.update_weights(sent.items(), 1)
+        assert look(sides).result.exact, "the engine still multiplies by the old one"
+    sides.engine.update_weights(sent.items(), 2)
+    seen = look(sides)
+    assert where(seen) == ("module", "transformer_blocks.1.attn.to_out.0")
+    sides.engine.update_weights(base.items(), 3)
 
 
 def test_one_lora_tensor_dropped(sides, checkpoint):

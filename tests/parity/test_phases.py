@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.model_executor.layers.linear import LinearBase
 
 from omni_rollout.config import (
     AlgorithmConfig,
@@ -207,7 +208,10 @@ def test_with_masters_of_its_own_dtype_the_engine_holds_them(engine, checkpoint,
 
 def test_an_engine_without_weights_samples_nothing(engine, checkpoint, tmp_path):
     config = config_of(engine, checkpoint, tmp_path)
+    list(engine.generate(requests(1)))
+    linears = [layer.quant_method.packed for layer in engine.pipeline.transformer.modules() if isinstance(layer, LinearBase)]
     engine.give_back()
+    assert linears and not any(kept._packed is not None for kept in linears), "nothing lies about twice"
     for refused in (lambda: list(engine.generate(requests(1))), engine.policy_digests, engine.policy_tensors):
         with pytest.raises(RuntimeError, match="given back for an update: call update_weights first"):
             refused()

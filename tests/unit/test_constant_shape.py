@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ SHAPES = ((64, 64), (256, 1024), (1024, 256), (512, 512), (768, 3072))  # (K, N)
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
     threads = torch.get_num_threads()
-    products.forget_equal_rows()  # of models that other tests have loaded
+    products.forget_equal_calls()  # of models that other tests have loaded
     yield
     torch.set_num_threads(threads)
     set_calls(Calls.blocks)
@@ -164,7 +165,7 @@ def test_one_sample_a_call_needs_no_equal_positions(monkeypatch):
     """A device whose kernels give a row other bits at another place of a call."""
     call = products._call
 
-    def by_position(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    def by_position(x: torch.Tensor, weight: torch.Tensor, bias: Any, out: Any, packed: Any = None) -> torch.Tensor:
         return call(x, weight, bias, out).add_(torch.arange(len(x))[:, None] / 64)
 
     monkeypatch.setattr(products, "_call", by_position)

@@ -16,7 +16,7 @@ from omni_rollout.diffusion import machine as machine_module
 from omni_rollout.diffusion import products
 from omni_rollout.diffusion import self_check as module
 from omni_rollout.diffusion.machine import differences, machine, pin_switches, pin_thread
-from omni_rollout.diffusion.products import Calls, exact_linear, set_calls
+from omni_rollout.diffusion.products import Calls, PackedWeight, exact_linear, set_calls
 from omni_rollout.diffusion.self_check import Layer, find_fused, self_check
 from omni_rollout.errors import PinnedKnobError
 
@@ -28,11 +28,11 @@ LAYERS = [Layer("blocks.0.to_q", 64, 64), Layer("blocks.0.mlp", 256, 64), Layer(
 def as_before() -> Iterator[None]:
     threads = torch.get_num_threads()
     module._checked.clear()
-    products.forget_equal_rows()
+    products.forget_equal_calls()
     pin_switches()
     yield
     module._checked.clear()
-    products.forget_equal_rows()
+    products.forget_equal_calls()
     set_calls(Calls.blocks)
     torch.set_num_threads(threads)
     pin_switches()
@@ -56,7 +56,7 @@ def test_another_kernel_has_another_digest(monkeypatch):
     module._checked.clear()
     call = products._call
     monkeypatch.setattr(
-        products, "_call", lambda x, w, b, out: call(x.flip(-1), w.flip(-1), b, out)
+        products, "_call", lambda x, w, b, out, packed=None: call(x.flip(-1), w.flip(-1), b, out)
     )  # another order of the sum
     assert check()["kernels"] != before["kernels"]
 
@@ -64,7 +64,9 @@ def test_another_kernel_has_another_digest(monkeypatch):
 def test_bits_that_hang_on_the_position_in_a_call_lead_to_one_sample_a_call(monkeypatch):
     call = products._call
     monkeypatch.setattr(
-        products, "_call", lambda x, w, b, out: call(x, w, b, out).mul_(1 + 2.0**-20 * torch.arange(len(x))[:, None])
+        products,
+        "_call",
+        lambda x, w, b, out, packed=None: call(x, w, b, out).mul_(1 + 2.0**-20 * torch.arange(len(x))[:, None]),
     )
     assert check()["calls"] == "samples" and products.calls() is Calls.samples
     assert check()["calls"] == "samples", "remembered"
@@ -96,7 +98,7 @@ def test_calls_of_other_sizes_that_were_found_have_the_bits_of_the_blocks(dtype,
         bias = torch.randn(layer.out_features, generator=generator).to(dtype)
         x = torch.randn(1500, layer.in_features, generator=generator).to(dtype)
         cases = [x[:number] if conditioning else x[None, :number] for number in (1, 16, 40, 128, 300, 777, 1500)]
-        products.forget_equal_rows()
+        products.forget_equal_calls()
         in_blocks = [exact_linear(case, weight, bias) for case in cases]
         module._checked.clear()
         pin_thread(threads)
@@ -104,6 +106,7 @@ def test_calls_of_other_sizes_that_were_found_have_the_bits_of_the_blocks(dtype,
         assert products._equal, "looked for"
         for case, expected in zip(cases, in_blocks, strict=True):
             assert torch.equal(exact_linear(case, weight, bias), expected), products._equal
+            assert torch.equal(exact_linear(case, weight, bias, None, PackedWeight()), expected), products._equal
 
 
 @pytest.mark.parametrize("place", [0, 63, 500])
@@ -111,13 +114,13 @@ def test_a_size_of_which_one_row_has_other_bits_is_not_taken(place, monkeypatch)
     def found() -> set[int]:
         module._checked.clear()
         check(layers=[Layer("to_q", 64, 64)])
-        return {size for key, sizes in products._equal.items() for size in sizes if not key[4]}  # of tokens
+        return {size for key, equal in products._equal.items() for size in equal.rows if not key[4]}  # of tokens
 
     before, call = found(), products._call
     assert 512 in before, "on every machine seen so far"
 
-    def otherwise(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-        made = call(x, w, b, out)
+    def otherwise(x: torch.Tensor, w: torch.Tensor, b: Any, out: Any, packed: Any = None) -> torch.Tensor:
+        made = call(x, w, b, out, packed)
         if len(x) == 512:
             made[place, 5] *= 1 + 2.0**-20
         return made
@@ -137,16 +140,17 @@ def test_a_fused_layer_that_one_call_computes_has_the_bits_of_its_parts(dtype):
     apart = [exact_linear(case, weight, bias, parts) for case in cases]
     check(dtype, [Layer("to_q", parts[0], features)])
     find_fused(parts, features, dtype=dtype, device=CPU)
-    assert products.equal_rows(weight, conditioning=False, parts=parts) is not None, "looked for"
+    assert products.equal_calls(weight, conditioning=False, parts=parts) is not None, "looked for"
     for case, expected in zip(cases, apart, strict=True):
         assert torch.equal(exact_linear(case, weight, bias, parts), expected)
+        assert torch.equal(exact_linear(case, weight, bias, parts, PackedWeight()), expected)
 
 
 def test_one_call_that_gives_a_part_other_bits_is_not_taken(monkeypatch):
     call = products._call
 
-    def otherwise(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
-        made = call(x, w, b, out)
+    def otherwise(x: torch.Tensor, w: torch.Tensor, b: Any, out: Any, packed: Any = None) -> torch.Tensor:
+        made = call(x, w, b, out, packed)
         if len(w) == 192 and len(x) != 128:
             made[0, 191] *= 1 + 2.0**-20
         return made
@@ -154,12 +158,48 @@ def test_one_call_that_gives_a_part_other_bits_is_not_taken(monkeypatch):
     monkeypatch.setattr(products, "_call", otherwise)
     check()
     find_fused((64, 64, 64), 64, dtype=torch.float32, device=CPU)
-    assert products.equal_rows(torch.zeros(192, 64), conditioning=False, parts=(64, 64, 64)) in ((128,), ())
+    found = products.equal_calls(torch.zeros(192, 64), conditioning=False, parts=(64, 64, 64))
+    assert found is not None and found.rows in ((128,), ())
+
+
+@pytest.mark.parametrize("place", [None, 0, 500])
+def test_packed_weights_are_taken_where_no_row_has_other_bits(place, monkeypatch):
+    call = products._call
+
+    def pretended(x: torch.Tensor, w: torch.Tensor, b: Any, out: Any, packed: Any = None) -> torch.Tensor:
+        made = call(x, w, b, out)
+        if packed is not None and place is not None and len(x) > place:
+            made[place, 5] *= 1 + 2.0**-20
+        return made
+
+    monkeypatch.setattr(products, "_call", pretended)
+    monkeypatch.setattr(module, "may_be_packed", lambda weight: True)
+    monkeypatch.setattr(module, "packed", lambda weight: weight)
+    check(layers=[Layer("to_q", 64, 64)])
+    of_tokens = {equal.packed for key, equal in products._equal.items() if not key[4]}
+    assert of_tokens == {place is None}
+
+
+def test_a_packed_weight_is_kept_until_it_is_to_be_forgotten(monkeypatch):
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(products, "packed", lambda weight: made.append(weight) or weight)
+    kept, weight = PackedWeight(), torch.zeros(64, 64)
+    assert kept.of(weight) is kept.of(weight) and len(made) == 1
+    kept.forget()
+    assert kept.of(weight) is weight and len(made) == 2
+    assert not any(
+        products.may_be_packed(torch.empty(shape, dtype=dtype, device=device))
+        for shape, dtype, device in [
+            ((1024, 1024), torch.bfloat16, "cpu"),  # a wide one's second copy
+            ((64, 64), torch.float32, "cpu"),
+            ((64, 64), torch.bfloat16, "meta"),
+        ]
+    )
 
 
 def test_what_no_call_makes_exact_is_refused_by_the_layers_name(monkeypatch):
     call, count = products._call, iter(range(10**9))
-    monkeypatch.setattr(products, "_call", lambda x, w, b, out: call(x, w, b, out).add_(next(count) % 7))
+    monkeypatch.setattr(products, "_call", lambda x, w, b, out, packed=None: call(x, w, b, out).add_(next(count) % 7))
     with pytest.raises(PinnedKnobError, match=r"blocks.1.to_q \(64 -> 64, torch.float32\).*choose parity=fast"):
         check()
 

@@ -16,19 +16,26 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from omni_rollout.diffusion.machine import onednn_isa
-from omni_rollout.diffusion.products import exact_linear
+from omni_rollout.diffusion.products import PackedWeight, exact_linear
 
 # vLLM asks the CPU for AMX, and not ONEDNN_MAX_CPU_ISA what it leaves of it: its bf16 kernel then ends the process.
 WITHOUT_PACKED = ("SSE41", "AVX2", "AVX512_CORE")
 
 
 class KeptWeightLinearMethod(linear.UnquantizedLinearMethod):
+    """One of each layer's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = PackedWeight()
+
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Nothing to pack."""
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         with torch._C.DisableTorchFunctionSubclass():  # vLLM's parameters would send every look at one through Python
-            return exact_linear(x, layer.weight, bias, getattr(layer, "output_partition_sizes", None))  # q, k and v one by one
+            parts = getattr(layer, "output_partition_sizes", None)  # q, k and v
+            return exact_linear(x, layer.weight, bias, parts, self.packed)
 
 
 class PackedLinearMethod(KeptWeightLinearMethod):
@@ -48,6 +55,14 @@ class PackedLinearMethod(KeptWeightLinearMethod):
 def is_exact(layer: Any) -> bool:
     """Whether it multiplies by `exact_linear`."""
     return type(layer.quant_method) is KeptWeightLinearMethod
+
+
+def forget_packed(module: torch.nn.Module) -> None:
+    """After new weights, or when none is to lie about twice: exact layers below `module` pack theirs at the next product."""
+    for layer in module.modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, KeptWeightLinearMethod):
+            method.packed.forget()
 
 
 def pack_linears(module: torch.nn.Module) -> None:
