@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, CLIPModel, Mask2FormerConfig, Mask2Forme
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
+from omni_rollout import plugins
 from omni_rollout.data.prompts import load_prompts
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
@@ -406,6 +408,13 @@ def test_another_models_folder_is_refused_and_not_filled_with_random_numbers(
             get_reward("geneval", model=model)
     with pytest.raises(UserError, match=r"reward pickscore: no CLIP model in .* \(it lacks \d+ of the weights of a CLIPModel"):
         get_reward("pickscore", model=str(detector))
+
+
+def test_the_page_has_a_row_for_every_reward() -> None:
+    page = (Path(__file__).parents[2] / "docs/rewards.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(plugins.registered("rewards"))
+    (line,) = re.findall(r"^```json\n(.*)\n```", page, re.MULTILINE)
+    assert asked_of("a", json.loads(line), ["dog", "tv"]).include[1].position == ("left of", 0)
 
 
 def test_plan_counts_both_models(detector: Path, clip: Path) -> None:

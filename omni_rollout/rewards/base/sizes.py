@@ -14,12 +14,13 @@ from omni_rollout.rewards.geneval import MODEL as GENEVAL
 from omni_rollout.rewards.pickscore import MODEL as PICKSCORE
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+IMAGE_REWARD, IMAGE_REWARD_FILE = "THUDM/ImageReward", "ImageReward.pt"
 HEAD_WIDTHS = (768, 1024, 128, 64, 16, 1)  # of aesthetic.py, a matrix and a bias from each to the next
 MODELS = {  # hpsv2's is tuned: as large
     **{"clip_score": CLIP_L, "pickscore": PICKSCORE, "hpsv2": CLIP_H, "aesthetic": CLIP_L},
-    **{"geneval": GENEVAL, "geneval_strict": GENEVAL},
+    **{"geneval": GENEVAL, "geneval_strict": GENEVAL, "image_reward": IMAGE_REWARD},
 }
-DETECTOR_PARAMETERS = 68_741_083  # of GENEVAL's Mask2Former, as transformers makes it
+PARAMETERS = {GENEVAL.partition("+")[0]: 68_741_083, IMAGE_REWARD: 446_206_689}  # of published models that are no CLIP
 DEFAULTS = {  # of `transformers.CLIPConfig`, for what a config.json leaves out
     "text_config": {
         **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12},
@@ -78,14 +79,15 @@ def _models(name: str, given: str) -> list[str]:
 
 def _weights(model: str) -> int | None:
     folder = Path(model)
+    if (folder / IMAGE_REWARD_FILE).is_file():
+        return (folder / IMAGE_REWARD_FILE).stat().st_size  # float32, and nothing else of any size
     if folder.is_dir():
         config = read_config(folder)
         if config.get("model_type") == "mask2former":
             return stored_bytes(folder)
         return stored_item(folder, 4) * clip_parameters(config)
-    if model == GENEVAL.partition("+")[0]:
-        return 4 * DETECTOR_PARAMETERS
-    return 4 * clip_parameters(PUBLISHED[model]) if model in PUBLISHED else None
+    parameters = clip_parameters(PUBLISHED[model]) if model in PUBLISHED else PARAMETERS.get(model)
+    return None if parameters is None else 4 * parameters
 
 
 def clip_parameters(config: Mapping[str, Any]) -> int:
