@@ -39,6 +39,8 @@ from omni_rollout.policy.engines.torch_engine import (
 )
 from omni_rollout.policy.lora import MergedLoraLinear
 
+BUCKET = 500_000_000  # numbers, DeepSpeed's own default: gradients are reduced in pieces of this size
+
 
 class DeepSpeedEngine:
     """Takes the process group that is there, and makes one of its own, of one rank, only where there is none.
@@ -56,7 +58,8 @@ class DeepSpeedEngine:
         if config.zero_stage == 3:
             _gather_factors_with_their_layer(self._deepspeed, policy)
         self._optimizer = adamw(config, self._groups)
-        self._settings = _deepspeed_config(config.zero_stage, config.offload)
+        trained = sum(parameter.numel() for parameter in parameters)
+        self._settings = _deepspeed_config(config.zero_stage, config.offload, trained)
         self._engine, *_ = self._deepspeed.initialize(
             model=policy, optimizer=self._optimizer, config=self._settings, dist_init_required=False
         )
@@ -221,15 +224,19 @@ class DeepSpeedEngine:
             self._gradient(parameter).copy_(value)
 
 
-def _deepspeed_config(zero_stage: int, offload: Offload) -> dict[str, Any]:
+def _deepspeed_config(zero_stage: int, offload: Offload, trained: int) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": zero_stage,
+        "reduce_bucket_size": min(trained, BUCKET),  # allocated whole, whatever there is to put into it
         # The memory-efficient linear replaces F.linear for the whole process, the rollout's included.
         "memory_efficient_linear": False,
     }
     if zero_stage == 3:
         # Every parameter is given back after its layer: else what is written to the parts is not seen by the next forward.
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+        # Parameter by parameter, one ahead at each layer. Else up to a billion numbers are, in flat buffers, each copied into
+        # parameters, and stays until the last of these is used.
+        zero["stage3_allgather_sequential"] = True
     if offload is not Offload.none:
         zero["offload_optimizer"] = {"device": "cpu"}
     if offload is Offload.all:
