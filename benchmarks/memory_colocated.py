@@ -135,23 +135,17 @@ def measure(model: Path, engine: str, kind: str) -> Peaks:
 
 
 def derived(model: Path, engine: str, kind: str) -> dict[str, int]:
-    """What `omni-rollout plan` says of each of the processes in each phase, in bytes, without its guess of CUDA's.
-
-    A bucket of a fixed size is allocated whole: what no gradient ever fills is memory on a GPU, and none on a CPU.
-    """
+    """What `omni-rollout plan` says of each of the processes in each phase, in bytes, without its guess of CUDA's."""
     from omni_rollout.launch.compose import compose
     from omni_rollout.models import family_module
     from omni_rollout.plan.memory import process_parts
-    from omni_rollout.plan.parts import When
+    from omni_rollout.plan.parts import When, phases
     from omni_rollout.plan.split import make_run
 
     config: TrainConfig = compose(overrides_of(model, engine, kind), unused=["prompts"])
     run = make_run(config, family_module("qwen_image", "sizes").read_sizes(str(model)), reserve=0)
-    parts = process_parts(run, RANKS)
-    touched = {part.name: min(part.bytes, 4 * run.trained) if part.name == "reduce bucket" else part.bytes for part in parts}
-    return {
-        when.value: sum(touched[part.name] for part in parts if when in part.when) for when in When if when is not When.start
-    }
+    planned = phases(process_parts(run, RANKS))
+    return {when.value: needed for when, needed in planned.items() if when is not When.start}
 
 
 @dataclass(frozen=True, kw_only=True)

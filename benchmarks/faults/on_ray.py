@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 
 import psutil
 
-from benchmarks.faults.scene import PER_STEP, RANKS_TIMEOUT, STEPS, TIMEOUT, Scene, Strike, title_of
+from benchmarks.faults.scene import PER_STEP, RANKS_TIMEOUT, REWARD_TIMEOUT, STEPS, TIMEOUT, Scene, Strike, title_of
 from benchmarks.faults.witness import metrics
 
 SERVER, REWARD, RANK, AGENT_LOOP = "ray::RolloutServer", "ray::RewardLoopWorker", "ray::TrainerRank", "ray::AgentLoopWorker"
@@ -61,6 +61,17 @@ def reward_worker_dies(scene: Scene, name: str, step: int) -> None:
     scene.in_rollout(step, images=2)
     victim.kill()
     scene.strike(name, "kill -9 of the reward worker in a rollout", step, unfinished=0)
+
+
+def reward_worker_hangs(scene: Scene, name: str, step: int) -> None:
+    victim = find(scene, REWARD)
+    scene.in_rollout(step, images=2)
+    victim.send_signal(signal.SIGSTOP)
+    limit = TIMEOUT["verl"] + REWARD_TIMEOUT
+    what = f"SIGSTOP of the reward worker in a rollout (rollout.timeout={TIMEOUT['verl']}, reward.timeout={REWARD_TIMEOUT})"
+    strike = scene.strike(name, what, step, unfinished=0)
+    scene.after_step(step)
+    scene.must_say(strike, f"(process {victim.pid}) is stopped: it gave no score for {limit} s")
 
 
 def rank_dies(scene: Scene, name: str, step: int) -> None:
@@ -158,6 +169,7 @@ FAULTS: dict[str, dict[str, Callable[[Scene, str, int], None]]] = {  # by back e
     "verl": {
         "engine hangs": engine_hangs,
         "reward worker": reward_worker_dies,
+        "reward worker hangs": reward_worker_hangs,
         "trainer rank": rank_dies,
         "engine": engine_dies,
         "agent loop": agent_loop_dies,

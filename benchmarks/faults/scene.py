@@ -15,9 +15,10 @@ import psutil
 
 from benchmarks.faults.witness import Witness
 
-STEPS = {"embedded": 4, "verl": 7, "colocated": 6}
+STEPS = {"embedded": 4, "verl": 8, "colocated": 6}
 TIMEOUT = {"embedded": 30, "verl": 60, "colocated": 60}  # seconds, rollout.timeout
 RANKS_TIMEOUT = 90  # seconds, launch.timeout
+REWARD_TIMEOUT = 15  # seconds, reward.timeout: an image takes milliseconds
 PROCESSES = {
     "embedded": ("backend=embedded",),
     "verl": ("backend=verl", "rollout.workers=2"),
@@ -214,6 +215,7 @@ def _overrides(model: Path, folder: Path, run_dir: Path, backend: str) -> list[s
         f"rollout.group_size={PER_STEP // 2}",
         "rollout.max_num_seqs=2",
         f"rollout.timeout={TIMEOUT[backend]}",
+        f"reward.timeout={REWARD_TIMEOUT}",
         f"trainer.steps={STEPS[backend]}",
         "trainer.schedule=constant",
         "trainer.learning_rate=1e-3",

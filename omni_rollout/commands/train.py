@@ -48,10 +48,12 @@ def run(parsed: argparse.Namespace) -> int:
     if dry:
         return _dry_run(config, prompts, own["gpus"])
     if config.launch.slurm:
-        from omni_rollout.integrations.slurm import submit
+        from omni_rollout.integrations.slurm import submit, write_script
 
-        submit(config, overrides)
-        note_command(config.run_dir, parsed.overrides)
+        script = write_script(config, overrides)
+        note_command(config.run_dir, parsed.overrides)  # before sbatch, which may refuse
+        if config.launch.submit:
+            submit(script)
         return 0
     note_command(config.run_dir, parsed.overrides)
     return _train(config, prompts)

@@ -64,14 +64,14 @@ exit $status
 """
 
 
-def submit(config: TrainConfig, overrides: Sequence[str]) -> None:
-    """Writes `run_dir/job.sbatch` and gives it to sbatch, unless `launch.submit=false`.
+def write_script(config: TrainConfig, overrides: Sequence[str]) -> Path:
+    """Writes `run_dir/job.sbatch`.
 
     Args:
         overrides: what `config` was composed from.
 
     Raises:
-        UserError: what Slurm or the job cannot work with; sbatch is missing, or refuses the script.
+        UserError: what Slurm or the job cannot work with.
     """
     _check(config)
     run_dir = Path(config.run_dir).absolute()
@@ -79,14 +79,21 @@ def submit(config: TrainConfig, overrides: Sequence[str]) -> None:
     script = run_dir / SCRIPT
     script.write_text(job_script(config.launch, overrides, run_dir), encoding="utf-8")
     print(f"written        {script}")
-    if not config.launch.submit:
-        return
+    return script
+
+
+def submit(script: Path) -> None:
+    """Gives what `write_script` wrote to sbatch.
+
+    Raises:
+        UserError: sbatch is missing, or refuses the script.
+    """
     if shutil.which("sbatch") is None:
         raise UserError(f"sbatch is not on PATH: run this on a login node of the cluster, or there: sbatch {script}")
     done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"sbatch refuses {script}: {done.stderr.strip() or f'exit status {done.returncode}'}")
-    job = done.stdout.strip().partition(";")[0]
+    job, run_dir = done.stdout.strip().partition(";")[0], script.parent
     print(f"submitted      job {job}; its output: {run_dir}/slurm-{job}.log; to end it after its step: touch {run_dir}/stop")
 
 

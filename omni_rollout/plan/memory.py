@@ -13,10 +13,9 @@ from omni_rollout.rewards.base.sizes import model_bytes
 
 CONTEXT_BYTES = 1 << 30  # what CUDA itself takes of a GPU, for each process on it. A round guess
 RESERVE_BYTES = 4 << 30  # that, NCCL's buffers, and what fragmentation wastes. A round guess
-DEEPSPEED_BUCKET = 500_000_000  # numbers, DeepSpeed's own default: gradients are reduced in pieces of this size
+DEEPSPEED_BUCKET = 500_000_000  # numbers, as `policy/engines/deepspeed_engine.py` has it
 SYNC_BYTES = 32 << 20  # as `RolloutEngine.update_weights` cuts them
 TRANSFORMER, ENCODERS = "transformer", ("text encoder", "VAE")
-ZERO3_LIVE = 1_000_000_000  # numbers, DeepSpeed's own default: parameters that stage 3 may hold gathered at a time
 
 
 def rank_parts(run: Run, ranks: int) -> list[Part]:
@@ -136,11 +135,14 @@ def _gathered(run: Run, ranks: int) -> Iterator[Part]:
         yield Part(name="gathered weights", bytes=gathered, why=why, when=(When.update, When.sync))
     if trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage > 0:
         if trainer.zero_stage == 3:
-            live = min(run.held, ZERO3_LIVE)
-            why = f"4 bytes x {_billions(live)}, stage3_max_live_parameters"
-            yield Part(name="gathered weights", bytes=4 * live, why=why, when=(When.update,))
-        why = f"4 bytes x {_billions(DEEPSPEED_BUCKET)}, reduce_bucket_size"
-        yield Part(name="reduce bucket", bytes=4 * DEEPSPEED_BUCKET, why=why)
+            block = model.block_parameters
+            why = f"4 bytes x {_billions(block)}, a block: what is fetched ahead comes as the block's activations go"
+            yield Part(name="gathered weights", bytes=4 * block, why=why, when=(When.update,))
+        bucket = min(run.trained, DEEPSPEED_BUCKET)
+        yield Part(name="reduce bucket", bytes=4 * bucket, why=f"4 bytes x {_billions(bucket)}, reduce_bucket_size")
+        if trainer.zero_stage == 3:
+            why = "as much again: the gradients of a bucket in the order of ranks, as they are summed"
+            yield Part(name="bucket in exchange", bytes=4 * bucket, why=why, when=(When.update,))
 
 
 def _update(run: Run) -> Iterator[Part]:

@@ -83,11 +83,6 @@ class Run:
         return bool(self.rank) or (alone and self.config.model.dtype is DType.float32)
 
     @property
-    def held(self) -> int:
-        """Parameters of the policy, the frozen ones included."""
-        return self.parameters + (self.trained if self.rank else 0)
-
-    @property
     def master(self) -> int:
         """Bytes of a weight of the policy as the trainer holds it: as the checkpoint has it where it is frozen."""
         kept = self.rank and self.config.trainer.engine is not TrainerEngineName.deepspeed

@@ -20,7 +20,7 @@ import pytest
 from omni_rollout.cli import main
 from omni_rollout.config import TrainConfig
 from omni_rollout.errors import UserError
-from omni_rollout.integrations.slurm import SCRIPT, submit
+from omni_rollout.integrations.slurm import SCRIPT, submit, write_script
 from omni_rollout.launch.compose import compose
 
 BASE = ["backend=verl", "launch=slurm", "experiment=nano_ocr"]
@@ -35,9 +35,8 @@ def program(folder: Path, name: str, text: str) -> Path:
 
 
 def written(run_dir: Path, *overrides: str) -> str:
-    words = [*BASE, f"run_dir={run_dir}", "launch.submit=false", *overrides]
-    submit(compose(words), words)
-    return (run_dir / SCRIPT).read_text()
+    words = [*BASE, f"run_dir={run_dir}", *overrides]
+    return write_script(compose(words), words).read_text()
 
 
 def test_the_script_asks_for_what_was_given_and_runs_the_same_run(tmp_path: Path) -> None:
@@ -73,11 +72,22 @@ def test_the_folder_keeps_what_was_typed(tmp_path: Path) -> None:
     assert [shlex.split(line)[2:] for line in typed] == [words, [*words, "trainer.steps=3"]]
 
 
+def test_the_folder_keeps_what_was_typed_where_sbatch_refuses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program(tmp_path / "bin", "sbatch", "#!/bin/bash\necho 'invalid partition' >&2; exit 1\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    words = [*BASE, f"run_dir={tmp_path}/run", "launch.partition=none"]
+    assert main(["train", *words]) == 2
+    assert "invalid partition" in capsys.readouterr().err
+    assert shlex.split((tmp_path / "run" / "command.txt").read_text())[2:] == words
+
+
 def test_without_sbatch_the_script_is_there_and_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     words = [*BASE, f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(UserError, match=rf"sbatch is not on PATH.*{SCRIPT}"):
-        submit(compose(words), words)
+        submit(write_script(compose(words), words))
     assert (tmp_path / "run" / SCRIPT).is_file()
 
 
@@ -91,7 +101,7 @@ def test_sbatch_is_given_the_script_and_its_reply_is_passed_on(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     words = [*BASE, f"run_dir={tmp_path / 'run'}"]
     try:
-        submit(compose(words), words)
+        submit(write_script(compose(words), words))
         said = capsys.readouterr().out
     except UserError as error:
         said = str(error)
@@ -111,7 +121,7 @@ def test_what_slurm_cannot_run_is_refused(tmp_path: Path, override: str, message
     words = [*BASE, f"run_dir={tmp_path}", override]
     config: TrainConfig = compose(words)
     with pytest.raises(UserError, match=message):
-        submit(config, words)
+        write_script(config, words)
     assert not list(tmp_path.iterdir())
 
 

@@ -25,7 +25,7 @@ from omni_rollout.config import Placement, RolloutConfig
 from omni_rollout.integrations.verl import NAME
 from omni_rollout.integrations.verl.deaths import HungError
 from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, run_config, to_fields
-from omni_rollout.integrations.verl.reward import to_score
+from omni_rollout.integrations.verl.scores import Scores
 from omni_rollout.rollout.dispatch import ATTEMPTS, Dispatcher
 from omni_rollout.trajectories.journal import Journal
 from omni_rollout.types import RolloutRequest, Trajectory
@@ -42,11 +42,9 @@ class AgentLoopWorker:
 
     def __init__(self, config: Any, servers: Sequence[Any], teacher: Any, reward_workers: Sequence[Any]) -> None:
         tq.init()
-        self._servers, self._reward_workers = list(servers), list(reward_workers)
-        self._config = run_config(config[NAME])
-        self._rollout = self._config.rollout
+        self._servers, self._config = list(servers), run_config(config[NAME])
+        self._rollout, self._scores = self._config.rollout, Scores(reward_workers, self._config)
         self._journal = Journal(self._config.run_dir, keep=self._rollout.keep_finished)
-        self._next_reward = 0
 
     async def generate(self, order: Order) -> dict[str, Any]:
         """Returns when every trajectory lies in TransferQueue; says how many requests had to be sent again, how many had been
@@ -91,24 +89,11 @@ class AgentLoopWorker:
     ) -> None:
         if keep:
             await asyncio.to_thread(self._journal.keep, order.step, trajectory)
-        await tq.async_kv_batch_put(**to_sample(trajectory, await self._score(trajectory), order.step, order.partition))
+        await tq.async_kv_batch_put(**to_sample(trajectory, await self._scores.of(trajectory), order.step, order.partition))
         group = left[trajectory.group_id]
         del group[trajectory.member]
         if not group:
             await tq.async_kv_put(key=trajectory.group_id, partition_id=order.partition, tag={"status": "finished"})
-
-    async def _score(self, trajectory: Trajectory) -> dict[str, Any]:
-        end = time.monotonic() + self._rollout.timeout
-        while True:
-            worker = self._reward_workers[self._next_reward % len(self._reward_workers)]
-            self._next_reward += 1
-            try:
-                result: dict[str, Any] = await worker.compute_score.remote(to_score(trajectory))
-                return result
-            except RayActorError:  # Ray starts it again; meanwhile another may have time
-                if time.monotonic() > end:
-                    raise
-                await asyncio.sleep(1)
 
 
 class Sampling:

@@ -60,9 +60,12 @@ def find_dead(workers: Sequence[Any], error: BaseException) -> None:
 
 def places(workers: Sequence[Any]) -> list[tuple[str, int]]:
     """Node and process of each: to be asked while they answer."""
-    return ray.get(
-        [worker.__ray_call__.remote(lambda _: (ray.get_runtime_context().get_node_id(), os.getpid())) for worker in workers]
-    )
+    return ray.get([place(worker) for worker in workers])
+
+
+def place(worker: Any) -> Any:
+    """A reference of its node and process."""
+    return worker.__ray_call__.remote(lambda _: (ray.get_runtime_context().get_node_id(), os.getpid()))
 
 
 def answers(references: Sequence[Any], workers: Sequence[Any], where: Sequence[tuple[str, int]], timeout: float) -> list[Any]:
@@ -77,15 +80,13 @@ def answers(references: Sequence[Any], workers: Sequence[Any], where: Sequence[t
     try:
         return ray.get(list(references), timeout=timeout)
     except GetTimeoutError as error:
-        told = ", ".join(
-            f"rank {rank} (process {pid}) is {_status(*place)}" for rank, place in enumerate(where) for pid in place[1:]
-        )
+        told = ", ".join(f"rank {rank} (process {pid}) is {status_of(node, pid)}" for rank, (node, pid) in enumerate(where))
         for worker in workers:
             ray.kill(worker)
         raise HungError(f"the trainer ranks gave no answer for {timeout:g} s (launch.timeout): {told}") from error
 
 
-def _status(node: str, pid: int) -> str:
+def status_of(node: str, pid: int) -> str:
     """As the system of its node has it; a process cannot be asked that does not answer."""
 
     def status() -> str:  # travels by value: a process that imports verl's plug-ins first could not import this file

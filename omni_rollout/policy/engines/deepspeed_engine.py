@@ -39,6 +39,8 @@ from omni_rollout.policy.engines.torch_engine import (
 )
 from omni_rollout.policy.lora import MergedLoraLinear
 
+BUCKET = 500_000_000  # numbers, DeepSpeed's own default: gradients are reduced in pieces of this size
+
 
 class DeepSpeedEngine:
     """Takes the process group that is there, and makes one of its own, of one rank, only where there is none.
@@ -56,17 +58,20 @@ class DeepSpeedEngine:
         if config.zero_stage == 3:
             _gather_factors_with_their_layer(self._deepspeed, policy)
         self._optimizer = adamw(config, self._groups)
-        self._settings = _deepspeed_config(config.zero_stage, config.offload)
+        trained = sum(parameter.numel() for parameter in parameters)
+        self._settings = _deepspeed_config(config.zero_stage, config.offload, trained)
         self._engine, *_ = self._deepspeed.initialize(
             model=policy, optimizer=self._optimizer, config=self._settings, dist_init_required=False
         )
         self.module: nn.Module = self._engine
         self._zero_stage, self._ranks = config.zero_stage, dist.get_world_size()
+        # With it DeepSpeed hands its optimizer the gradients of those parameters alone that an update's last backward reached.
+        self._hands_over_late = config.zero_stage > 1 and config.offload is not Offload.none
         self._max_grad_norm = config.max_grad_norm
         self._ready = False
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.set_gradient_accumulation_boundary(last and not self._hands_over_late)
         self._engine.backward(loss * self._ranks)  # DeepSpeed takes the mean over the ranks
         self._ready = last
 
@@ -75,6 +80,9 @@ class DeepSpeedEngine:
         self._ready = False
         if self._zero_stage == 0:
             fill_missing_gradients(moved(self._groups, idle))
+        if self._hands_over_late:
+            self._engine.set_gradient_accumulation_boundary(True)
+            self._engine.optimizer.finalize_gradient_accumulation_boundary()
         parameters = moved(self._groups, idle)
         gradients = [self._gradient(parameter) for parameter in parameters]
         cut = self._zero_stage > 0 and self._ranks > 1
@@ -89,10 +97,16 @@ class DeepSpeedEngine:
         prepare(self._optimizer, learning_rate, idle)
         self._engine.step()
         self._show_moments()
-        if self._zero_stage == 3:
-            # Only an update's first backward overwrites them: an expert that comes later would add to what was left there.
-            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+        self._forget_gradients()
         return norm
+
+    def _forget_gradients(self) -> None:
+        """Only an update's first backward overwrites them: an expert that comes later would add to what was left there."""
+        if self._zero_stage == 3:
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+        elif self._hands_over_late:
+            for gradient in self._engine.optimizer.accumulated_grads_in_cpu.values():
+                gradient.zero_()
 
     def parts(self) -> dict[str, torch.Tensor]:
         if self._zero_stage < 3:
@@ -210,15 +224,19 @@ class DeepSpeedEngine:
             self._gradient(parameter).copy_(value)
 
 
-def _deepspeed_config(zero_stage: int, offload: Offload) -> dict[str, Any]:
+def _deepspeed_config(zero_stage: int, offload: Offload, trained: int) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": zero_stage,
+        "reduce_bucket_size": min(trained, BUCKET),  # allocated whole, whatever there is to put into it
         # The memory-efficient linear replaces F.linear for the whole process, the rollout's included.
         "memory_efficient_linear": False,
     }
     if zero_stage == 3:
         # Every parameter is given back after its layer: else what is written to the parts is not seen by the next forward.
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+        # Parameter by parameter, one ahead at each layer. Else up to a billion numbers are, in flat buffers, each copied into
+        # parameters, and stays until the last of these is used.
+        zero["stage3_allgather_sequential"] = True
     if offload is not Offload.none:
         zero["offload_optimizer"] = {"device": "cpu"}
     if offload is Offload.all:
