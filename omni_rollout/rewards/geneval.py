@@ -77,7 +77,7 @@ class GenEval:
         return score_each(self.name, images, prompts, metadata, score)
 
     def evaluate(self, images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Columns]) -> dict[str, float]:
-        """The means of both forms."""
+        """The means of both forms, and GenEval's own figure: of `geneval_strict` the mean over tags of each one's mean."""
         forms: dict[str, list[float]] = {"geneval": [], "geneval_strict": []}
 
         def score(image: np.ndarray, prompt: str, columns: Columns) -> float:
@@ -88,7 +88,10 @@ class GenEval:
             return forms[self.name][-1]
 
         score_each(self.name, images, prompts, metadata, score)
-        return {form: fmean(scores) for form, scores in forms.items()}
+        tags: dict[str | None, list[float]] = {}
+        for columns, value in zip(metadata, forms["geneval_strict"], strict=True):
+            tags.setdefault(columns.get("tag"), []).append(value)
+        return {form: fmean(scores) for form, scores in forms.items()} | {"geneval_overall": fmean(map(fmean, tags.values()))}
 
     def _asked(self, prompt: str, columns: Columns) -> Asked:
         return asked_of(prompt, columns, self._names.values())

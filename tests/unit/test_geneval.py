@@ -373,7 +373,12 @@ def test_geneval_s_own_file_is_taken_as_it_is(tmp_path: Path, few: Path, clip: P
     means = {name: fmean(value or 0.0 for value in values) for name, values in batch.breakdown.items()}
     assert len(set(batch.breakdown["geneval"])) > 2 and 0 < means["geneval_strict"] < 1
     found, failures = rewards.evaluate(images, prompts, batch)
-    assert found == pytest.approx(means) and not failures
+    assert found == pytest.approx({**means, "geneval_overall": means["geneval_strict"]}) and not failures
+    strict = batch.breakdown["geneval_strict"]
+    best = strict.index(1.0)
+    images, prompts = [*images, images[best]], [*prompts, prompts[best]]
+    overall = rewards.evaluate(images, prompts, rewards(images, prompts))[0]["geneval_overall"]
+    assert overall == pytest.approx(means["geneval_strict"]), "twice as many of one tag count as one"
 
 
 DOG = {"class": "dog", "count": 1}
