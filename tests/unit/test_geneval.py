@@ -29,7 +29,7 @@ from omni_rollout.rewards import WeightedSum, get_reward
 from omni_rollout.rewards.base import sizes
 from omni_rollout.rewards.base.geneval_rows import COLORS, MOST, RELATIONS, Asked, Clause, asked_of
 from omni_rollout.rewards.base.instances import Detector, Instance
-from omni_rollout.rewards.geneval import MODEL, GenEval, met, relations
+from omni_rollout.rewards.geneval import MODEL, GenEval, cut_out, met, relations
 from tests.unit.test_reward_models import clip
 
 __all__ = ["clip"]  # the fixture
@@ -330,6 +330,7 @@ def test_a_colour_is_clips_of_the_object_on_grey(clip: Path, detector: Path) -> 
         for instance in shaped:
             grey = Image.new("RGB", (80, 80), "#999")
             whole = Image.composite(Image.fromarray(picture), grey, Image.fromarray(instance.mask))
+            assert np.array_equal(cut_out(picture, instance), np.asarray(whole.crop(instance.box)))
             pixels = processor([whole.crop(instance.box)], return_tensors="pt")["pixel_values"]
             cosines = []
             for color in COLORS:
