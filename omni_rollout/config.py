@@ -184,7 +184,7 @@ class AlgorithmConfig:
 class RewardConfig:
     weights: dict[str, float] = field(default_factory=lambda: {"ocr": 1.0})  # name -> weight; the reward is their weighted sum
     source: dict[str, str] = field(default_factory=dict)  # name -> package.module:function, file.py:function or http(s) address
-    model: dict[str, str] = field(default_factory=dict)  # name -> folder or hub id of its model; vlm_judge: ADDRESS#NAME
+    model: dict[str, str] = field(default_factory=dict)  # name -> folder or hub id; geneval: A+B; vlm_judge: "ADDRESS#NAME"
     normalise: RewardNormalise = RewardNormalise.none
     threads: int = 1
     timeout: float = 300.0  # seconds for one call of one reward: for the images of a group, or of an evaluation

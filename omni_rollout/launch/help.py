@@ -21,7 +21,7 @@ CHECKPOINT_KEYS = """\
 """
 TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
   rollout.prompts_per_step
-  reward=ocr|pickscore|recolour|matte|displacement|jpeg_compressibility|recomposition
+  reward=ocr|pickscore|geneval|recolour|matte|displacement|jpeg_compressibility|recomposition
                                           any reward's name; or reward.weights={{NAME: WEIGHT}}, and for one of your own
                                           reward.source.NAME=module:function|file.py:function|http://...: docs/extending.md
   reward.normalise=none|group, .timeout, .max_failed; evaluation.reward.weights={{NAME: WEIGHT}}

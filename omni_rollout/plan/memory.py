@@ -79,7 +79,7 @@ def _engine_in_turns(run: Run) -> Iterator[Part]:
 
 def _reward_models(run: Run) -> Iterator[Part]:
     for name, size in model_bytes(run.config).items():
-        known = "weights of its CLIP model, here all the time" if size else "the model that another reward has loaded"
+        known = "weights of its model, here all the time" if size else "the model that another reward has loaded"
         why = (
             known
             if size is not None

@@ -115,6 +115,6 @@ def _keep(path: Path, text: str) -> None:
 
 def make(threads: int, model: str | None = None) -> Reward:
     if model is None:
-        raise UserError("reward vlm_judge: give reward.model.vlm_judge=ADDRESS#NAME, such as http://127.0.0.1:8000/v1#NAME")
+        raise UserError("""reward vlm_judge: give reward.model.vlm_judge='"ADDRESS#NAME"', with both pairs of quotes""")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Judge(model, Path(home) / "omni_rollout" / "vlm_judge")

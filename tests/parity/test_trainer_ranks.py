@@ -65,7 +65,7 @@ SETS: dict[str, dict[str, list[str]]] = {
     "quick": {
         "full": ["fsdp2", "fsdp2-backward", "zero3"],
         "lora": ["zero1", "fsdp2", "fsdp2-backward"],
-        "experts": ["fsdp2", "zero3"],
+        "experts": ["fsdp2", "zero3-offload"],
     },
     "all": {
         "full": list(ENGINES),
@@ -73,7 +73,7 @@ SETS: dict[str, dict[str, list[str]]] = {
         "lora": ["ddp", "fsdp2", "fsdp2-backward", "zero1", "zero3", "zero3-offload"],
         "kl": ["fsdp2", "zero3"],
         "lora-kl": ["fsdp2", "zero3"],
-        "experts": ["ddp", "fsdp2-offload", "zero1", "zero2", "zero3-offload"],
+        "experts": ["ddp", "fsdp2-offload", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"],
     },
 }
 NORMS, STATE = 1e-6, 1e-5  # relative; docs/verl.md says what was measured
@@ -288,7 +288,7 @@ def test_two_ranks_take_the_steps_of_one(ran: tuple[Path, str]) -> None:
         alone = expected[f"{kind} ddp"]
         assert first == other[name], name  # gradient norms to the last digit, digests of all weights and of their average
         assert all(value for value in first.values() if isinstance(value, bool)), (name, first)
-        assert len({first["digest"], first["average"], alone["average"]}) == 3, name
+        assert first["digest"] != first["average"], name
         norms, state = (NORMS_BF16, STATE_BF16) if kind == "bf16" else (NORMS, STATE)
         assert first["norms"] == pytest.approx(alone["norms"], rel=norms), name
         assert gap(folder / f"2-{kind}-{name.split()[1]}.safetensors", folder / f"1-{kind}-ddp.safetensors") < state, name

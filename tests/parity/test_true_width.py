@@ -68,7 +68,7 @@ def test_every_log_prob_has_the_same_bits(sides, cell):
 
 
 def test_products_as_they_come_on_the_rollouts_side_alone_are_noticed_and_named(sides, monkeypatch):
-    def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: Any = None) -> torch.Tensor:
+    def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
         return F.linear(x, weight, bias)
 
     monkeypatch.setattr(linear, "exact_linear", plain)

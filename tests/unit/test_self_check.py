@@ -86,6 +86,17 @@ def test_what_cancels_out_shows_another_order_of_the_sum():
     assert seen(*values.cancelling(128, 1024, 256)) > 0.5 > 500 * seen(*plain)
 
 
+def test_what_attention_leaves_of_values_that_cancel_out_shows_another_order_of_the_tokens():
+    joint = module._Values(torch.bfloat16, CPU)(3, 77, 3 * 64) / 64
+
+    def seen(joint: torch.Tensor) -> float:
+        query, key, value = (part.unflatten(-1, (2, 32)).transpose(1, 2) for part in joint.chunk(3, dim=-1))
+        other = F.scaled_dot_product_attention(query, key.roll(13, 2), value.roll(13, 2))
+        return (other != F.scaled_dot_product_attention(query, key, value)).float().mean().item()
+
+    assert seen(module._cancelling_tokens(joint)) > 5 * seen(joint) > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("conditioning", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])

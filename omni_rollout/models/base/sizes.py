@@ -100,11 +100,19 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # as safetensors names t
 def stored_item(folder: Path, published: int) -> int:
     """Bytes of a weight as the first file stores it, from the file's header; of a folder without weights: as `published`."""
     file = min(folder.glob("*.safetensors"), default=None)
-    if file is None:
-        return published
+    return published if file is None else next(ITEM_BYTES[entry["dtype"]] for entry in _stored(file))
+
+
+def stored_bytes(folder: Path) -> int | None:
+    """Of all tensors in a folder's safetensors, from their headers; None: it has none."""
+    files = list(folder.glob("*.safetensors"))
+    return sum(end - start for file in files for start, end in (one["data_offsets"] for one in _stored(file))) or None
+
+
+def _stored(file: Path) -> list[Mapping[str, Any]]:
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return next(ITEM_BYTES[entry["dtype"]] for name, entry in header.items() if name != "__metadata__")
+    return [entry for name, entry in header.items() if name != "__metadata__"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,11 +65,13 @@ class DeepSpeedEngine:
         )
         self.module: nn.Module = self._engine
         self._zero_stage, self._ranks = config.zero_stage, dist.get_world_size()
+        # With it DeepSpeed hands its optimizer the gradients of those parameters alone that an update's last backward reached.
+        self._hands_over_late = config.zero_stage > 1 and config.offload is not Offload.none
         self._max_grad_norm = config.max_grad_norm
         self._ready = False
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.set_gradient_accumulation_boundary(last and not self._hands_over_late)
         self._engine.backward(loss * self._ranks)  # DeepSpeed takes the mean over the ranks
         self._ready = last
 
@@ -78,6 +80,9 @@ class DeepSpeedEngine:
         self._ready = False
         if self._zero_stage == 0:
             fill_missing_gradients(moved(self._groups, idle))
+        if self._hands_over_late:
+            self._engine.set_gradient_accumulation_boundary(True)
+            self._engine.optimizer.finalize_gradient_accumulation_boundary()
         parameters = moved(self._groups, idle)
         gradients = [self._gradient(parameter) for parameter in parameters]
         cut = self._zero_stage > 0 and self._ranks > 1
@@ -92,10 +97,16 @@ class DeepSpeedEngine:
         prepare(self._optimizer, learning_rate, idle)
         self._engine.step()
         self._show_moments()
-        if self._zero_stage == 3:
-            # Only an update's first backward overwrites them: an expert that comes later would add to what was left there.
-            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+        self._forget_gradients()
         return norm
+
+    def _forget_gradients(self) -> None:
+        """Only an update's first backward overwrites them: an expert that comes later would add to what was left there."""
+        if self._zero_stage == 3:
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+        elif self._hands_over_late:
+            for gradient in self._engine.optimizer.accumulated_grads_in_cpu.values():
+                gradient.zero_()
 
     def parts(self) -> dict[str, torch.Tensor]:
         if self._zero_stage < 3:

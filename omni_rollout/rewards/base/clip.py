@@ -16,6 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.errors import UserError
 from omni_rollout.rewards.base.contract import Columns, check_media
+from omni_rollout.rewards.base.pretrained import whole
 from omni_rollout.types import Kind
 
 BATCH = 16
@@ -23,7 +24,7 @@ BATCH = 16
 
 @cache  # a run makes its rewards twice: to check them before the engine starts, and to use them
 def _loaded(model: str) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
-    network = CLIPModel.from_pretrained(model).eval().to(compute_device())  # pyright: ignore[reportArgumentType]
+    network = whole(CLIPModel, model).eval().to(compute_device())
     return network, CLIPTokenizer.from_pretrained(model), CLIPImageProcessorPil.from_pretrained(model)
 
 
@@ -48,7 +49,7 @@ class Clip:
     @torch.inference_mode()
     def images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """uint8 [H, W, 3] each -> [B, D] fp32."""
-        pixels: Any = self._processor(list(images), return_tensors="pt")
+        pixels: Any = self._processor(list(images), return_tensors="pt", input_data_format="channels_last")
         vision = self.model.vision_model(pixel_values=pixels["pixel_values"].to(self.model.device))
         return torch.nn.functional.normalize(self.model.visual_projection(vision.pooler_output).float(), dim=-1)
 

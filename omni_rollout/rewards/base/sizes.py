@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from omni_rollout.config import TrainConfig
-from omni_rollout.models.base.sizes import read_config, stored_item
+from omni_rollout.models.base.sizes import read_config, stored_bytes, stored_item
 from omni_rollout.rewards.clip_score import MODEL as CLIP_L
+from omni_rollout.rewards.geneval import MODEL as GENEVAL
 from omni_rollout.rewards.pickscore import MODEL as PICKSCORE
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+IMAGE_REWARD, IMAGE_REWARD_FILE = "THUDM/ImageReward", "ImageReward.pt"
 HEAD_WIDTHS = (768, 1024, 128, 64, 16, 1)  # of aesthetic.py, a matrix and a bias from each to the next
-MODELS = {"clip_score": CLIP_L, "pickscore": PICKSCORE, "hpsv2": CLIP_H, "aesthetic": CLIP_L}  # hpsv2's is tuned: as large
+MODELS = {  # hpsv2's is tuned: as large
+    **{"clip_score": CLIP_L, "pickscore": PICKSCORE, "hpsv2": CLIP_H, "aesthetic": CLIP_L},
+    **{"geneval": GENEVAL, "geneval_strict": GENEVAL, "image_reward": IMAGE_REWARD},
+}
+PARAMETERS = {GENEVAL.partition("+")[0]: 68_741_083, IMAGE_REWARD: 446_206_689}  # of published models that are no CLIP
 DEFAULTS = {  # of `transformers.CLIPConfig`, for what a config.json leaves out
     "text_config": {
         **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12},
@@ -54,19 +60,34 @@ def model_bytes(config: TrainConfig) -> dict[str, int | None]:
     for name in names:
         if name in config.reward.source:
             continue
-        model = config.reward.model.get(name, MODELS[name])
-        size = 0 if model in loaded else _weights(model)
+        models = _models(name, config.reward.model.get(name, MODELS[name]))
+        sizes = [0 if model in loaded else _weights(model) for model in models]
         head = 4 * sum(wide * narrow + narrow for wide, narrow in pairwise(HEAD_WIDTHS)) if name == "aesthetic" else 0
-        found[name] = None if size is None else size + head
-        loaded.add(model)
+        known = [size for size in sizes if size is not None]
+        found[name] = sum(known) + head if len(known) == len(sizes) else None
+        loaded |= set(models)
     return found
+
+
+def _models(name: str, given: str) -> list[str]:
+    """Folders or hub ids: of geneval two, written as one."""
+    if MODELS[name] != GENEVAL:
+        return [given]
+    detector, _, clip = given.partition("+")
+    return [detector, clip or CLIP_L]
 
 
 def _weights(model: str) -> int | None:
     folder = Path(model)
+    if (folder / IMAGE_REWARD_FILE).is_file():
+        return (folder / IMAGE_REWARD_FILE).stat().st_size  # float32, and nothing else of any size
     if folder.is_dir():
-        return stored_item(folder, 4) * clip_parameters(read_config(folder))
-    return 4 * clip_parameters(PUBLISHED[model]) if model in PUBLISHED else None
+        config = read_config(folder)
+        if config.get("model_type") == "mask2former":
+            return stored_bytes(folder)
+        return stored_item(folder, 4) * clip_parameters(config)
+    parameters = clip_parameters(PUBLISHED[model]) if model in PUBLISHED else PARAMETERS.get(model)
+    return None if parameters is None else 4 * parameters
 
 
 def clip_parameters(config: Mapping[str, Any]) -> int:
