@@ -13,7 +13,7 @@ from omni_rollout.rewards.base.sizes import model_bytes
 
 CONTEXT_BYTES = 1 << 30  # what CUDA itself takes of a GPU, for each process on it. A round guess
 RESERVE_BYTES = 4 << 30  # that, NCCL's buffers, and what fragmentation wastes. A round guess
-DEEPSPEED_BUCKET = 500_000_000  # numbers, as `policy/engines/deepspeed_settings.py` has it
+DEEPSPEED_BUCKET = 500_000_000  # numbers, as `policy/engines/deepspeed_config.py` has it
 SYNC_BYTES = 32 << 20  # as `RolloutEngine.update_weights` cuts them
 TRANSFORMER, ENCODERS = "transformer", ("text encoder", "VAE")
 
@@ -135,11 +135,9 @@ def _gathered(run: Run, ranks: int) -> Iterator[Part]:
         yield Part(name="gathered weights", bytes=gathered, why=why, when=(When.update, When.sync))
     if trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage > 0:
         if trainer.zero_stage == 3:
-            live, why = model.block_parameters, "a block: what is fetched ahead comes as the block's activations go"
-            if len(run.passes(1)) > 1:
-                live = (run.parameters + (run.trained if run.rank else 0)) // run.sizes.experts
-                why = "all: guidance in two passes, and none is given back before both are over; one text width needs one"
-            yield Part(name="gathered weights", bytes=4 * live, why=f"4 bytes x {_billions(live)}, {why}", when=(When.update,))
+            block = model.block_parameters
+            why = f"4 bytes x {_billions(block)}, a block: what is fetched ahead comes as the block's activations go"
+            yield Part(name="gathered weights", bytes=4 * block, why=why, when=(When.update,))
         bucket = min(run.trained, DEEPSPEED_BUCKET)
         yield Part(name="reduce bucket", bytes=4 * bucket, why=f"4 bytes x {_billions(bucket)}, reduce_bucket_size")
         if trainer.zero_stage == 3:

@@ -21,7 +21,7 @@ from torch import nn
 
 from omni_rollout.config import Offload, TrainerConfig
 from omni_rollout.diffusion.exact_ops import HasEffectiveWeight
-from omni_rollout.policy.engines.deepspeed_settings import deepspeed_settings
+from omni_rollout.policy.engines.deepspeed_config import deepspeed_config
 from omni_rollout.policy.engines.torch_engine import (
     MOMENTS,
     adamw,
@@ -58,7 +58,7 @@ class DeepSpeedEngine:
             _gather_factors_with_their_layer(self._deepspeed, policy)
         self._optimizer = adamw(config, self._groups)
         trained = sum(parameter.numel() for parameter in parameters)
-        self._settings = deepspeed_settings(config.zero_stage, config.offload, trained)
+        self._settings = deepspeed_config(config.zero_stage, config.offload, trained)
         self._engine, *_ = self._deepspeed.initialize(
             model=policy, optimizer=self._optimizer, config=self._settings, dist_init_required=False
         )

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told. Loads nothing of it."""
+"""What DeepSpeed is told, and why."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from omni_rollout.config import Offload
 BUCKET = 500_000_000  # numbers, DeepSpeed's own default: gradients are reduced in pieces of this size
 
 
-def deepspeed_settings(zero_stage: int, offload: Offload, trained: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for an update of `trained` numbers."""
+def deepspeed_config(zero_stage: int, offload: Offload, trained: int) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": zero_stage,
         "reduce_bucket_size": min(trained, BUCKET),  # allocated whole, whatever there is to put into it
