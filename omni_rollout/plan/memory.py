@@ -135,9 +135,11 @@ def _gathered(run: Run, ranks: int) -> Iterator[Part]:
         yield Part(name="gathered weights", bytes=gathered, why=why, when=(When.update, When.sync))
     if trainer.engine is TrainerEngineName.deepspeed and trainer.zero_stage > 0:
         if trainer.zero_stage == 3:
-            block = model.block_parameters
-            why = f"4 bytes x {_billions(block)}, a block: what is fetched ahead comes as the block's activations go"
-            yield Part(name="gathered weights", bytes=4 * block, why=why, when=(When.update,))
+            live, why = model.block_parameters, "a block: what is fetched ahead comes as the block's activations go"
+            if len(run.passes(1)) > 1:
+                live = (run.parameters + (run.trained if run.rank else 0)) // run.sizes.experts
+                why = "all: guidance in two passes, and none is given back before both are over; one text width needs one"
+            yield Part(name="gathered weights", bytes=4 * live, why=f"4 bytes x {_billions(live)}, {why}", when=(When.update,))
         bucket = min(run.trained, DEEPSPEED_BUCKET)
         yield Part(name="reduce bucket", bytes=4 * bucket, why=f"4 bytes x {_billions(bucket)}, reduce_bucket_size")
         if trainer.zero_stage == 3:

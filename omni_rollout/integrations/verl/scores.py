@@ -73,13 +73,22 @@ class Scores:
         self._heard[number] = time.monotonic()  # at once: others wait for it too
         again = number in self._hung
         self._hung.add(number)
-        known, _ = await asyncio.to_thread(ray.wait, [self._places[number]], timeout=0) if number in self._places else ([], [])
-        named = f"reward worker {number}"
-        if known:
-            node, pid = await asyncio.to_thread(ray.get, known[0])
-            named += f" (process {pid}) is {await asyncio.to_thread(status_of, node, pid)}: it"
+        named = await self._named(number)
         why = f"{named} gave no score for {self._limit:g} s (rollout.timeout, and reward.timeout of each reward)"
         ray.kill(self._workers[number], no_restart=False)
         if again:
             raise HungError(f"{why}, as before it was started again")
         logger.warning("%s; it is started again, and asked again", why)
+
+    async def _named(self, number: int) -> str:
+        """With its process, if that has ever answered."""
+        name = f"reward worker {number}"
+        try:
+            node, pid = await asyncio.wait_for(_of(self._places[number]), 1.0)
+        except (KeyError, RayActorError, TimeoutError):
+            return name
+        return f"{name} (process {pid}) is {await asyncio.to_thread(status_of, node, pid)}: it"
+
+
+async def _of(reference: Any) -> Any:
+    return await reference
