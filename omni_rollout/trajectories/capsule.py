@@ -49,8 +49,25 @@ def save_capsule(trajectory: Trajectory, path: str | Path) -> None:
 
 def encode_capsule(trajectory: Trajectory, where: object = "trajectory") -> bytes:
     """What `save_capsule` writes; `where` names it in errors."""
-    tensors, header = packed(trajectory, where)
-    return safetensors.torch.save(tensors, metadata=header)
+    return serialized(*packed(trajectory, where))
+
+
+def serialized(tensors: Mapping[str, torch.Tensor], header: dict[str, str]) -> bytes:
+    """What `packed` returns, as a safetensors file.
+
+    By the library's serializer: its front for torch, which takes six times as long, looks for what `packed` has seen to.
+    """
+    here = {name: tensor.cpu() for name, tensor in tensors.items()}
+    specs = {
+        name: safetensors.TensorSpec(
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=list(tensor.shape),
+            data_ptr=tensor.data_ptr(),
+            data_len=tensor.nbytes,
+        )
+        for name, tensor in here.items()
+    }
+    return bytes(safetensors.serialize(specs, metadata=header))
 
 
 def load_capsule(path: str | Path) -> Trajectory:

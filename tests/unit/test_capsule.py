@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from omni_rollout.trajectories.capsule import FORMAT_VERSION, KEYS, CapsuleError, load_capsule, save_capsule
+from omni_rollout.trajectories.capsule import FORMAT_VERSION, KEYS, CapsuleError, load_capsule, packed, save_capsule, serialized
 from omni_rollout.trajectories.media import save_media
 from omni_rollout.types import Prompt, SamplingSpec, Trajectory
 
@@ -84,6 +84,26 @@ def test_round_trip_gives_every_bit_back(tmp_path: Path, **arguments: Any) -> No
     save_capsule(before, tmp_path / "a.safetensors")
     assert_same_bits(before, load_capsule(str(tmp_path / "a.safetensors")))
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("steps", [2, 0])
+def test_the_bytes_say_what_the_librarys_front_for_torch_writes(steps: int) -> None:
+    record = trajectory()
+    if not steps:  # a tensor of no elements has no address
+        record = replace(
+            record,
+            latents=record.latents[:1],
+            log_probs=torch.empty(0),
+            step_indices=torch.empty(0, dtype=torch.int64),
+            spec=replace(record.spec, sde_type="ode", noise_level=0.0, step_indices=()),
+        )
+    tensors, header = packed(record, "here")
+
+    def said(content: bytes) -> tuple[dict[str, Any], bytes]:
+        end = 8 + int.from_bytes(content[:8], "little")
+        return json.loads(content[8:end]), content[end:]
+
+    assert said(serialized(tensors, header)) == said(safetensors.torch.save(tensors, metadata=header))
 
 
 def test_the_file_has_the_public_names(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from omni_rollout.rollout.serve.asked import SHARED, Batch
 from omni_rollout.rollout.serve.errors import error_of
 from omni_rollout.rollout.serve.state import Server
 from omni_rollout.rollout.serve.wire import ALIVE_SECONDS, FRAMES, echo, frame
-from omni_rollout.trajectories.capsule import packed
+from omni_rollout.trajectories.capsule import packed, serialized
 from omni_rollout.types import Trajectory
 
 SMALL_BYTES = 1 << 20  # of latents and media: packed in a millisecond or two
@@ -86,7 +86,7 @@ class Answer(StreamingResponse):
             name = self._put(tensors, header)
             if name is not None:
                 return frame({**head, "shared": name})
-        return frame(head, safetensors.torch.save(tensors, metadata=header))
+        return frame(head, serialized(tensors, header))
 
     def _put(self, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> str | None:
         """The name in shared memory; None: there is no room."""
