@@ -41,7 +41,7 @@ def put_by_a_sync(kind: type, section: Any) -> int:
     )
     group.init_model(None)
     before = in_store()
-    published = group.publish(1)
+    published = ray.get(group.publish(1))
     after = in_store()
     assert len({weights.digest for weights in published}) == 1
     for worker in group.workers:
