@@ -129,8 +129,8 @@ def _first_inexact(layers: list[Layer], values: _Values, digest: Any) -> Layer |
         for shape in ((3, tokens, layer.in_features), (5, layer.in_features)):
             if not _exact(product, values(*shape), digest) or not _exact_to_the_rounding(layer, shape, values, digest):
                 return layer
-            if products.calls() is Calls.blocks:
-                _find_equal_calls(layer, values, conditioning=len(shape) == 2)
+            if products.calls() is Calls.blocks and not _find_equal_calls(layer, values, conditioning=len(shape) == 2):
+                return layer
     return None
 
 
@@ -151,16 +151,21 @@ def _exact_to_the_rounding(layer: Layer, shape: tuple[int, ...], values: _Values
     return True
 
 
-def _find_equal_calls(layer: Layer, values: _Values, *, conditioning: bool) -> None:
-    """Which other numbers of rows give the bits of this layer's blocks, in every row and wherever it stands; packed or not."""
+def _find_equal_calls(layer: Layer, values: _Values, *, conditioning: bool) -> bool:
+    """Which numbers of rows give the bits of this layer's blocks, in every row and wherever it stands; packed or not.
+
+    Returns:
+        Whether the blocks themselves are among them.
+    """
     device, shape = values.device.type, (layer.out_features, layer.in_features)
     block = block_rows(*shape, conditioning=conditioning, device=device)
     others = products.candidates(*shape, conditioning=conditioning, device=device)
     if not others:
-        return
+        return True
     x, weight, bias = values.cancelling(max(others), *shape)
     found = _equal_calls({block, *others}, x, weight, bias, in_calls_of(block, x, weight, bias))
     products.set_equal_calls(weight, found, conditioning=conditioning)
+    return block in found.rows
 
 
 def _equal_calls(

@@ -187,7 +187,7 @@ def _to_json(where: object, key: str, value: Any) -> str:
         text = json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise CapsuleError(f"{where}: {key}: {repr(value)[:60]} cannot be written as JSON ({error})") from error
-    if not isinstance(value, str | int | float | None) and json.loads(text) != value:
+    if json.loads(text) != value:
         refuse(where, key, f"{value!r} would come back from JSON as {json.loads(text)!r}; use lists and string keys")
     return text
 

@@ -16,7 +16,7 @@ from omni_rollout.diffusion import machine as machine_module
 from omni_rollout.diffusion import products
 from omni_rollout.diffusion import self_check as module
 from omni_rollout.diffusion.machine import differences, machine, pin_switches, pin_thread
-from omni_rollout.diffusion.products import Calls, PackedWeight, exact_linear, set_calls
+from omni_rollout.diffusion.products import Calls, EqualCalls, PackedWeight, exact_linear, set_calls
 from omni_rollout.diffusion.self_check import Layer, find_fused, self_check
 from omni_rollout.errors import PinnedKnobError
 
@@ -171,6 +171,14 @@ def test_one_call_that_gives_a_part_other_bits_is_not_taken(monkeypatch):
     find_fused((64, 64, 64), 64, dtype=torch.float32, device=CPU)
     found = products.equal_calls(torch.zeros(192, 64), conditioning=False, parts=(64, 64, 64))
     assert found is not None and found.rows in ((128,), ())
+
+
+def test_blocks_that_are_not_among_the_equal_calls_are_not_exact(monkeypatch):
+    found = module._equal_calls
+    monkeypatch.setattr(
+        module, "_equal_calls", lambda *given: EqualCalls(tuple(rows for rows in found(*given).rows if rows != 128))
+    )
+    assert check()["calls"] == "samples" and products.calls() is Calls.samples
 
 
 @pytest.mark.parametrize("place", [None, 0, 500])
