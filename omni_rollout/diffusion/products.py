@@ -21,6 +21,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+from omni_rollout.diffusion.machine import float32_by_onednn
+
 CONDITIONING_ROWS = 16  # of a layer that is given one row a sample: [B, K]
 # Of a layer that is given tokens, [B, S, K]: narrow layers waste more on padding than on calls, wide ones the other way round.
 NARROW_ROWS, WIDE_ROWS = 128, 256
@@ -132,7 +134,8 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
 
 
 def may_be_packed(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() < WIDE
+    onednn = weight.dtype == torch.bfloat16 or _by_onednn(weight)
+    return onednn and weight.device.type == "cpu" and weight.numel() < WIDE
 
 
 def exact_linear(
@@ -167,7 +170,7 @@ def exact_linear(
     cuts = _cuts_by_sample(x) if _calls is Calls.samples else _cuts(len(rows), equal.rows)
     if equal.packed and kept is not None:
         product = _multiply(rows, weight, bias, cuts, kept.of(weight))
-    elif len(cuts) == 1 and cuts[0][2] == len(rows) and rows.device.type == "cpu":
+    elif len(cuts) == 1 and cuts[0][2] == len(rows) and rows.device.type == "cpu" and not _by_onednn(rows):
         product = _call(rows, weight, bias, None)  # torch's own way back takes no Python
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weight, bias)):
         product = cast(torch.Tensor, _Product.apply(rows, weight, bias, cuts))
@@ -238,8 +241,8 @@ def _call(
     out: torch.Tensor | None,
     packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if packed is not None:
-        product = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    if packed is not None or _by_onednn(rows):
+        product = _onednn(rows, weight if packed is None else packed, bias)
         return product if out is None else out.copy_(product)
     if rows.device.type == "cuda":  # a slice may begin anywhere
         rows, weight, bias = _aligned(rows), _aligned(weight), None if bias is None else _aligned(bias)
@@ -255,6 +258,15 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
     return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+
+
+def _by_onednn(x: torch.Tensor) -> bool:
+    """Whether it is asked for products of such numbers by name, on both sides, and not torch for what it would choose."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and float32_by_onednn()
+
+
+def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
@@ -274,12 +286,13 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = gradients
+        gradient = gradients[0].contiguous()
         rows, weight = ctx.saved_tensors
+        multiply = _onednn if _by_onednn(gradient) else F.linear
         of_bias = ctx.needs_input_grad[2]
         return (
-            None if weight is None else gradient @ weight,
-            None if rows is None else gradient.t() @ rows,
+            None if weight is None else multiply(gradient, weight.t()),
+            None if rows is None else multiply(gradient.t(), rows.t()),
             gradient.sum(0) if of_bias else None,
             None,
         )

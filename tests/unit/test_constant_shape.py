@@ -13,7 +13,8 @@ from diffusers.models.embeddings import Timesteps
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from omni_rollout.diffusion import products
+from omni_rollout.diffusion import machine, products
+from omni_rollout.diffusion import self_check as self_checks
 from omni_rollout.diffusion.activations import exact_gelu, exact_silu
 from omni_rollout.diffusion.exact_ops import exact_rope
 from omni_rollout.diffusion.guidance import guide
@@ -124,6 +125,58 @@ def test_a_layer_that_one_call_computes_goes_torchs_own_way_back_with_the_same_b
         results.append([out, x.grad, weight.grad, *([] if shift is None else [shift.grad])])
     for mine, theirs in zip(*results, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.one_of(st.lists(st.integers(1, 300), min_size=1, max_size=1), st.lists(st.integers(1, 40), min_size=2, max_size=2)),
+    features=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    bias=st.booleans(),
+    expanded=st.booleans(),
+    by_onednn=st.booleans(),
+)
+def test_products_in_float32_are_those_of_float64_by_either_library(rows, features, bias, expanded, by_onednn):
+    """Forward and gradients, with a gradient that is one number laid out as many, too."""
+    k, n = features
+    tensors = [normal(*rows, k), normal(n, k, seed=1), normal(n, seed=2) if bias else None]
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "float32_by_onednn", lambda: by_onednn)
+        for kind in (torch.float32, torch.float64):
+            x, weight, shift = (None if one is None else one.detach().clone().to(kind).requires_grad_() for one in tensors)
+            out = exact_linear(x, weight, shift) if kind is torch.float32 else F.linear(x, weight, shift)
+            assert out.requires_grad and out.shape == (*rows, n)
+            out.sum().backward() if expanded else out.backward(normal(*rows, n, seed=3).to(kind))
+            found.append([out, x.grad, weight.grad, *([] if shift is None else [shift.grad])])
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_in_float32_has_the_same_bits_in_any_company_by_either_library(shape, by_onednn, monkeypatch):
+    """Both are tried on any CPU; `float32_by_onednn` takes one of them."""
+    monkeypatch.setattr(products, "float32_by_onednn", lambda: by_onednn)
+    monkeypatch.setattr(self_checks, "_checked", {})
+    torch.set_num_threads(2)
+    found.__wrapped__(shape, torch.float32, 2)
+    x, weight, bias = normal(5, 77, shape[0]), normal(shape[1], shape[0], seed=1), normal(shape[1], seed=2)
+    together = exact_linear(x, weight, bias)
+    assert torch.equal(exact_linear(x.flip(0), weight, bias), together.flip(0))
+    for sample, expected in zip(x, together, strict=True):
+        assert torch.equal(exact_linear(sample[None], weight, bias)[0], expected)
+    wanting = exact_linear(x, weight.requires_grad_(), bias)
+    assert torch.equal(wanting, together), "the trainer's, which wants gradients"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "mkl", "expected"),
+    [("AuthenticAMD", True, True), ("GenuineIntel", True, False), ("AuthenticAMD", False, False), ("", True, False)],
+)
+def test_float32_is_asked_of_onednn_where_mkl_is_slow(vendor, mkl, expected, monkeypatch):
+    monkeypatch.setattr(machine, "_of_the_cpu", lambda field: {"vendor_id": vendor}[field])
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert machine.float32_by_onednn.__wrapped__() is expected
 
 
 def test_every_call_of_a_layer_has_the_shape_that_the_layer_decides(monkeypatch):

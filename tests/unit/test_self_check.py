@@ -210,10 +210,13 @@ def test_a_packed_weight_is_kept_until_it_is_to_be_forgotten(monkeypatch):
         products.may_be_packed(torch.empty(shape, dtype=dtype, device=device))
         for shape, dtype, device in [
             ((1024, 1024), torch.bfloat16, "cpu"),  # a wide one's second copy
-            ((64, 64), torch.float32, "cpu"),
+            ((64, 64), torch.float64, "cpu"),
             ((64, 64), torch.bfloat16, "meta"),
         ]
     )
+    for by_onednn in (True, False):
+        monkeypatch.setattr(products, "float32_by_onednn", lambda by_onednn=by_onednn: by_onednn)
+        assert products.may_be_packed(torch.empty(64, 64)) is by_onednn, "MKL keeps no layout of its own"
 
 
 def test_what_no_call_makes_exact_is_refused_by_the_layers_name(monkeypatch):
