@@ -208,7 +208,8 @@ class TrainerConfig:
     max_grad_norm: float = 1.0
     clip_range: float = 1e-3
     updates_per_step: int = 1  # mini-batches, each with an optimizer step, that one rollout is cut into
-    micro_batch_size: int = 16  # (trajectory, step) pairs per backward pass
+    micro_batch_size: int = 16  # (trajectory, step) pairs per backward pass, at most
+    micro_batch_tokens: int | None = None  # of a pass, image and text, guidance's too, at most; one pair may have more
     gradient_checkpointing: bool = False
     lora_rank: int = 0  # 0: full weights
     lora_alpha: int | None = None  # None: twice the rank
@@ -285,8 +286,7 @@ class TrainConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     backend: Backend = Backend.embedded
     parity: Parity = Parity.exact
-    # .txt (one a line), .jsonl or .parquet with `prompt` and metadata, a folder, a dataset, a function; or {SOURCE: WEIGHT}
-    prompts: Any = MISSING
+    prompts: Any = MISSING  # .txt (one a line), .jsonl or .parquet, a folder, a dataset, a function; or {SOURCE: WEIGHT}
     threads: int | None = None  # of torch; None: torch's own choice
     profile: bool = False  # of one step: a torch trace and a table by stage, in run_dir/profile
     profile_step: int = 2  # which, counted from where the run starts or goes on; the first is slower than the others

@@ -83,6 +83,12 @@ def agent_loop_dies(scene: Scene, name: str, step: int) -> None:
     dies_and_the_run_starts_again(scene, AGENT_LOOP, name, "kill -9 of the agent loop in a rollout", step, images=3)
 
 
+def agent_loop_hangs(scene: Scene, name: str, step: int) -> None:
+    what = f"SIGSTOP of the agent loop in a rollout (rollout.timeout={TIMEOUT['verl']})"
+    strike = dies_and_the_run_starts_again(scene, AGENT_LOOP, name, what, step, images=3, number=signal.SIGSTOP)
+    scene.must_say(strike, f"the agent loop (process {strike.victim}) is stopped")
+
+
 def colocated_dies_sampling(scene: Scene, name: str, step: int) -> None:
     colocated_fails(scene, name, step, signal.SIGKILL, learning=False)
 
@@ -125,15 +131,19 @@ def colocated_fails(scene: Scene, name: str, step: int, number: signal.Signals, 
     return strike
 
 
-def dies_and_the_run_starts_again(scene: Scene, title: str, name: str, what: str, step: int, images: int) -> None:
+def dies_and_the_run_starts_again(
+    scene: Scene, title: str, name: str, what: str, step: int, images: int, number: signal.Signals = signal.SIGKILL
+) -> Strike:
     before, victim = restarts(scene), find(scene, title)
     scene.in_rollout(step, images)
-    victim.kill()
+    victim.send_signal(number)
     strike = scene.strike(name, f"{what}; the driver starts all again", step)
+    strike.victim = victim.pid
     scene.after_step(step)
     if restarts(scene) != before + 1:
         strike.broken.append("restarts.jsonl has not one line more")
     resumed(scene, strike)
+    return strike
 
 
 def driver_dies(scene: Scene, name: str, step: int) -> None:
@@ -173,6 +183,7 @@ FAULTS: dict[str, dict[str, Callable[[Scene, str, int], None]]] = {  # by back e
         "trainer rank": rank_dies,
         "engine": engine_dies,
         "agent loop": agent_loop_dies,
+        "agent loop hangs": agent_loop_hangs,
         "driver": driver_dies,
     },
     "colocated": {

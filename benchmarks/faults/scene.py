@@ -15,7 +15,7 @@ import psutil
 
 from benchmarks.faults.witness import Witness
 
-STEPS = {"embedded": 4, "verl": 8, "colocated": 6}
+STEPS = {"embedded": 4, "verl": 9, "colocated": 6}
 TIMEOUT = {"embedded": 30, "verl": 60, "colocated": 60}  # seconds, rollout.timeout
 RANKS_TIMEOUT = 90  # seconds, launch.timeout
 REWARD_TIMEOUT = 15  # seconds, reward.timeout: an image takes milliseconds

@@ -21,12 +21,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by processes that are start
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from benchmarks.speed import costs, shapes, tables, training
+from benchmarks.speed import costs, shapes, stages, tables, training
 from benchmarks.speed.contenders import NAMES
 from benchmarks.speed.measure import compared
 from benchmarks.speed.shapes import Shape
 
-PARTS = ("rollout", "update", "costs", "spread", "starts")
+PARTS = ("rollout", "stages", "update", "costs", "spread", "starts")
 TRAINED = ("nano-8", "balanced-g1-fp32", "balanced-g1-bf16", "wide-bf16")  # shapes whose update and sync are measured
 WATCHED = "nano-8"  # the shape of all other costs
 
@@ -84,6 +84,8 @@ def _measured(part: str, given: argparse.Namespace, made: Callable[[str], Shape]
     names = ["tiny"] if given.quick else list(given.shapes)
     if part == "rollout":
         yield from (compared(made(name), NAMES, number) for name in names)
+    elif part == "stages":
+        yield from (stages.stages(made(name), number) for name in names)
     elif part == "update":
         chosen = names if given.quick else [name for name in names if name in TRAINED]
         yield from (training.update(made(name), number) for name in chosen)

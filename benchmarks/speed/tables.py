@@ -27,6 +27,7 @@ def page(results: Results) -> list[str]:
     ]
     for part, write in (
         ("rollout", _rollout),
+        ("stages", _stages),
         ("update", _update),
         ("costs", _costs),
         ("spread", _spread),
@@ -49,6 +50,19 @@ def _rollout(found: Sequence[Results]) -> Iterator[str]:
         cells = [f"{fast[SERIAL][name]['median']:.2f}" for name in names]
         against = [_band(fast[other][EXACT]) for other in (BATCHED, FLOOR, stock)]
         yield f"| {shape['name']} | {shape['in_flight']} | {' | '.join([*cells, *against])} |"
+
+
+def _stages(found: Sequence[Results]) -> Iterator[str]:
+    yield "**Where a round goes**: seconds of ours, exact, and of the floor; decoding happens beside the rest."
+    yield ""
+    names = list(dict.fromkeys(name for one in found for name in one["stages"]))
+    yield f"| shape | ours | floor | {' | '.join(names)} | what is left |"
+    yield f"|{'---|' * (len(names) + 4)}"
+    for one in found:
+        spent, whole = one["stages"], one["seconds"]
+        rest = whole[EXACT] - sum(seconds for name, seconds in spent.items() if name != "decode")
+        cells = [whole[EXACT], whole[FLOOR], *(spent.get(name, 0.0) for name in names), rest]
+        yield f"| {one['shape']} | {' | '.join(f'{seconds:.3f}' for seconds in cells)} |"
 
 
 def _update(found: Sequence[Results]) -> Iterator[str]:

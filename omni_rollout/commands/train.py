@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omni_rollout.commands import Commands, add_command, own_words
@@ -65,8 +66,20 @@ def _dry_run(config: TrainConfig, prompts: Prompts, gpus: str | None) -> int:
 
     fits, memory = needs(config, gpus)
     print("\n".join([*header(config, prompts), *memory]))
-    print("dry run: paths, prompts, rewards and the run folder are as they should be; no policy was loaded, nothing written")
+    unseen = "" if _widths_fit(config) else f"; how wide the prompts are was not looked at: {config.model.path} is not here"
+    checked = "paths, prompts, rewards and the run folder are as they should be"
+    print(f"dry run: {checked}{unseen}; no policy was loaded, nothing written")
     return 0 if fits else 1
+
+
+def _widths_fit(config: TrainConfig) -> bool:
+    """False: there is no tokenizer to tell by. Raises UserError: a prompt that does not fit."""
+    if not Path(config.model.path, "tokenizer").is_dir():
+        return False
+    from omni_rollout.run.material import Material
+
+    Material.of(config)
+    return True
 
 
 def _train(config: TrainConfig, prompts: Prompts) -> int:

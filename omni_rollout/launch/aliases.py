@@ -89,6 +89,7 @@ ALIASES: dict[str, tuple[str, str]] = {
     "ppo_mini_batch_size": ("trainer.updates_per_step", "how many mini-batches, not how large"),
     "ppo_micro_batch_size_per_gpu": ("trainer.micro_batch_size", "(trajectory, step) pairs a backward pass"),
     "micro_batch_size_per_gpu": ("trainer.micro_batch_size", "(trajectory, step) pairs a backward pass"),
+    "ppo_max_token_len_per_gpu": ("trainer.micro_batch_tokens", "of a pass, image and text, guidance's too"),
     "ppo_epochs": ("trainer.updates_per_step", "mini-batches of one rollout, each seen once"),
     "total_epochs": ("trainer.steps", "there are no epochs: a step is one rollout and one update"),
     "total_training_steps": ("trainer.steps", ""),

@@ -30,7 +30,9 @@ TRAIN_KEYS = f"""{ROLLOUT_KEYS.rstrip()}
                                           these four learn from sampling.sde_type=ode; or algorithm.source=FILE.py
   backend=embedded|verl                   one process, or verl's trainer on Ray with rollout.workers and trainer.ranks
   rollout.placement=apart|colocated       on verl: engines in processes of their own, or one beside each trainer rank
-  trainer.steps, .learning_rate, .clip_range, .lora_rank, .micro_batch_size, .engine=torch|fsdp2|deepspeed
+  trainer.steps, .learning_rate, .clip_range, .lora_rank, .engine=torch|fsdp2|deepspeed
+  trainer.micro_batch_size, .micro_batch_tokens
+                                          pairs of trajectory and step in a pass, and tokens, at most
   trainer.fit=auto                        set what makes the run fit this machine's memory, and say so
   rollout.offload=none|encoders, trainer.offload=none|optimizer|all
                                           what leaves the device while it is not needed: docs/planning.md

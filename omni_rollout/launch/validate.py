@@ -124,6 +124,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "trainer.weight_decay": (config.trainer.weight_decay, 0),
         "trainer.updates_per_step": (config.trainer.updates_per_step, 1),
         "trainer.micro_batch_size": (config.trainer.micro_batch_size, 1),
+        "trainer.micro_batch_tokens": (config.trainer.micro_batch_tokens, 1),
         "trainer.lora_rank": (config.trainer.lora_rank, 0),
         "trainer.save_every": (config.trainer.save_every, 0),
         "trainer.keep_checkpoints": (config.trainer.keep_checkpoints, 0),

@@ -12,6 +12,7 @@ from torch import nn
 from omni_rollout.config import OldLogProbs, OnMismatch, TrainConfig
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.errors import UserError
+from omni_rollout.models.base.passes import PassLimit
 from omni_rollout.models.base.policy import batch_keys
 from omni_rollout.monitor.metrics import parity_metrics
 from omni_rollout.monitor.suggested import parity_command
@@ -71,7 +72,7 @@ def compare_sample(
 ) -> dict[str, float]:
     """`parity_metrics` of some of the rollout's log-probs, drawn over all trajectories and steps, before the update.
 
-    Costs one forward pass of `micro_batch_size` per kind of batch (`batch_keys`: sizes, widths, mask or none).
+    Costs one forward pass of a micro-batch per kind of batch (`batch_keys`: sizes, widths, mask or none).
     """
     family, dtype = config.model.family, getattr(torch, config.model.dtype.value)
     rollout, own, steps = [], [], []
@@ -85,8 +86,9 @@ def compare_sample(
 
 def _sample(trajectories: Sequence[Trajectory], config: TrainConfig, seed: int) -> Iterator[list[Pair]]:
     in_all = stochastic_pairs(trajectories)
-    for kind in micro_batches(trajectories, batch_keys(trajectories), in_all, len(in_all)):
-        yield random.Random(seed).sample(kind, min(config.trainer.micro_batch_size, len(kind)))
+    for kind in micro_batches(trajectories, batch_keys(trajectories), in_all, PassLimit(len(in_all))):
+        most = PassLimit.of_trainer(config.trainer).holds(trajectories[kind[0].row].spec)
+        yield random.Random(seed).sample(kind, min(most, len(kind)))
 
 
 def inspected_rows(trajectories: Sequence[Trajectory], config: TrainConfig, step: int) -> set[int]:

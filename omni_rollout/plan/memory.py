@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import AUTO, Offload, RolloutOffload, TrainerEngineName
+from omni_rollout.models.base.passes import PassLimit
 from omni_rollout.models.base.sizes import decode_rows
 from omni_rollout.plan.parts import ALWAYS, Part, Run, Sharing, When
 from omni_rollout.rewards.base.sizes import model_bytes
@@ -154,7 +155,7 @@ def _update(run: Run) -> Iterator[Part]:
 
 def _micro_batch(run: Run) -> Iterator[Part]:
     trainer, model, lora = run.config.trainer, run.sizes.transformer, bool(run.rank)
-    checkpointing, branches = trainer.gradient_checkpointing, run.passes(trainer.micro_batch_size)
+    checkpointing, branches = trainer.gradient_checkpointing, run.passes(PassLimit.of_trainer(trainer).holds(run.spec))
     tokens = " and ".join(f"{one.rows} rows of {one.image_tokens} + {one.text_tokens}" for one in branches)
     what = f"{tokens} tokens, {model.layers} blocks of width {model.width}"
     saved = sum(run.activations.saved(model, one, lora=lora, checkpointing=checkpointing) for one in branches)

@@ -18,6 +18,7 @@ from omni_rollout.diffusion.sde import SDEStep, sde_step
 from omni_rollout.errors import PinnedKnobError
 from omni_rollout.models import family_module
 from omni_rollout.models.base import velocity
+from omni_rollout.models.base.passes import PassLimit
 from omni_rollout.models.base.policy import batch_keys, conditioning, steps_to_learn
 from omni_rollout.types import Trajectory
 
@@ -78,9 +79,9 @@ def stochastic_pairs(trajectories: Sequence[Trajectory]) -> list[Pair]:
 
 
 def micro_batches(
-    trajectories: Sequence[Trajectory], keys: Sequence[Sequence[object]], pairs: Iterable[Pair], size: int
+    trajectories: Sequence[Trajectory], keys: Sequence[Sequence[object]], pairs: Iterable[Pair], limit: PassLimit
 ) -> Iterator[list[Pair]]:
-    """The pairs in batches of at most `size` that may share a forward pass; those that may keep their order.
+    """The pairs in batches within `limit` that may share a forward pass; those that may keep their order.
 
     Args:
         keys: of `batch_keys`.
@@ -90,7 +91,7 @@ def micro_batches(
         spec = trajectories[pair.row].spec
         grouped[keys[pair.row][pair.index], spec.sde_type, spec.noise_level, spec.log_prob_form].append(pair)
     for together in grouped.values():
-        rest = iter(together)
+        size, rest = limit.holds(trajectories[together[0].row].spec), iter(together)
         while batch := list(islice(rest, size)):
             yield batch
 
@@ -160,7 +161,7 @@ def recompute(
     """The log-probs of every trajectory under `network`: one [T] fp32 tensor each, in the order given."""
     keys = batch_keys(trajectories)
     log_probs = [torch.empty_like(trajectory.log_probs) for trajectory in trajectories]
-    for pairs in micro_batches(trajectories, keys, stochastic_pairs(trajectories), micro_batch_size):
+    for pairs in micro_batches(trajectories, keys, stochastic_pairs(trajectories), PassLimit(micro_batch_size)):
         for pair, log_prob in zip(pairs, score(network, trajectories, pairs, family, dtype).log_prob.cpu(), strict=True):
             log_probs[pair.row][pair.index] = log_prob
     return log_probs

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from omni_rollout.models.base.passes import PassLimit
 from omni_rollout.models.base.policy import steps_to_learn
 from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.policy.recompute import Pair, micro_batches
@@ -30,7 +31,7 @@ def passes_of(
     shares: Sequence[Sequence[Pair]],
     trajectories: Sequence[Trajectory],
     keys: Sequence[Sequence[object]],
-    size: int,
+    limit: PassLimit,
 ) -> Passes:
     """A rank's micro-batches, filled up to as many as any rank has: forward and backward may gather weights from all.
 
@@ -40,11 +41,11 @@ def passes_of(
     Args:
         shares: rank -> its pairs.
         keys: of `batch_keys`.
-        size: of a micro-batch, at most.
+        limit: of a micro-batch.
     """
     batches: list[dict[int, list[list[Pair]]]] = [{} for _ in shares]
     for of_rank, own in zip(batches, shares, strict=True):
-        for pairs in micro_batches(trajectories, keys, own, size):
+        for pairs in micro_batches(trajectories, keys, own, limit):
             of_rank.setdefault(expert_of(trajectories, pairs), []).append(pairs)
     passes: Passes = []
     for expert in sorted({expert for of_rank in batches for expert in of_rank}):

@@ -18,6 +18,7 @@ from omni_rollout.algorithms.base import Algorithm, Coupled
 from omni_rollout.config import TrainerConfig
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.models import family_module
+from omni_rollout.models.base.passes import PassLimit
 from omni_rollout.models.base.policy import batch_keys, steps_to_learn
 from omni_rollout.policy.engines import TrainerEngine
 from omni_rollout.policy.inputs import Inputs, Rows, Shown
@@ -198,7 +199,7 @@ class PolicyUpdate:
         pairs = [
             [Pair(row, index) for row in share for index in range(len(trajectories[row].step_indices))] for share in shares
         ]
-        return passes_of(self._rank, pairs, trajectories, batch_keys(trajectories), self._trainer.micro_batch_size)
+        return passes_of(self._rank, pairs, trajectories, batch_keys(trajectories), PassLimit.of_trainer(self._trainer))
 
     def _pairs(self, rows: Rows) -> dict[int, list[Pair]]:
         """Row -> what is learned from it, as the algorithm says."""
@@ -248,10 +249,9 @@ class PolicyUpdate:
 
     def _passes(self, trajectories: Sequence[Trajectory], keys: Sequence[Sequence[object]], units: list[list[Pair]]) -> Passes:
         """This rank's micro-batches, of whole units."""
-        together = self._algorithm.rows_together
-        size = max(self._trainer.micro_batch_size // together, 1) * together
+        limit = PassLimit.of_trainer(self._trainer, self._algorithm.rows_together)
         shares = [[pair for unit in units[rank :: self._ranks] for pair in unit] for rank in range(self._ranks)]
-        return passes_of(self._rank, shares, trajectories, keys, size)
+        return passes_of(self._rank, shares, trajectories, keys, limit)
 
     def _loss(self, rows: Rows, pairs: Sequence[Pair], own: bool, result: Update) -> torch.Tensor:
         """The mean over the pairs; what was scored is kept in `result`, unless it only fills up."""
@@ -283,5 +283,5 @@ class PolicyUpdate:
 
     def _unused(self, rows: Rows, keys: Sequence[Sequence[object]], mini_batch: MiniBatch) -> list[list[Pair]]:
         """What is scored of a mini-batch that nothing is learned from: one micro-batch, or none."""
-        batches = micro_batches(rows.trajectories, keys, mini_batch.chosen, self._trainer.micro_batch_size)
+        batches = micro_batches(rows.trajectories, keys, mini_batch.chosen, PassLimit.of_trainer(self._trainer))
         return list(islice(batches, 1))

@@ -13,7 +13,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Iterable
 
-from omni_rollout.models import family_module
+from omni_rollout.models.base.passes import tokens_of_a_step
 from omni_rollout.types import RolloutRequest
 
 ATTEMPTS = 5  # of one request, each after the death of the server that was at it
@@ -21,10 +21,7 @@ ATTEMPTS = 5  # of one request, each after the death of the server that was at i
 
 def work(request: RolloutRequest) -> int:
     """What a request costs, in tokens passed through the transformer."""
-    spec = request.spec
-    tokens = family_module(spec.family, "spec").layout(spec).tokens
-    guidance = tokens + spec.negative_prompt_width if spec.guided else 0
-    return spec.num_inference_steps * (tokens + spec.prompt_width + guidance)
+    return request.spec.num_inference_steps * tokens_of_a_step(request.spec)
 
 
 class Dispatcher:

@@ -93,6 +93,14 @@ class Stages:
             else:
                 delattr(owner, method)
 
+    @contextmanager
+    def of_engine(self, engine: RolloutEngine) -> Iterator[None]:
+        """Inside, what it does counts as ENGINE_STAGES."""
+        with ExitStack() as wrapped:
+            for method, stage in ENGINE_STAGES.items():
+                wrapped.enter_context(self.of(engine.pipeline, method, stage))
+            yield
+
 
 class StepProfile:
     """Of one step of a run, when `config.profile` asks for it.
@@ -115,8 +123,7 @@ class StepProfile:
             return
         with ExitStack() as wrapped, profile(activities=_activities(), experimental_config=_all_threads()) as trace:
             if isinstance(engine, RolloutEngine):
-                for method, stage in ENGINE_STAGES.items():
-                    wrapped.enter_context(self._stages.of(engine.pipeline, method, stage))
+                wrapped.enter_context(self._stages.of_engine(engine))
             wrapped.enter_context(self._stages.of(type(rewards), "__call__", "scoring"))  # Python looks for it in the class
             wrapped.enter_context(self._stages.of(learner.engine.module, "forward", _forward))
             wrapped.enter_context(self._stages.of(learner.engine, "backward", "backward"))

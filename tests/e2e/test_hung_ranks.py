@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -14,8 +15,9 @@ import pytest
 pytest.importorskip("verl")
 
 import ray
+from ray.exceptions import RayActorError
 
-from omni_rollout.integrations.verl.deaths import DEATHS, HungError, answers, find_dead, places
+from omni_rollout.integrations.verl.deaths import DEATHS, HungError, Pulse, answers, find_dead, places
 
 PATIENCE = 30
 
@@ -43,6 +45,29 @@ def ranks(cluster: None) -> Any:
             raise ValueError("a rank's own")
 
     return [ray.remote(Rank).remote() for _ in range(2)]
+
+
+def test_a_process_whose_loop_turns_no_more_is_named_and_killed(ranks):
+    class Loop:
+        async def work(self) -> None:
+            await asyncio.sleep(3)
+
+        async def stop(self) -> None:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    worker = ray.remote(Loop).remote()
+    ((_, pid),), pulse = places([worker]), Pulse(worker, "the loop", 2)
+    working = worker.work.remote()
+    while not ray.wait([working], timeout=0.2)[0]:
+        pulse.check()  # longer than its limit, and it answers meanwhile
+    worker.stop.remote()
+    start = time.monotonic()
+    with pytest.raises(HungError, match=rf"the loop \(process {pid}\) is stopped: it gave no answer for 2 s"):
+        while time.monotonic() - start < 30:
+            pulse.check()
+            time.sleep(0.2)
+    with pytest.raises(RayActorError):
+        ray.get(worker.__ray_ready__.remote(), timeout=30)
 
 
 def test_ranks_that_answer_in_time_are_left_alone(ranks):

@@ -33,6 +33,8 @@ SIZES = [
     "wandb.mode=disabled",
 ]
 
+PRODUCTS = ("aten::addmm", "aten::mm", "aten::linear", "mkldnn::_linear_pointwise")
+
 
 def run(checkpoint: Path, folder: Path, *overrides: str) -> list[dict[str, float]]:
     folder.mkdir()
@@ -72,7 +74,7 @@ def test_one_step_is_traced_in_both_threads_and_told_by_stage(
     events = json.loads(gzip.decompress((folder / "step_00002.trace.json.gz").read_bytes()))["traceEvents"]
     threads = {name: {event["tid"] for event in events if event.get("name") == name} for name in ("transformer", "backward")}
     assert all(threads.values()) and not threads["transformer"] & threads["backward"], "the engine has a thread of its own"
-    products = {event["tid"] for event in events if event.get("name") in ("aten::addmm", "aten::mm", "aten::linear")}
+    products = {event["tid"] for event in events if event.get("name") in PRODUCTS}
     assert threads["transformer"] | threads["backward"] <= products, "torch's own events of both"
 
     plain = run(random_checkpoint, tmp_path / "plain")

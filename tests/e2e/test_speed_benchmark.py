@@ -25,6 +25,10 @@ def test_the_quick_benchmark_measures_everybody_and_writes_the_page(tmp_path: Pa
     (rollout,), (update,), (costs,) = results["rollout"], results["update"], results["costs"]
     assert set(rollout["seconds"]) == set(NAMES) and all(seconds for seconds in rollout["seconds"].values())
     assert rollout["as_fast_as"][SERIAL][FLOOR]["median"] > 1, "the floor leaves out most of the work"
+    (stages,) = results["stages"]
+    assert set(stages["stages"]) == {"encode", "transformer", "around the transformer", "SDE", "decode"}
+    assert 0 < stages["stages"]["transformer"] < stages["seconds"]["ours, exact"]
+    assert "| shape | ours | floor |" in page.read_text()
     assert update["pairs"] == 4 and update["megabytes"] > 0
     assert costs["encoder"] == {"calls": 1, "distinct": 1, "images": 4}, "once for a distinct prompt"
     assert "| tiny | 2 |" in page.read_text() and "called 1 times for 4 images of 1 prompts" in page.read_text()

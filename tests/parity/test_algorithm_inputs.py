@@ -81,7 +81,8 @@ def request(index: int, sde_type: str) -> RolloutRequest:
 
 def learner(checkpoint: Path, algorithm: Any, **trainer: Any) -> Learner:
     SEEN.clear()
-    settings = TrainerConfig(learning_rate=1e-2, warmup_steps=0, micro_batch_size=4, updates_per_step=2, **trainer)
+    given = {"learning_rate": 1e-2, "warmup_steps": 0, "micro_batch_size": 4, "updates_per_step": 2, **trainer}
+    settings = TrainerConfig(**given)
     return Learner(TrainConfig(model=ModelConfig(path=str(checkpoint)), algorithm=algorithm, trainer=settings))
 
 
@@ -104,6 +105,20 @@ def test_the_old_mean_is_the_policys_before_its_first_update(
         assert any(torch.equal(steps.old_mean[row], mean) for mean in before)
     moved = [not torch.equal(steps.mean[row].detach(), steps.old_mean[row]) for steps, row in found]
     assert moved == [False] * 6 + [True] * 6, "the first mini-batch is before any update, the second after one"
+
+
+def test_a_limit_of_tokens_is_the_limit_of_as_many_pairs(random_checkpoint: Path, sampled: dict[str, list[Trajectory]]) -> None:
+    rows, tokens = sampled["sde"], 2 * 16 + 24 + 16  # of a pair, guidance included
+    results = []
+    for limits in ({}, {"micro_batch_size": 64, "micro_batch_tokens": 5 * tokens - 1}, {"micro_batch_tokens": tokens}):
+        trained = learner(random_checkpoint, Recording(), **limits)
+        update, _ = trained.step(rows, ADVANTAGES, [one.log_probs for one in rows], 1)
+        results.append(
+            (update, [len(steps.mean) for steps in SEEN], [weight.detach() for weight in trained.policy.parameters()])
+        )
+    (first, lengths, weights), (other, same, others), (_, alone, _) = results
+    assert lengths == same == [4, 2, 4, 2] and alone == [1] * 12
+    assert first.grad_norms == other.grad_norms and all(map(torch.equal, weights, others))
 
 
 @torch.no_grad()

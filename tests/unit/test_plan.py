@@ -228,6 +228,17 @@ def test_more_rows_pixels_or_kept_activations_need_more(
     assert needed(rows, side, False) >= here >= needed(rows, side, True)
 
 
+@pytest.mark.parametrize(("tokens", "pairs"), [(None, 4), (10**9, 4), (3 * 1280, 3), (1, 1)])
+def test_a_limit_of_tokens_needs_what_as_many_pairs_need(tokens: int | None, pairs: int) -> None:
+    def parts(**trainer: Any) -> Any:
+        sampling = replace(BASE.sampling, height=512, width=512, true_cfg_scale=1.0)
+        collate = replace(BASE.collate, prompt_width=256)
+        changed = replace(BASE, sampling=sampling, collate=collate, trainer=replace(BASE.trainer, **trainer))
+        return make_plan(make_run(changed, PUBLISHED), Gpus.parse("8x80"), 4).rank
+
+    assert parts(micro_batch_size=4, micro_batch_tokens=tokens) == parts(micro_batch_size=pairs)
+
+
 def test_the_command_prints_writes_and_exits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "deep" / "plan.json"
     assert main(["plan", *QWEN, "trainer.engine=fsdp2", "gpus=8x80", "--json", str(file)]) == 0

@@ -142,9 +142,6 @@ def test_the_header_says_what_is_going_to_be_trained(tmp_path: Path) -> None:
         (["trainer.resume={0}/nowhere"], 2, "does not exist: expected the folder of a checkpoint"),
         (["gpus=8x80"], 2, "give dry_run=true too"),
         (["dry_run=perhaps"], 2, "expected true or false"),
-        (["dry_run=true", "gpus=1x1"], 1, "on one GPU of 1 GiB: does not fit"),
-        (["dry_run=true", "gpus=1x80"], 0, "on one GPU of 80 GiB: fits"),
-        (["dry_run=true"], 0, "no policy was loaded, nothing written"),
     ],
 )
 def test_what_is_wrong_is_told_before_torch_is_loaded(words: list[str], status: int, told: str, tmp_path: Path) -> None:
@@ -156,6 +153,25 @@ def test_what_is_wrong_is_told_before_torch_is_loaded(words: list[str], status: 
     code = f"import sys; from omni_rollout.cli import main; print(main({given!r}), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith(f"{status} False\n") and told in done.stdout + done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        (["gpus=1x1"], 1, "on one GPU of 1 GiB: does not fit"),
+        (["gpus=1x80"], 0, "on one GPU of 80 GiB: fits"),
+        ([], 0, "as they should be; no policy was loaded, nothing written"),
+        (["model.path=elsewhere"], 2, "elsewhere"),
+        (["collate.prompt_width=3"], 2, "the fixed width is 3: shorten it, or set collate.prompt_width="),
+    ],
+)
+def test_a_dry_run_says_what_would_be_and_writes_nothing(
+    words: list[str], status: int, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "experiment=nano_ocr", f"run_dir={tmp_path}/new", "dry_run=true", *words]) == status
+    captured = capsys.readouterr()
+    assert told in captured.out + captured.err
     assert not (tmp_path / "new").exists()
 
 

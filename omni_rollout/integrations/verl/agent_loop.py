@@ -23,7 +23,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from omni_rollout.config import Placement, RolloutConfig
 from omni_rollout.integrations.verl import NAME
-from omni_rollout.integrations.verl.deaths import HungError
+from omni_rollout.integrations.verl.deaths import HungError, Pulse
 from omni_rollout.integrations.verl.records import RUNTIME_ENV, Order, run_config, to_fields
 from omni_rollout.integrations.verl.scores import Scores
 from omni_rollout.rollout.dispatch import ATTEMPTS, Dispatcher
@@ -230,6 +230,7 @@ class AgentLoopManager(VerlAgentLoopManager):
         super().__init__(*args, **kwargs)
         self._running: dict[ray.ObjectRef, Order] = {}
         self.retried = 0  # requests that were sent again, over the run
+        self._pulse: Pulse | None = None
         self._told: dict[int, dict[str, Any]] = {}  # step -> what its order said of itself, of training ones
 
     def generate_sequences(self, prompts: Order) -> None:  # type: ignore[override]  # verl: "fully replaceable"
@@ -239,7 +240,11 @@ class AgentLoopManager(VerlAgentLoopManager):
         self._running[self.agent_loop_workers[0].generate.remote(prompts)] = prompts
 
     def wait(self, seconds: float) -> None:
-        """Returns when an order is done, or after `seconds`; raises what ended one early."""
+        """Returns when an order is done, or after `seconds`; raises what ended one early, and HungError where none will end."""
+        if self._pulse is None:
+            timeout = run_config(self.config[NAME]).rollout.timeout
+            self._pulse = Pulse(self.agent_loop_workers[0], "the agent loop", timeout)
+        self._pulse.check()
         if not self._running:
             time.sleep(seconds)
             return

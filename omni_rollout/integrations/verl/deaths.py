@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,38 @@ def answers(references: Sequence[Any], workers: Sequence[Any], where: Sequence[t
         for worker in workers:
             ray.kill(worker)
         raise HungError(f"the trainer ranks gave no answer for {timeout:g} s (launch.timeout): {told}") from error
+
+
+class Pulse:
+    """Of a process with a loop of its own: whether that still turns.
+
+    Args:
+        name: what the process is called when it does not.
+        timeout: seconds (`rollout.timeout`).
+    """
+
+    def __init__(self, worker: Any, name: str, timeout: float) -> None:
+        self._worker, self._name, self._timeout = worker, name, timeout
+        ((self._node, self._pid),) = places([worker])
+        self._ask()
+
+    def check(self) -> None:
+        """To be called again and again; returns at once.
+
+        Raises:
+            HungError: what was asked `timeout` seconds ago has no answer; the process is killed then.
+            RayActorError: it is dead.
+        """
+        if ray.wait([self._asked], timeout=0)[0]:
+            ray.get(self._asked)
+            self._ask()
+        elif time.monotonic() - self._since > self._timeout:
+            told = f"{self._name} (process {self._pid}) is {status_of(self._node, self._pid)}"
+            ray.kill(self._worker)
+            raise HungError(f"{told}: it gave no answer for {self._timeout:g} s (rollout.timeout)")
+
+    def _ask(self) -> None:
+        self._asked, self._since = self._worker.__ray_ready__.remote(), time.monotonic()
 
 
 def status_of(node: str, pid: int) -> str:

@@ -1,0 +1,48 @@
+"""Where the time of a round of ours goes, beside what the bare transformer takes for it."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from typing import Any
+
+from benchmarks.speed.contenders import EXACT, FLOOR, Ours, make
+from benchmarks.speed.shapes import Shape
+from benchmarks.speed.turns import Process, rounds, together
+
+
+class Watched(Ours):
+    """Our engine, whose stages are timed."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape, "exact")
+
+    def staged(self, number: int) -> dict[str, float]:
+        """Seconds of a round by stage."""
+        from omni_rollout.run.profile import Stages
+
+        stages = Stages()
+        with stages.of_engine(self.engine):
+            self.round(number)
+        return {name: spent.seconds for name, spent in stages.spent.items()}
+
+
+def stages(shape: Shape, number: int) -> dict[str, Any]:
+    """Medians of `number` rounds, in turns with the floor; the first is not counted."""
+    processes = {
+        EXACT: Process(f"stages, {shape.name}", Watched, shape, threads=shape.threads),
+        FLOOR: Process(f"floor, {shape.name}", make, FLOOR, shape, threads=shape.threads),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in processes}
+    found: dict[str, list[float]] = {}
+    with together(processes):
+        for turn, order in rounds(list(processes), number + 1):
+            for name in order:
+                value, seconds = processes[name].ask("staged" if name == EXACT else "round", turn)
+                if turn > 1:
+                    taken[name].append(seconds)
+                    for stage, spent in (value or {}).items():
+                        found.setdefault(stage, []).append(spent)
+    medians = {stage: statistics.median(each) for stage, each in found.items()}
+    whole = {name: statistics.median(each) for name, each in taken.items()}
+    return {"shape": shape.name, "load": os.getloadavg()[0], "seconds": whole, "stages": medians}
