@@ -11,6 +11,7 @@ from diffusers import WanTransformer3DModel
 
 from omni_rollout.config import TrainConfig
 from omni_rollout.diffusion.exact_ops import effective_weights
+from omni_rollout.diffusion.machine import float32_by_onednn
 from omni_rollout.models.wan2_2.policy import load_policy
 from omni_rollout.nano.random_weights import build_random
 from omni_rollout.parity.matrix import Cell
@@ -44,9 +45,10 @@ def test_reference_profile_is_exact(checkpoint, dtype):
     assert all(measure.exact for measure in measured(checkpoint, dtype, "reference"))
 
 
-def test_fast_profile_keeps_up_with_the_weights_but_is_not_exact(checkpoint):
+def test_fast_profile_keeps_up_with_the_weights_and_is_exact_where_onednn_multiplies_on_both_sides_alone(checkpoint):
     gaps = [measure.max_abs_diff for measure in measured(checkpoint, "float32", "fast")]
-    assert all(0 < gap < 1e-5 for gap in gaps), "other roundings, the same weights: stale ones would differ by 1e-2"
+    assert all(gap < 1e-5 for gap in gaps), "other roundings at most, the same weights: stale ones would differ by 1e-2"
+    assert all(gaps) or float32_by_onednn()
 
 
 @pytest.mark.parametrize(("parity", "least", "most"), [("reference", 0.0, 1e-5), ("exact", 1e-4, 3e-2)])
