@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -115,11 +116,15 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write_docs(lines: Sequence[str], path: Path) -> None:
-    """Between the markers, with the machine's name, its flags and the date."""
-    name, flags = cpu_name(), " ".join(flag for flag in FLAGS if flag in cpu_flags())
-    head = f"{name}, {os.cpu_count()} cores, flags {flags}; {date.today().isoformat()}:"
+    """Between the markers, with the machine's name, its flags and the date; other machines' tables stay."""
+    flags = " ".join(flag for flag in FLAGS if flag in cpu_flags())
+    machine = f"{cpu_name()}, {os.cpu_count()} cores, flags {flags}; "
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    path.write_text("\n".join((before + BEGIN, head, "", *lines, END)) + rest.partition(END)[2], encoding="utf-8")
+    between, _, after = rest.partition(END)
+    tables = [found.strip() for found in re.split(r"\n(?=[^|\n].*, flags )", between)]
+    kept = [found for found in tables if ", flags " in found and not found.startswith(machine)]
+    mine = "\n".join((f"{machine}{date.today().isoformat()}:", "", *lines))
+    path.write_text("\n".join((before + BEGIN, "\n\n".join([*kept, mine]), END)) + after, encoding="utf-8")
 
 
 def cpu_flags() -> set[str]:

@@ -28,6 +28,16 @@ def test_only_what_lies_between_the_markers_is_written(tmp_path: Path) -> None:
     assert "old" not in text and f" {exact.cpu_name()}, " in f" {text}".replace("\n", " ")
 
 
+def test_another_machines_table_stays_and_ones_own_is_replaced(tmp_path: Path) -> None:
+    page, other = tmp_path / "page.md", "Some CPU, 8 cores, flags avx2; 2026-01-01:\n\n| head |\n|---|\n| theirs |"
+    page.write_text(f"before\n{exact.BEGIN}\n{other}\n{exact.END}\nafter\n")
+    for mine in ("| first |", "| second |"):
+        exact.write_docs(["| head |", "|---|", mine], page)
+    between = page.read_text().partition(exact.BEGIN)[2].partition(exact.END)[0]
+    assert between.startswith(f"\n{other}\n\n{exact.cpu_name()}, ") and between.endswith("|---|\n| second |\n")
+    assert "first" not in between and between.count(", flags ") == 2
+
+
 def test_a_process_sees_its_own_caps_and_no_other(monkeypatch: Any) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
     assert "ONEDNN_MAX_CPU_ISA" not in exact.Setting("", "", ()).environment()
