@@ -209,7 +209,7 @@ class TrainerConfig:
     clip_range: float = 1e-3
     updates_per_step: int = 1  # mini-batches, each with an optimizer step, that one rollout is cut into
     micro_batch_size: int = 16  # (trajectory, step) pairs per backward pass, at most
-    micro_batch_tokens: int | None = None  # of a pass, image and text, guidance's too, at most; one pair may have more
+    micro_batch_tokens: int | None = None  # of a pass, image and text, with guidance, at most; what learns together stays so
     gradient_checkpointing: bool = False
     lora_rank: int = 0  # 0: full weights
     lora_alpha: int | None = None  # None: twice the rank

@@ -66,7 +66,8 @@ def _dry_run(config: TrainConfig, prompts: Prompts, gpus: str | None) -> int:
 
     fits, memory = needs(config, gpus)
     print("\n".join([*header(config, prompts), *memory]))
-    unseen = "" if _widths_fit(config) else f"; how wide the prompts are was not looked at: {config.model.path} is not here"
+    seen = _widths_fit(config)
+    unseen = "" if seen else f"; not how wide the prompts are: {config.model.path} is no folder with a tokenizer"
     checked = "paths, prompts, rewards and the run folder are as they should be"
     print(f"dry run: {checked}{unseen}; no policy was loaded, nothing written")
     return 0 if fits else 1

@@ -6,8 +6,7 @@ that the layer alone decides, the last one padded; within a block, neither a row
 (`self_check` proves it on the device at hand). Every product of the forward pass goes through `exact_linear`, on both sides.
 
 Where `self_check` finds that calls of other numbers of rows compute the very bits of those blocks, in every row, they are taken
-as well: large ones for many rows, small ones for few. Likewise products with a weight that oneDNN was given in its own layout.
-Where `self_check` was not asked or finds none, the blocks remain.
+as well: large ones for many rows, small ones for few. Likewise products with a weight in oneDNN's own layout.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from omni_rollout.diffusion.machine import float32_by_onednn
 
@@ -266,11 +266,12 @@ def _by_onednn(x: torch.Tensor) -> bool:
 
 
 def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    bias = None if bias is None else bias.contiguous()  # it reads as many numbers as they lie
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
-    """Forward in calls of constant shape; backward in one call each, as of `F.linear`: no other program has to match it."""
+    """Forward in calls of constant shape; backward in one call each: no other program has to match it."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -285,10 +286,11 @@ class _Product(torch.autograd.Function):
         return _multiply(rows, weight, bias, cuts)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient = gradients[0].contiguous()
         rows, weight = ctx.saved_tensors
-        multiply = _onednn if _by_onednn(gradient) else F.linear
+        multiply = _onednn if gradient.numel() and _by_onednn(gradient) else F.linear
         of_bias = ctx.needs_input_grad[2]
         return (
             None if weight is None else multiply(gradient, weight.t()),

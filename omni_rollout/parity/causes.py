@@ -103,7 +103,7 @@ SHARED = (
     ),
     Cause(
         name="constant_shape",
-        breaks="products run as they come: in calls of as many rows as the batch has",
+        breaks="products are as torch makes them: in calls of as many rows as the batch has",
         settled_by="omni_rollout/diffusion/products.py",
         broken=calls_as_they_come,
     ),

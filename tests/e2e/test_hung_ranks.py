@@ -55,6 +55,11 @@ def test_a_process_whose_loop_turns_no_more_is_named_and_killed(ranks):
         async def stop(self) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
 
+    stopped = ray.remote(Loop).remote()
+    ((_, gone),) = places([stopped])
+    os.kill(gone, signal.SIGSTOP)
+    with pytest.raises(HungError, match="the loop gave no answer for 2 s"):
+        Pulse(stopped, "the loop", 2)
     worker = ray.remote(Loop).remote()
     ((_, pid),), pulse = places([worker]), Pulse(worker, "the loop", 2)
     working = worker.work.remote()

@@ -153,6 +153,21 @@ def test_products_in_float32_are_those_of_float64_by_either_library(rows, featur
 
 
 @pytest.mark.parametrize("by_onednn", [True, False])
+def test_a_bias_that_lies_apart_no_rows_and_second_derivatives(by_onednn, monkeypatch):
+    """oneDNN would read what lies beside such a bias, multiply no nothing, and give second derivatives of zero."""
+    monkeypatch.setattr(products, "float32_by_onednn", lambda: by_onednn)
+    weight, apart = normal(4, 40).requires_grad_(), torch.arange(8.0)[::2]
+    for bias in (apart, torch.full((1,), 7.0).expand(4)):
+        assert torch.equal(exact_linear(torch.zeros(1, 128, 40), weight, bias)[0, 0], bias)
+    for shape in ((0, 40), (3, 0, 40)):
+        exact_linear(torch.empty(shape).requires_grad_(), weight, apart).sum().backward()
+    x = normal(5, 40).requires_grad_()
+    (gradient,) = torch.autograd.grad(exact_linear(x, weight, apart).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("by_onednn", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_in_float32_has_the_same_bits_in_any_company_by_either_library(shape, by_onednn, monkeypatch):
     """Both are tried on any CPU; `float32_by_onednn` takes one of them."""

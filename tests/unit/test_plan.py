@@ -239,6 +239,13 @@ def test_a_limit_of_tokens_needs_what_as_many_pairs_need(tokens: int | None, pai
     assert parts(micro_batch_size=4, micro_batch_tokens=tokens) == parts(micro_batch_size=pairs)
 
 
+def test_pairs_that_learn_together_are_counted_together() -> None:
+    config = compose([*QWEN, "algorithm=diffusion_dpo", "trainer.micro_batch_tokens=1"], unused=["prompts"])
+    two = replace(config, trainer=replace(config.trainer, micro_batch_tokens=None, micro_batch_size=2))
+    limited, whole = (make_plan(make_run(one, PUBLISHED), Gpus.parse("8x80"), 4).rank for one in (config, two))
+    assert limited == whole
+
+
 def test_the_command_prints_writes_and_exits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "deep" / "plan.json"
     assert main(["plan", *QWEN, "trainer.engine=fsdp2", "gpus=8x80", "--json", str(file)]) == 0

@@ -93,15 +93,22 @@ class Pulse:
     Args:
         name: what the process is called when it does not.
         timeout: seconds (`rollout.timeout`).
+
+    Raises:
+        HungError: it does not answer at all.
     """
 
     def __init__(self, worker: Any, name: str, timeout: float) -> None:
         self._worker, self._name, self._timeout = worker, name, timeout
-        ((self._node, self._pid),) = places([worker])
+        try:
+            self._node, self._pid = ray.get(place(worker), timeout=timeout)
+        except GetTimeoutError as error:
+            ray.kill(worker)
+            raise HungError(f"{name} gave no answer for {timeout:g} s (rollout.timeout)") from error
         self._ask()
 
     def check(self) -> None:
-        """To be called again and again; returns at once.
+        """To be called again and again; returns at once where there is nothing to say.
 
         Raises:
             HungError: what was asked `timeout` seconds ago has no answer; the process is killed then.
@@ -110,7 +117,7 @@ class Pulse:
         if ray.wait([self._asked], timeout=0)[0]:
             ray.get(self._asked)
             self._ask()
-        elif time.monotonic() - self._since > self._timeout:
+        elif time.monotonic() - self._since > self._timeout and not ray.wait([self._asked], timeout=1)[0]:
             told = f"{self._name} (process {self._pid}) is {status_of(self._node, self._pid)}"
             ray.kill(self._worker)
             raise HungError(f"{told}: it gave no answer for {self._timeout:g} s (rollout.timeout)")
