@@ -155,11 +155,8 @@ def _update(run: Run) -> Iterator[Part]:
 
 def _micro_batch(run: Run) -> Iterator[Part]:
     trainer, model, lora = run.config.trainer, run.sizes.transformer, bool(run.rank)
-    together = get_algorithm(run.config.algorithm).rows_together
-    checkpointing, branches = (
-        trainer.gradient_checkpointing,
-        run.passes(PassLimit.of_trainer(trainer, together).holds(run.spec)),
-    )
+    limit = PassLimit.of_trainer(trainer, get_algorithm(run.config.algorithm).rows_together)
+    checkpointing, branches = trainer.gradient_checkpointing, run.passes(limit.holds(run.spec))
     tokens = " and ".join(f"{one.rows} rows of {one.image_tokens} + {one.text_tokens}" for one in branches)
     what = f"{tokens} tokens, {model.layers} blocks of width {model.width}"
     saved = sum(run.activations.saved(model, one, lora=lora, checkpointing=checkpointing) for one in branches)
