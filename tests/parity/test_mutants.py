@@ -308,7 +308,7 @@ def test_stale_weights(sides):
 
 
 def test_a_packed_weight_older_than_the_weight(sides, monkeypatch):
-    if not any(equal.packed for equal in products._equal.values()):
+    if not any(equal.packed for key, equal in products._equal.items() if torch.bfloat16 in key):
         pytest.skip("on this machine no packed product has a block's bits in this dtype")
     assert look(sides).result.exact, "packs"
     changed = "transformer_blocks.1.attn.to_out.0.weight"
