@@ -261,7 +261,7 @@ def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def _by_onednn(x: torch.Tensor) -> bool:
-    """Whether it is asked for products of such numbers by name, on both sides, and not torch for what it would choose."""
+    """Whether oneDNN is asked for products of such numbers by name, on both sides, and not torch for its choice."""
     return x.dtype == torch.float32 and x.device.type == "cpu" and float32_by_onednn()
 
 

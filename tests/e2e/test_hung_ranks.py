@@ -65,6 +65,9 @@ def test_a_process_whose_loop_turns_no_more_is_named_and_killed(ranks):
     working = worker.work.remote()
     while not ray.wait([working], timeout=0.2)[0]:
         pulse.check()  # longer than its limit, and it answers meanwhile
+    pulse._ask()
+    pulse._since -= 1000  # as if the driver itself had stood still, with the answer on its way
+    pulse.check()
     worker.stop.remote()
     start = time.monotonic()
     with pytest.raises(HungError, match=rf"the loop \(process {pid}\) is stopped: it gave no answer for 2 s"):
