@@ -23,6 +23,7 @@ from omni_rollout.diffusion.machine import machine, pin_thread
 from omni_rollout.diffusion.schedule import WARM_UP, Schedule
 from omni_rollout.diffusion.sde import sde_step
 from omni_rollout.models import family_module
+from omni_rollout.models.base.channel_norms import install_channel_norms
 from omni_rollout.models.base.encodings import Encodings
 from omni_rollout.models.base.images import open_image
 from omni_rollout.models.base.sampling import check_text
@@ -57,6 +58,7 @@ class RolloutMixin:
     supports_request_batch: ClassVar[bool] = False
     support_image_input: ClassVar[bool] = False  # so the engine's warm-up sends no picture
     scheduler: Any
+    vae: Any
     device: Any
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
@@ -72,6 +74,8 @@ class RolloutMixin:
         self.steps = 0  # that were taken, of all requests: what a command shows as it waits
         self.parity: str = arguments["parity"]
         self.threads: int = arguments["threads"]
+        if self.parity != "reference":
+            install_channel_norms(self.vae)
         self.install(str(od_config.model))
 
     @property
