@@ -21,13 +21,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by processes that are start
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from benchmarks.speed import costs, shapes, stages, tables, training
+from benchmarks.speed import costs, shapes, stages, tables, training, widths
 from benchmarks.speed.contenders import NAMES
 from benchmarks.speed.measure import compared
 from benchmarks.speed.shapes import Shape
 
-PARTS = ("rollout", "stages", "update", "costs", "spread", "starts")
+PARTS = ("rollout", "stages", "update", "costs", "widths", "spread", "starts")
 TRAINED = ("nano-8", "balanced-g1-fp32", "balanced-g1-bf16", "wide-bf16")  # shapes whose update and sync are measured
+WIDE = ("nano-8", "balanced-g4-bf16")  # and whose kinds of text width
 WATCHED = "nano-8"  # the shape of all other costs
 
 
@@ -91,6 +92,9 @@ def _measured(part: str, given: argparse.Namespace, made: Callable[[str], Shape]
         yield from (training.update(made(name), number) for name in chosen)
     elif part == "costs":
         yield costs.costs(made(WATCHED), effort)
+    elif part == "widths":
+        chosen = names if given.quick else [name for name in names if name in WIDE]
+        yield from (widths.widths(made(name), number) for name in chosen)
     elif part == "spread" and not given.quick:
         yield costs.spread(made(WATCHED), number)
     elif part == "starts":

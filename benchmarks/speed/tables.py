@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.exact import cpu_name
 from benchmarks.simulation import plots
 from benchmarks.speed.contenders import BATCHED, BY_REQUEST, EXACT, FAST, FLOOR, NAMES, SERIAL, STEPWISE
+from benchmarks.speed.widths import KINDS
 
 BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
 Results = Mapping[str, Any]
@@ -30,6 +31,7 @@ def page(results: Results) -> list[str]:
         ("stages", _stages),
         ("update", _update),
         ("costs", _costs),
+        ("widths", _widths),
         ("spread", _spread),
         ("starts", _starts),
     ):
@@ -105,6 +107,18 @@ def _memory(held: Sequence[float]) -> str:
         f"Memory over {len(held)} batches: {held[0]:.0f} MB after the first, {half[0]:.0f} half way, {held[-1]:.0f} at last; "
         f"{1000 * slope:+.0f} KB a batch over the second half."
     )
+
+
+def _widths(found: Sequence[Results]) -> Iterator[str]:
+    yield "**Kinds of text width** (`collate.width`), exact: as fast as `fixed`, and the share of text tokens that is padding."
+    yield ""
+    yield "| shape | guidance | prompts | tokens at most | bucketed | natural | padding: fixed, bucketed, natural |"
+    yield "|---|---|---|---|---|---|---|"
+    for one in found:
+        for prompts, told in one["prompts"].items():
+            fast, padding = told["as_fast_as_fixed"], ", ".join(f"{told['padding'][kind]:.0%}" for kind in KINDS)
+            cells = [one["shape"], "on" if one["guided"] else "off", prompts, told["width"]]
+            yield f"| {' | '.join([*map(str, cells), _band(fast['bucketed']), _band(fast['natural']), padding])} |"
 
 
 def _spread(found: Sequence[Results]) -> Iterator[str]:
