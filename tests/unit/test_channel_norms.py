@@ -59,7 +59,7 @@ def test_a_vae_decodes_and_encodes_as_before(kind: type[Any], dtype: torch.dtype
     assert any(type(layer) in BY_PLANES.values() for layer in ours.modules())
     torch.set_num_threads(threads)
     with torch.inference_mode():
-        for frames, rows, columns, batch in ((1, 8, 8, 1), (1, 8, 6, 4), (1, 2, 2, 1), (1, 64, 64, 1), (2, 4, 6, 2)):
+        for frames, rows, columns, batch in ((1, 8, 8, 1), (1, 8, 6, 4), (1, 2, 2, 1), (1, 32, 32, 1), (2, 4, 6, 2)):
             latents = torch.randn(batch, 4, frames, rows, columns).to(dtype)
             video = stock.decode(latents, return_dict=False)[0]
             assert torch.equal(ours.decode(latents, return_dict=False)[0], video), (frames, rows, columns, batch)
