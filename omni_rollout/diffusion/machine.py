@@ -95,7 +95,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "instruction_set": instruction_set() if device.type == "cpu" else "",
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "switches": _switches(device),
     }
 

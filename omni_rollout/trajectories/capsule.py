@@ -35,6 +35,8 @@ from omni_rollout.trajectories.contract import (
 )
 from omni_rollout.types import InputImage, Prompt, SamplingSpec, Trajectory
 
+_ENCODER = json.JSONEncoder(allow_nan=False)  # json.dumps makes a new one for each of the twenty texts of a capsule
+
 __all__ = ["FORMAT_VERSION", "KEYS", "CapsuleError", "decode_capsule", "encode_capsule", "load_capsule", "save_capsule"]
 
 
@@ -105,7 +107,7 @@ def packed(trajectory: Trajectory, where: object) -> tuple[dict[str, torch.Tenso
     for name in NEGATIVE_TENSORS:
         if getattr(trajectory, name) is not None:
             tensors[name] = getattr(trajectory, name)
-    spec = {field.name: getattr(trajectory.spec, field.name) for field in fields(trajectory.spec)}
+    spec = dict(vars(trajectory.spec))
     if tuple(spec.pop("step_indices")) != tuple(trajectory.step_indices.tolist()):
         refuse(where, "step_indices", f"{trajectory.step_indices.tolist()}, but the spec says {trajectory.spec.step_indices}")
     values = {
@@ -184,11 +186,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def _to_json(where: object, key: str, value: Any) -> str:
     try:
-        text = json.dumps(value, allow_nan=False)
+        text = _ENCODER.encode(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise CapsuleError(f"{where}: {key}: {repr(value)[:60]} cannot be written as JSON ({error})") from error
-    if json.loads(text) != value:
-        refuse(where, key, f"{value!r} would come back from JSON as {json.loads(text)!r}; use lists and string keys")
+    if (back := strict_json.loads(text)) != value:
+        refuse(where, key, f"{value!r} would come back from JSON as {back!r}; use lists and string keys")
     return text
 
 

@@ -176,8 +176,9 @@ def _check_layout(
     tensor = tensors[name]
     if tensor.dtype not in EMBEDDING_DTYPES if dtype is None else tensor.dtype != dtype:
         refuse(where, name, f"{tensor.dtype}, expected {dtype or 'a float type of 16 or 32 bits'}")
-    if tensor.ndim != len(shape) or any(
-        have == 0 if want is None else have != want for want, have in zip(shape, tensor.shape, strict=True)
+    if tensor.shape != shape and (
+        tensor.ndim != len(shape)
+        or any(have == 0 if want is None else have != want for want, have in zip(shape, tensor.shape, strict=True))
     ):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         refuse(where, name, f"shape {list(tensor.shape)}, expected [{wanted}]")

@@ -346,6 +346,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         ({"fingerprint": {"digest": object()}}, "fingerprint: .*cannot be written as JSON"),
         ({"prompt": Prompt(text="a", metadata={"x": math.nan})}, "prompt_metadata: .*cannot be written as JSON"),
         ({"prompt": Prompt(text="a", metadata={1: "x"})}, "prompt_metadata: .*would come back"),
+        ({"prompt": Prompt(text="\ud83d\ude00")}, "prompt: .*would come back from JSON as '\U0001f600'"),
         ({"seed": None}, "seed: None is NoneType, expected int"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -287,6 +288,12 @@ def test_the_instruction_set_that_an_environment_leaves_is_told(monkeypatch, cap
     free = machine_module.onednn_isa()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
     assert machine_module.onednn_isa() == min(free, most, key=names.index)
+
+
+def test_a_machine_is_told_in_json_types_alone():
+    told = machine(torch.device("cpu"))
+    assert json.loads(json.dumps(told)) == told
+    assert type(told["torch"]) is str, "torch's own type cuts both sides into numbers whenever it is compared"
 
 
 def test_threads_hold_for_the_calling_thread():

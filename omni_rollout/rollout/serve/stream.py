@@ -74,7 +74,7 @@ class Answer(StreamingResponse):
         if isinstance(result, Exception):
             return frame({"type": "error", "index": index, "error": error_of(result).to_json()})
         images = tuple(replace(image, path=SHARED + image.sha256) for image in result.prompt.images)  # no path of this machine
-        trajectory = replace(result, prompt=replace(result.prompt, images=images))
+        trajectory = replace(result, prompt=replace(result.prompt, images=images)) if images else result
         head: dict[str, Any] = {"type": "trajectory", "index": index}
         try:
             tensors, header = packed(trajectory, result.request_id)
