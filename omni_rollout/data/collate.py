@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 from omni_rollout.config import CollateConfig, EvaluationConfig, SamplingConfig, Width
@@ -16,6 +17,7 @@ from omni_rollout.models.base.sampling import check_text, width_problem
 from omni_rollout.types import InputImage, Prompt, RequestError, RolloutRequest, SamplingSpec
 
 BUCKET = 16  # text tokens
+REMEMBERED = 64  # texts
 SPEC_KEYS = (
     "height",
     "width",
@@ -35,6 +37,17 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+class Remembering:
+    """A tokenizer that cuts a text once: the members of a group, and the requests of a body, come with the same few."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.name_or_path: str = getattr(tokenizer, "name_or_path", "")  # whose processor sizes its input images
+        self._cut = lru_cache(REMEMBERED)(lambda text: tokenizer(text))
+
+    def __call__(self, text: str) -> Mapping[str, Any]:
+        return self._cut(text)
+
+
 class Collator:
     """Makes the requests of a step. A prompt that cannot be served is refused here, before the engine sees it.
 
@@ -52,8 +65,9 @@ class Collator:
     ) -> None:
         self._window_start = window_start
         self._family = family_module(family, "spec")
-        self._tokenizer = tokenizer
+        self._tokenizer = Remembering(tokenizer)
         self._sampling = sampling
+        self._values = {key: _plain(value) for key, value in asdict(sampling).items() if key in SPEC_KEYS}
         self._collate = collate
         if (problem := width_problem(collate.width.value, self._family.RULES)) is not None:
             raise RequestError(problem)
@@ -67,7 +81,7 @@ class Collator:
         images: Sequence[InputImage] = (),
     ) -> SamplingSpec:
         """The run's sampling spec for a prompt with these images, with some parameters overridden."""
-        values = {key: _plain(value) for key, value in asdict(self._sampling).items() if key in SPEC_KEYS}
+        values = self._values
         widths = {"prompt_width": self._collate.prompt_width, "negative_prompt_width": self._collate.negative_prompt_width}
         given = {key: value for key, value in (overrides or {}).items() if value is not None}
         extra = {**values["extra"], **{key: value for key, value in given.get("extra", {}).items() if value is not None}}

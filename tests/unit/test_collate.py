@@ -205,6 +205,20 @@ def test_a_text_is_as_wide_as_it_is_asked_to_be(tokenizer, text, scale, own, kin
     assert resolve(spec.to_json() | {"family": None, "step_indices": spec.step_indices}) == spec
 
 
+def test_a_text_is_cut_once_however_often_it_is_asked_for(tokenizer):
+    cut: list[str] = []
+
+    def counting(text: str) -> dict[str, list[int]]:
+        cut.append(text)
+        return tokenizer(text)
+
+    made = collator(counting, true_cfg_scale=4.0)
+    requests = [made.asked(Prompt(text=text), member=member) for member in range(3) for text in ("a cat", "a dog")]
+    assert len(requests) == 6 and len(cut) == len(set(cut)) == 3, "the two, and the negative prompt"
+    with pytest.raises(RequestError, match="text tokens, the fixed width is 24"):
+        made.asked(Prompt(text="cat " * 39 + "cat"))
+
+
 def _widths(spec: SamplingSpec) -> tuple[int, int]:
     return spec.prompt_width, spec.negative_prompt_width
 
