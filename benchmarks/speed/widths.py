@@ -39,9 +39,10 @@ class Collating(Ours):
             true_cfg_scale=shape.true_cfg_scale,
             negative_prompt=" " if shape.guided else None,
         )
+        own = len(KINDS) * number + KINDS.index(kind)  # texts that no kind has had before: the engine keeps what it has encoded
         collator = Collator("qwen_image", tokenizer, sampling, CollateConfig(width=Width(kind), prompt_width=width))
         texts = [
-            " ".join([COLOURS[(number + index) % len(COLOURS)], f"sign {number:02d}", *["sign"] * words[index % len(words)]])
+            " ".join([COLOURS[(number + index) % len(COLOURS)], f"sign {own:02d}", *["sign"] * words[index % len(words)]])
             for index in range(shape.images // GROUP)
         ]
         asked = collator.groups([Prompt(text=text) for text in texts], number, GROUP)

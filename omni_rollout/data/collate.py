@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, replace
 from enum import Enum
 from functools import lru_cache
@@ -42,10 +43,10 @@ class Remembering:
 
     def __init__(self, tokenizer: Any) -> None:
         self.name_or_path: str = getattr(tokenizer, "name_or_path", "")  # whose processor sizes its input images
-        self._cut = lru_cache(REMEMBERED)(lambda text: tokenizer(text))
+        self._cut = lru_cache(REMEMBERED)(lambda text: tuple(tokenizer(text)["input_ids"]))
 
-    def __call__(self, text: str) -> Mapping[str, Any]:
-        return self._cut(text)
+    def __call__(self, text: str) -> Mapping[str, Sequence[int]]:
+        return {"input_ids": self._cut(text)}
 
 
 class Collator:
@@ -66,7 +67,7 @@ class Collator:
         self._window_start = window_start
         self._family = family_module(family, "spec")
         self._tokenizer = Remembering(tokenizer)
-        self._sampling = sampling
+        self._sampling = deepcopy(sampling)  # what is changed later is not seen in halves
         self._values = {key: _plain(value) for key, value in asdict(sampling).items() if key in SPEC_KEYS}
         self._collate = collate
         if (problem := width_problem(collate.width.value, self._family.RULES)) is not None:

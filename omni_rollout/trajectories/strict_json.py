@@ -13,13 +13,14 @@ def loads(text: str) -> Any:
     Raises:
         ValueError: it is not JSON, or nested too deep to be read.
     """
-    text = text.strip(_SPACES)  # the decoder's own search for spaces takes longer than a short text, and a capsule is twenty
+    # The decoder's own search for spaces takes longer than a short text, and a capsule is twenty.
+    start = len(text) - len(text.lstrip(_SPACES))
     try:
-        value, end = _DECODER.raw_decode(text)
+        value, end = _DECODER.raw_decode(text, start)
     except RecursionError:
         raise ValueError("nested too deep") from None
-    if end != len(text):
-        raise json.JSONDecodeError("Extra data", text, end)
+    if rest := text[end:].lstrip(_SPACES):
+        raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
     return value
 
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 
 from omni_rollout.models.base import rollout
+from omni_rollout.models.base.channel_norms import NORMS, ByPlanes
 from omni_rollout.models.base.sizes import DECODE_ROWS, decode_rows
 from omni_rollout.models.qwen_image.decoder import install_frame_convs
 from omni_rollout.models.qwen_image.spec import layout
@@ -48,6 +49,11 @@ def test_an_image_is_the_same_in_any_company(sides: Any, calls: list[int]) -> No
     mixed = images(sides, [*sizes(sides, 3), sides.request(9, "dog", height=32, width=32)])
     assert calls == [DECODE_ROWS] * 2 and mixed[9].shape == (32, 32, 3)
     assert all(np.array_equal(mixed[seed], together[seed]) for seed in range(3))
+
+
+def test_the_norms_of_its_vae_are_added_by_planes(sides: Any) -> None:
+    norms = [layer for layer in sides.pipeline.vae.modules() if type(layer).__name__.startswith(NORMS)]
+    assert norms and all(isinstance(norm, ByPlanes) for norm in norms)
 
 
 def test_one_frame_is_decoded_as_by_the_vae_itself_but_for_rounding(sides: Any) -> None:

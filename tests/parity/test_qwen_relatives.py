@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from omni_rollout.models.base import encodings
+from omni_rollout.models.base.channel_norms import NORMS, ByPlanes
 from omni_rollout.models.base.images import made_image
 from omni_rollout.policy.lora import attach_lora
 from omni_rollout.trajectories.capsule import load_capsule, save_capsule
@@ -80,6 +81,11 @@ def test_exact_with_lora_after_an_update(one: Relative) -> None:
         assert all(one.equal(after, policy=adapted)) and not any(one.equal(after))
     finally:
         one.sync(one.policy)
+
+
+def test_the_norms_of_its_vae_are_added_by_planes(one: Relative) -> None:
+    norms = [layer for layer in one.engine.pipeline.vae.modules() if type(layer).__name__.startswith(NORMS)]
+    assert norms and all(isinstance(norm, ByPlanes) for norm in norms)
 
 
 def test_a_group_is_encoded_once(one: Relative) -> None:

@@ -21,6 +21,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.models import family_module
+from omni_rollout.models.base.channel_norms import NORMS, ByPlanes
 from omni_rollout.models.base.encodings import Encodings
 from omni_rollout.models.base.policy import Experts, experts
 from omni_rollout.models.base.velocity import expert_at
@@ -252,6 +253,11 @@ def test_torchvision_was_not_needed_and_nobody_believes_it_is_there(sides):
         pytest.skip("it is installed here")
     assert not [name for name in sys.modules if name.partition(".")[0] == "torchvision"]
     assert not is_torchvision_available()
+
+
+def test_the_norms_of_its_vae_are_added_by_planes(sides):
+    norms = [layer for layer in sides.engine.pipeline.vae.modules() if type(layer).__name__.startswith(NORMS)]
+    assert norms and all(isinstance(norm, ByPlanes) for norm in norms)
 
 
 def test_images_are_encoded_while_videos_are_decoded(sides, monkeypatch):
