@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omni_rollout.config import SDETypeName, TrainConfig
+from omni_rollout.config import SDETypeName, TrainConfig, Width
 from omni_rollout.data.prompts import load_prompts
 from omni_rollout.models import family_module
 
@@ -55,7 +55,7 @@ def sampling_words(config: TrainConfig) -> str:
     guidance = f"guidance {sizes['true_cfg_scale']:g}" if sizes["true_cfg_scale"] > 1 else "no guidance"
     given = config.collate.prompt_width
     tokens = family_module(config.model.family, "spec").DEFAULTS["prompt_width"] if given is None else given
-    width = f"{tokens} text tokens"
+    width = f"{tokens} text tokens" if config.collate.width is Width.fixed else f"at most {tokens} text tokens"
     steps = f"{sizes['num_inference_steps']} steps"
     size = f"{sizes['height']}x{sizes['width']}" if sizes["height"] and sizes["width"] else "sizes of the input images"
     kind, level = config.sampling.sde_type, config.sampling.noise_level

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from omni_rollout.config import Width
 from omni_rollout.launch import progress
 from omni_rollout.launch.compose import compose
 from omni_rollout.launch.progress import Progress
@@ -100,8 +101,10 @@ def test_on_a_terminal_there_is_a_bar_with_counts_and_stdout_is_the_commands() -
 def test_the_first_line_says_what_is_sampled_and_where() -> None:
     config = compose(["model=qwen_image", "prompts=p.txt", "rollout.group_size=2"], name="rollout")
     assert rollout_line(config, 1, Path("out")) == (
-        "1 prompt x 2 images: 1328x1328, 50 steps, guidance 4, noise 0.7 (sde), 256 text tokens, bfloat16; into out"
+        "1 prompt x 2 images: 1328x1328, 50 steps, guidance 4, noise 0.7 (sde), at most 256 text tokens, bfloat16; into out"
     )
+    config.collate.width = Width.fixed
+    assert ", 256 text tokens, bfloat16" in rollout_line(config, 1, Path("out"))
 
 
 def test_a_path_alone_says_what_nobody_chose(capsys: pytest.CaptureFixture[str]) -> None:
