@@ -3,8 +3,8 @@
     python -m benchmarks.why_parity [--seeds N ...] [--clip RANGE ...]  the gradient, at the start of the nano recipe
     python -m benchmarks.why_parity --train [--steps N] [--json FILE]   the recipe itself, as many times as there are cases
 
-The second takes hours: it goes on from FILE, which has a row of each run that has ended. Its exact run is one a seed, since with
-every ratio 1 no clip range ever clips.
+The second takes hours: it goes on from FILE, which has a row of each run that has ended. Its exact run is one a seed, since
+with every ratio 1 no clip range ever clips.
 
 Each case breaks one rule on the trainer's side alone, in bf16: `timestep_cast` and `rope` as `omni-rollout parity` names them,
 and `published`, rollout log-probs off by as much as the nearest peer reports (3.3e-5 a latent element on average, verl-omni
