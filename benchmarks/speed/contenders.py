@@ -169,7 +169,10 @@ class Stock(Contender):
 
 class Ours(Contender):
     def __init__(self, shape: Shape, parity: str) -> None:
-        from omni_rollout.rollout.engine import RolloutEngine
+        from omni_rollout.launch.imports import imported_for_good
+
+        with imported_for_good():  # as every command does
+            from omni_rollout.rollout.engine import RolloutEngine
 
         super().__init__(shape)
         self.engine = RolloutEngine(shape.path, dtype=shape.dtype, max_num_seqs=shape.in_flight, parity=parity)

@@ -48,10 +48,12 @@ def run(parsed: argparse.Namespace) -> int:
     if not config.prompts:
         raise UserError("evaluation.prompts has no value: give evaluation.prompts=FILE (.txt, .jsonl or .parquet)")
     validate_evaluate(config, own["out"])
+    from omni_rollout.launch.imports import imported_for_good
     from omni_rollout.launch.progress import progress_of
 
     with progress_of(config.model.path, "loading torch and the engine") as progress:
-        from omni_rollout.run.evaluate import evaluate
+        with imported_for_good():
+            from omni_rollout.run.evaluate import evaluate
 
         metrics = evaluate(config, Path(own["out"]), progress, source)
     print(f"weights: {config.model.path if source is None else source.name}")

@@ -44,13 +44,15 @@ def run(parsed: argparse.Namespace) -> int:
     settings = None if source is None else source.settings(FROM_RUN)
     config = compose(overrides, name="parity", unused=["prompts", "model.path"], reads=READS, settings=settings)
     validate_scoring(config, {"--json": parsed.json, "--html": parsed.html}, path_needed=False)
+    from omni_rollout.launch.imports import imported_for_good
     from omni_rollout.launch.progress import progress_of
     from omni_rollout.parity.matrix import Matrix
 
     matrix = Matrix.parse(parsed.matrix)  # a typo must not wait for the engine's libraries
     with progress_of(config.model.path, "loading torch and the engine") as progress:
-        from omni_rollout.nano.random_weights import build_random
-        from omni_rollout.parity.reported import parity
+        with imported_for_good():
+            from omni_rollout.nano.random_weights import build_random
+            from omni_rollout.parity.reported import parity
 
         files = {"json_path": parsed.json, "html_path": parsed.html}
         return parity(config, **files, matrix=matrix, progress=progress, build_random=build_random, source=source)

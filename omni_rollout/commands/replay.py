@@ -37,9 +37,11 @@ def run(parsed: argparse.Namespace) -> int:
     settings = None if source is None else source.settings(FROM_RUN)
     config = compose(overrides, name="replay", unused=["prompts"], reads=READS, settings=settings)
     validate_scoring(config, {"--json": parsed.json})
+    from omni_rollout.launch.imports import imported_for_good
     from omni_rollout.launch.progress import progress_of
 
     with progress_of(config.model.path, "loading torch") as progress:
-        from omni_rollout.parity.reported import replay
+        with imported_for_good():
+            from omni_rollout.parity.reported import replay
 
         return replay(capsules, config, json_path=parsed.json, progress=progress, source=source)

@@ -30,6 +30,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     from omni_rollout.launch.compose import compose
+    from omni_rollout.launch.imports import imported_for_good
     from omni_rollout.launch.progress import quieten_libraries
     from omni_rollout.launch.validate import validate_serving
     from omni_rollout.rollout.start import say_family_defaults
@@ -38,7 +39,8 @@ def run(parsed: argparse.Namespace) -> int:
     validate_serving(config)
     say_family_defaults(config)
     quieten_libraries(config.model.path)
-    from omni_rollout.rollout.serve.start import serve
+    with imported_for_good():
+        from omni_rollout.rollout.serve.start import serve
 
     serve(config)
     return 0

@@ -85,17 +85,20 @@ def _widths_fit(config: TrainConfig) -> bool:
 
 def _train(config: TrainConfig, prompts: Prompts) -> int:
     from omni_rollout.config import Backend
+    from omni_rollout.launch.imports import imported_for_good
     from omni_rollout.launch.progress import progress_of
     from omni_rollout.run.before import header
 
     print("\n".join(header(config, prompts)), flush=True)
     if config.backend is Backend.verl:
-        from omni_rollout.integrations.verl.launch import train as train_on_ray
+        with imported_for_good():
+            from omni_rollout.integrations.verl.launch import train as train_on_ray
 
         train_on_ray(config)
         return 0
     with progress_of(config.model.path, "loading torch and the engine") as progress:
-        from omni_rollout.train import train
+        with imported_for_good():
+            from omni_rollout.train import train
 
         train(config, progress)
     return 0

@@ -20,6 +20,7 @@ def rollout(config: TrainConfig, out: Path, checkpoint: str | None = None, prepa
     Args:
         checkpoint: name of that whose weights `prepare` gives the engine.
     """
+    from omni_rollout.launch.imports import imported_for_good
     from omni_rollout.launch.progress import progress_of
 
     prompts = load_prompts(config.prompts)
@@ -27,7 +28,8 @@ def rollout(config: TrainConfig, out: Path, checkpoint: str | None = None, prepa
     print(f"weights: {checkpoint or config.model.path}", file=sys.stderr)
     say_family_defaults(config)
     with progress_of(config.model.path, "loading torch and the engine") as progress:
-        from omni_rollout.rollout.to_folder import rollout_to_folder
+        with imported_for_good():
+            from omni_rollout.rollout.to_folder import rollout_to_folder
 
         made, failed = rollout_to_folder(config, prompts, out, progress, prepare)
     what, files = made_by(config)
