@@ -1,14 +1,20 @@
-"""Where the time of a round of ours goes, beside what the bare transformer takes for it."""
+"""Where the time of a round of ours goes, beside what the bare transformer takes for it; and what its kernels take."""
 
 from __future__ import annotations
 
 import os
 import statistics
+from collections import defaultdict
 from typing import Any
 
 from benchmarks.speed.contenders import EXACT, FLOOR, Ours, make
 from benchmarks.speed.shapes import Shape
 from benchmarks.speed.turns import Process, rounds, together
+
+KERNELS = {
+    "products": ("mkldnn::_linear_pointwise", "aten::addmm", "aten::mm", "aten::mkldnn_linear"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"),
+}
 
 
 class Watched(Ours):
@@ -25,6 +31,21 @@ class Watched(Ours):
         with stages.of_engine(self.engine):
             self.round(number)
         return {name: spent.seconds for name, spent in stages.spent.items()}
+
+    def kernels(self, number: int) -> dict[str, float]:
+        """Seconds of a round by KERNELS, in the thread that denoises: what any engine with the same kernels has to take."""
+        from torch._C._profiler import _ExperimentalConfig
+        from torch.profiler import ProfilerActivity, profile
+
+        all_threads = _ExperimentalConfig(profile_all_threads=True)
+        with profile(activities=[ProfilerActivity.CPU], experimental_config=all_threads) as trace:
+            self.round(number)
+        found: dict[int, dict[str, float]] = defaultdict(lambda: dict.fromkeys(KERNELS, 0.0))
+        for event in trace.events() or ():
+            for kind, names in KERNELS.items():
+                if event.name in names:
+                    found[event.thread][kind] += event.self_cpu_time_total / 1e6
+        return max(found.values(), key=lambda spent: spent["products"])
 
 
 def stages(shape: Shape, number: int) -> dict[str, Any]:
@@ -43,6 +64,7 @@ def stages(shape: Shape, number: int) -> dict[str, Any]:
                     taken[name].append(seconds)
                     for stage, spent in (value or {}).items():
                         found.setdefault(stage, []).append(spent)
+        kernels = processes[EXACT].ask("kernels", number + 2)[0]
     medians = {stage: statistics.median(each) for stage, each in found.items()}
     whole = {name: statistics.median(each) for name, each in taken.items()}
-    return {"shape": shape.name, "load": os.getloadavg()[0], "seconds": whole, "stages": medians}
+    return {"shape": shape.name, "load": os.getloadavg()[0], "seconds": whole, "stages": medians, "kernels": kernels}

@@ -56,14 +56,17 @@ def _rollout(found: Sequence[Results]) -> Iterator[str]:
 
 def _stages(found: Sequence[Results]) -> Iterator[str]:
     yield "**Where a round goes**: seconds of ours, exact, and of the floor; decoding happens beside the rest."
+    yield "The last two are of another round, and within the transformer."
     yield ""
     names = list(dict.fromkeys(name for one in found for name in one["stages"]))
-    yield f"| shape | ours | floor | {' | '.join(names)} | what is left |"
-    yield f"|{'---|' * (len(names) + 4)}"
+    kernels = list(dict.fromkeys(name for one in found for name in one["kernels"]))
+    yield f"| shape | ours | floor | {' | '.join(names)} | what is left | {' | '.join(kernels)} |"
+    yield f"|{'---|' * (len(names) + len(kernels) + 4)}"
     for one in found:
         spent, whole = one["stages"], one["seconds"]
         rest = whole[EXACT] - sum(seconds for name, seconds in spent.items() if name != "decode")
         cells = [whole[EXACT], whole[FLOOR], *(spent.get(name, 0.0) for name in names), rest]
+        cells += [one["kernels"][name] for name in kernels]
         yield f"| {one['shape']} | {' | '.join(f'{seconds:.3f}' for seconds in cells)} |"
 
 

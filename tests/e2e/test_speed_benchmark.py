@@ -28,6 +28,7 @@ def test_the_quick_benchmark_measures_everybody_and_writes_the_page(tmp_path: Pa
     (stages,) = results["stages"]
     assert set(stages["stages"]) == {"encode", "transformer", "around the transformer", "SDE", "decode"}
     assert 0 < stages["stages"]["transformer"] < stages["seconds"]["ours, exact"]
+    assert set(stages["kernels"]) == {"products", "attention"} and min(stages["kernels"].values()) > 0
     assert "| shape | ours | floor |" in page.read_text()
     assert update["pairs"] == 4 and update["megabytes"] > 0
     assert costs["encoder"] == {"calls": 1, "distinct": 1, "images": 4}, "once for a distinct prompt"
