@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory_colocated --parameters 0.17e9
     python -m benchmarks.memory_colocated --parameters 1e9 --engines fsdp2 --kinds lora --json memory.json
+    python -m benchmarks.memory_colocated --parameters 0.9e9 --engines fsdp2 --kinds full -- trainer.reduce=backward
 
 Each row is a run of its own (`backend=verl rollout.placement=colocated trainer.ranks=2`, two steps), over the models and with
 the settings of `benchmarks.memory`. From outside, the PSS of every process of the run is read, some fifty times a second of
@@ -110,17 +111,17 @@ def pss(pid: int) -> int:
     return 0
 
 
-def overrides_of(model: Path, engine: str, kind: str) -> list[str]:
+def overrides_of(model: Path, engine: str, kind: str, more: Sequence[str] = ()) -> list[str]:
     where = ("backend=verl", f"trainer.ranks={RANKS}", "rollout.placement=colocated", "launch.object_store_mb=256")
     twice = "trainer.micro_batch_size=1"  # two backward passes an update, between which gradients wait
-    return [f"model.path={model}", *SETTINGS, *where, twice, *ENGINES[engine], *KINDS[kind]]
+    return [f"model.path={model}", *SETTINGS, *where, twice, *ENGINES[engine], *KINDS[kind], *more]
 
 
-def measure(model: Path, engine: str, kind: str) -> Peaks:
+def measure(model: Path, overrides: Sequence[str]) -> Peaks:
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("a red cat\n")
-        given = [f"prompts={prompts}", f"run_dir={folder}/run", *overrides_of(model, engine, kind)]
+        given = [f"prompts={prompts}", f"run_dir={folder}/run", *overrides]
         log = Path(folder) / "log.txt"
         with log.open("wb") as out:
             command = [sys.executable, "-m", "omni_rollout.cli", "train", *given]
@@ -134,7 +135,7 @@ def measure(model: Path, engine: str, kind: str) -> Peaks:
         return watch.peaks
 
 
-def derived(model: Path, engine: str, kind: str) -> dict[str, int]:
+def derived(model: Path, overrides: Sequence[str]) -> dict[str, int]:
     """What `omni-rollout plan` says of each of the processes in each phase, in bytes, without its guess of CUDA's."""
     from omni_rollout.launch.compose import compose
     from omni_rollout.models import family_module
@@ -142,7 +143,7 @@ def derived(model: Path, engine: str, kind: str) -> dict[str, int]:
     from omni_rollout.plan.parts import When, phases
     from omni_rollout.plan.split import make_run
 
-    config: TrainConfig = compose(overrides_of(model, engine, kind), unused=["prompts"])
+    config: TrainConfig = compose(list(overrides), unused=["prompts"])
     run = make_run(config, family_module("qwen_image", "sizes").read_sizes(str(model)), reserve=0)
     planned = phases(process_parts(run, RANKS))
     return {when.value: needed for when, needed in planned.items() if when is not When.start}
@@ -159,7 +160,7 @@ class Row:
     derived: dict[str, int]  # phase -> of each process
 
 
-def rows(sizes: Sequence[float], engines: Sequence[str], kinds: Sequence[str]) -> Iterator[Row]:
+def rows(sizes: Sequence[float], engines: Sequence[str], kinds: Sequence[str], more: Sequence[str]) -> Iterator[Row]:
     """Of each engine a transformer of next to nothing, then those of about as many parameters."""
     for parameters in (0.0, *sizes):
         with tempfile.TemporaryDirectory() as folder:
@@ -167,8 +168,9 @@ def rows(sizes: Sequence[float], engines: Sequence[str], kinds: Sequence[str]) -
             weights = sum(path.stat().st_size for path in (model / "transformer").glob("*.safetensors"))
             for engine in engines:
                 for kind in kinds if parameters else ["lora"]:
-                    peaks = measure(model, engine, kind)
-                    yield Row(engine=engine, kind=kind, weights=weights, peaks=peaks, derived=derived(model, engine, kind))
+                    overrides = overrides_of(model, engine, kind, more)
+                    peaks, planned = measure(model, overrides), derived(model, overrides)
+                    yield Row(engine=engine, kind=kind, weights=weights, peaks=peaks, derived=planned)
 
 
 HEAD = (
@@ -183,10 +185,11 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     print(f"MiB, of the larger of {RANKS} ranks\n\n| {HEAD} |\n|{'---|' * (HEAD.count('|') + 1)}")
     made: list[Row] = []
-    for row in rows(arguments.parameters, arguments.engines, arguments.kinds):
+    for row in rows(arguments.parameters, arguments.engines, arguments.kinds, arguments.overrides):
         made.append(row)
         constant = next(one for one in made if one.engine == row.engine)
         print(f"| {' | '.join(cells(row, constant))} |", flush=True)
