@@ -66,7 +66,7 @@ def _dry_run(config: TrainConfig, prompts: Prompts, gpus: str | None) -> int:
 
     fits, memory = needs(config, gpus)
     print("\n".join([*header(config, prompts), *memory]))
-    seen = _widths_fit(config)
+    seen = prompts.fit or _widths_fit(config)
     unseen = "" if seen else f"; not how wide the prompts are: {config.model.path} is no folder with a tokenizer"
     checked = "paths, prompts, rewards and the run folder are as they should be"
     print(f"dry run: {checked}{unseen}; no policy was loaded, nothing written")

@@ -38,6 +38,14 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+class WidthError(RequestError):
+    """A text of more tokens than its width."""
+
+    def __init__(self, message: str, tokens: int) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+
+
 class Remembering:
     """A tokenizer that cuts a text once: the members of a group, and the requests of a body, come with the same few."""
 
@@ -116,7 +124,7 @@ class Collator:
         return self.request(prompt, self._fitted(spec, prompt, given), group, member, seed)
 
     def check(self, spec: SamplingSpec, prompt: Prompt | None = None) -> None:
-        """Raises RequestError when a text does not fit its width, or is none where the family needs one."""
+        """Raises RequestError when a text does not fit its width (WidthError), or is none where the family needs one."""
         if prompt is not None:
             check_text(prompt.text, self._family.RULES)
         texts = [("negative prompt", spec.negative_prompt, spec.negative_prompt_width)]
@@ -127,9 +135,10 @@ class Collator:
                 continue
             tokens = self._family.text_tokens(self._tokenizer, text, spec)
             if tokens > width:
-                raise RequestError(
+                raise WidthError(
                     f"{what} {text[:60]!r} has {tokens} text tokens, the fixed width is {width}: "
-                    f"shorten it, or set collate.{what.replace(' ', '_')}_width={tokens}"
+                    f"shorten it, or set collate.{what.replace(' ', '_')}_width={tokens}",
+                    tokens,
                 )
 
     def _fitted(self, spec: SamplingSpec, prompt: Prompt, given: Mapping[str, Any] | None = None) -> SamplingSpec:

@@ -12,6 +12,7 @@ from omni_rollout.models import family_module
 from omni_rollout.rewards import make_rewards
 from omni_rollout.rollout.start import many, sampling_words
 from omni_rollout.run.start import find_start
+from omni_rollout.run.widths import check_widths, collator_of, quick_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +21,12 @@ class Prompts:
 
     training: int
     evaluation: int
+    fit: bool  # their widths; False: it takes the checkpoint's own tokenizer to tell
 
 
 def check_before(config: TrainConfig) -> Prompts:
-    """Reads the prompt files and asks the rewards whether they can score them, and the run folder whether it is free.
+    """Reads the prompt files and asks the rewards whether they can score them, the tokenizer whether they fit, and the run
+    folder whether it is free.
 
     Raises:
         UserError: the first that is wrong.
@@ -32,8 +35,13 @@ def check_before(config: TrainConfig) -> Prompts:
         find_start(config)
     stream, held_out = prompt_data(config)
     kind = family_module(config.model.family, "spec").KIND
-    make_rewards(config).check(to_score([*stream.prompts, *held_out]), kind)
-    return Prompts(training=len(stream.prompts), evaluation=len(held_out))
+    prompts = [*stream.prompts, *held_out]
+    make_rewards(config).check(to_score(prompts), kind)
+    tokenizer = quick_tokenizer(config.model.path)
+    fit = tokenizer is not None and not any(prompt.images for prompt in prompts)  # how wide an image is, its processor says
+    if fit:
+        check_widths(collator_of(config, tokenizer), stream.prompts, held_out)
+    return Prompts(training=len(stream.prompts), evaluation=len(held_out), fit=fit)
 
 
 def header(config: TrainConfig, prompts: Prompts) -> Iterator[str]:

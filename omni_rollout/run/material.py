@@ -9,10 +9,11 @@ from transformers import AutoTokenizer
 from omni_rollout.algorithms import get_algorithm
 from omni_rollout.algorithms.base import Algorithm
 from omni_rollout.config import TrainConfig
-from omni_rollout.data.collate import Collator, size_of
+from omni_rollout.data.collate import Collator
 from omni_rollout.data.stream import PromptStream, prompt_data, to_score
 from omni_rollout.models import family_module
 from omni_rollout.rewards import WeightedSum, make_rewards
+from omni_rollout.run.widths import check_widths, collator_of
 from omni_rollout.types import Prompt, RolloutRequest
 
 
@@ -31,13 +32,9 @@ class Material:
         them in an hour."""
         stream, evaluation_prompts = prompt_data(config)
         rewards, algorithm = make_rewards(config), get_algorithm(config.algorithm)
-        prompts = [*stream.prompts, *evaluation_prompts]
-        rewards.check(to_score(prompts), family_module(config.model.family, "spec").KIND)
-        tokenizer = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
-        window = algorithm.window_start
-        collator = Collator(config.model.family, tokenizer, config.sampling, config.collate, window)
-        for prompt in prompts:
-            collator.check(collator.spec(size_of(prompt), images=prompt.images), prompt)
+        rewards.check(to_score([*stream.prompts, *evaluation_prompts]), family_module(config.model.family, "spec").KIND)
+        collator = collator_of(config, AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer"))
+        check_widths(collator, stream.prompts, evaluation_prompts)
         return cls(
             stream=stream,
             evaluation_prompts=evaluation_prompts,
