@@ -1,4 +1,4 @@
-"""RL rollout adapter for diffusion policies: the rollout engine and the trainer agree bit for bit."""
+"""RL post-training of diffusion models in which the rollout engine and the trainer agree bit for bit."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Row:
 
 
 def rows_of(scene: Scene, reference: Scene, *, same: int | None = None) -> list[Row]:
-    """A row for each strike of a scene that has ended.
+    """A row for each strike of a scene that has ended; none of one that failed before its first.
 
     Args:
         same: steps that must be those of the reference, where the fault changes later ones; None: all.
@@ -67,7 +67,7 @@ def rows_of(scene: Scene, reference: Scene, *, same: int | None = None) -> list[
     mixed = list(mixed_policies(scene.run_dir, scene.witness))
     ends = [strike.time for strike in scene.strikes[1:]] + [float("inf")]
     rows = []
-    for strike, end in zip(scene.strikes, ends, strict=True):
+    for strike, end in zip(scene.strikes, ends, strict=False):
         before = {one.request_id for one in scene.witness.finished if one.time <= strike.time}
         of_done_steps = {one for one in before if int(one.partition("-")[0]) <= strike.logged}
         finished = strike.logged * PER_STEP + len(before - of_done_steps)

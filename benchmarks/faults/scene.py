@@ -208,7 +208,8 @@ def _overrides(model: Path, folder: Path, run_dir: Path, backend: str) -> list[s
         "collate.prompt_width=24",
         "sampling.height=64",
         "sampling.width=64",
-        "sampling.num_inference_steps=8",
+        "sampling.num_inference_steps=40",  # a step must last long enough to be struck in the middle
+        "sampling.sde_window_range=[0,7]",
         "sampling.true_cfg_scale=2.0",
         "reward=jpeg_compressibility",
         "rollout.prompts_per_step=2",

@@ -1,4 +1,4 @@
-"""Whether the reward that training raises has fallen, beyond the noise between steps."""
+"""Whether a run is lost: its reward has fallen beyond the noise, in training or held out, or its weights are somewhere else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ from omni_rollout.monitor.suggested import train_command
 FALL = 4.0  # standard errors; every step is compared with the best stretch so far, so 3 would be reached by chance
 WINDOW, LATEST = 5, 3  # steps of the best stretch so far, and of the one that is compared with it
 MEAN, STD = "critic/rewards/mean", "critic/rewards/std"
+HELD_OUT, HELD_OUT_ERROR, DRIFT = "evaluation/reward", "evaluation/reward_se", "actor/drift"
+FARTHEST = 1.0  # |w - w0| / |w0|: as far from the start as the start is from no weights at all
+
+
+def run_lost(
+    step: int, metrics: Mapping[str, float], history: Sequence[Mapping[str, Any]], config: TrainConfig
+) -> Iterator[Alert]:
+    """`reward_collapsed`, `held_out_collapsed`, `drifted_away`.
+
+    Args:
+        history: the lines of metrics before this step.
+    """
+    yield from reward_collapsed(step, metrics, history, config)
+    yield from _held_out_collapsed(step, metrics, history, config)
+    yield from _drifted_away(step, metrics, config)
 
 
 def reward_collapsed(
@@ -41,9 +56,45 @@ def reward_collapsed(
             sentence=f"step {step}: the mean reward is {_mean(latest):.3f} over the latest {len(latest)} steps, "
             f"{_mean(best):.3f} over the best {size} before them; the difference is {fall / error if error else math.inf:.1f} "
             "standard errors",
-            cause="a policy that was driven too far: learning rate or clip_range too high, or too many updates a rollout",
-            command=train_command(config, f"trainer.learning_rate={config.trainer.learning_rate / 10:g}"),
+            **_driven_too_far(config),
         )
+
+
+def _held_out_collapsed(
+    step: int, metrics: Mapping[str, float], history: Sequence[Mapping[str, Any]], config: TrainConfig
+) -> Iterator[Alert]:
+    """An evaluation FALL standard errors below the best before. All are of the same prompts and seeds, so that is careful."""
+    before = [line for line in history if line.get(HELD_OUT) is not None]
+    now = metrics.get(HELD_OUT, math.nan)
+    if not before or not math.isfinite(now):
+        return
+    best = max(before, key=lambda line: line[HELD_OUT])
+    error = math.hypot(best.get(HELD_OUT_ERROR) or 0.0, metrics.get(HELD_OUT_ERROR) or 0.0)
+    fall = best[HELD_OUT] - now
+    if fall > FALL * error:
+        yield Alert(
+            name="held_out_collapsed",
+            sentence=f"step {step}: the held-out reward is {now:.3f}, it was {best[HELD_OUT]:.3f} at step {best['step']}; the "
+            f"difference is {fall / error if error else math.inf:.1f} standard errors",
+            **_driven_too_far(config),
+        )
+
+
+def _drifted_away(step: int, metrics: Mapping[str, float], config: TrainConfig) -> Iterator[Alert]:
+    if metrics.get(DRIFT, 0.0) > FARTHEST:
+        yield Alert(
+            name="drifted_away",
+            sentence=f"step {step}: the weights are {metrics[DRIFT]:.3g} times as far from those the run started from as those "
+            "are from zero; the nano recipe ends at 0.02",
+            **_driven_too_far(config),
+        )
+
+
+def _driven_too_far(config: TrainConfig) -> dict[str, str]:
+    return {
+        "cause": "a policy that was driven too far: learning rate or clip_range too high, or too many updates a rollout",
+        "command": train_command(config, f"trainer.learning_rate={config.trainer.learning_rate / 10:g}"),
+    }
 
 
 def _mean(steps: Sequence[Mapping[str, Any]]) -> float:

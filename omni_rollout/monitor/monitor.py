@@ -18,7 +18,7 @@ from omni_rollout.errors import RunFailedError
 from omni_rollout.launch.compose import to_yaml
 from omni_rollout.launch.progress import Progress
 from omni_rollout.monitor.alerts import find_alerts
-from omni_rollout.monitor.collapse import reward_collapsed
+from omni_rollout.monitor.collapse import run_lost
 from omni_rollout.monitor.console import ConsoleSink
 from omni_rollout.monitor.heatmap import heat_map
 from omni_rollout.monitor.metrics import timestep_gaps
@@ -124,7 +124,7 @@ class Monitor:
             RunFailedError: there is no room for it.
         """
         alerts = find_alerts(step, metrics, self._config, notes)
-        alerts += reward_collapsed(step, metrics, self._history, self._config)
+        alerts += run_lost(step, metrics, self._history, self._config)
         new = [alert for alert in alerts if alert.name not in self._alerts]
         self._alerts.update(alert.name for alert in alerts)
         metrics = {**metrics, "alerts": float(len(alerts))}

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch
 from omni_rollout.cli import main
 from omni_rollout.config import TrainConfig
 from omni_rollout.launch.compose import compose
-from omni_rollout.monitor.collapse import reward_collapsed
+from omni_rollout.monitor.collapse import reward_collapsed, run_lost
 from omni_rollout.monitor.verdict import verdict
 from omni_rollout.policy.drift import SAMPLED, Drift
 from omni_rollout.run.before import check_before, header
@@ -179,3 +180,28 @@ def test_a_wrong_run_is_told_in_this_process_too(tmp_path: Path, capsys: pytest.
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a 1"\n')
     assert main(["train", "experiment=nano_ocr", f"prompts={tmp_path}/broken.jsonl", f"run_dir={tmp_path}/new"]) == 2
     assert "line 1: not JSON" in capsys.readouterr().err
+
+
+def alerts_of(run: Sequence[dict[str, Any]], config: TrainConfig) -> list[tuple[int, str]]:
+    return [
+        (line["step"], alert.name)
+        for place, line in enumerate(run)
+        for alert in run_lost(line["step"], line, run[:place], config)
+    ]
+
+
+def test_a_held_out_reward_that_falls_is_told(config: TrainConfig) -> None:
+    """As of a run with a learning rate of 50, whose training reward fell too early for its noise to be known."""
+    said = {"step": 0, "evaluation/reward": 0.719, "evaluation/reward_se": 0.063}
+    lost = {"step": 15, "evaluation/reward": 0.0, "evaluation/reward_se": 0.0}
+    assert alerts_of([said, lost], config) == [(15, "held_out_collapsed")]
+    (alert,) = run_lost(15, lost, [said], config)
+    assert "0.000, it was 0.719 at step 0; the difference is 11.4 standard errors" in alert.sentence
+    worse = {"step": 15, "evaluation/reward": 0.5, "evaluation/reward_se": 0.06}
+    assert alerts_of([said, worse], config) == [], "2.5 standard errors are chance"
+    assert alerts_of([said, {"step": 15, "evaluation/reward": None}, {**worse, "step": 30}], config) == []
+
+
+def test_weights_that_went_away_are_told(config: TrainConfig) -> None:
+    run = [{"step": 1, "actor/drift": 0.02}, {"step": 2, "actor/drift": 2.9e5}]
+    assert alerts_of(run, config) == [(2, "drifted_away")]
