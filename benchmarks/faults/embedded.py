@@ -73,7 +73,9 @@ def damaged(name: str, how: str, damage: Callable[[Path], None]) -> Callable[[Sc
     """The newest checkpoint of a run that is done is no longer what was saved."""
 
     def act(scene: Scene, reference: Scene) -> None:
-        shutil.copytree(reference.run_dir, scene.run_dir)
+        part = scene.run_dir.with_name("part")
+        shutil.copytree(reference.run_dir, part)
+        part.rename(scene.run_dir)  # the witness takes what it sees for whole
         while scene.witness.done() < LAST:
             time.sleep(0.01)
         newest = checkpoint_folders(scene.run_dir)[0]

@@ -65,8 +65,8 @@ def _held_out_collapsed(
 ) -> Iterator[Alert]:
     """An evaluation FALL standard errors below the best before. All are of the same prompts and seeds, so that is careful."""
     before = [line for line in history if line.get(HELD_OUT) is not None]
-    now = metrics.get(HELD_OUT, math.nan)
-    if not before or not math.isfinite(now):
+    now = metrics.get(HELD_OUT)
+    if not before or now is None or not math.isfinite(now):
         return
     best = max(before, key=lambda line: line[HELD_OUT])
     error = math.hypot(best.get(HELD_OUT_ERROR) or 0.0, metrics.get(HELD_OUT_ERROR) or 0.0)
