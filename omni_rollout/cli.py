@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NoReturn
 
 from omni_rollout import __version__
 from omni_rollout.commands import modules
@@ -55,5 +59,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def program() -> NoReturn:
+    """`main`, and the end of the process: threads are waited for, and what asked to be called at exit is.
+
+    Then Python would take all modules apart, object by object: seconds in which nothing is seen to happen, and in which a
+    thread of torch's gloo that frees a tensor aborts the process (torch 2.13). That is left out.
+    """
+    status = main()
+    threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing ends its processes
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a pipe whose reader has gone, or closed
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,3 +25,4 @@ def imported_for_good() -> Iterator[None]:
         if was_on:
             gc.enable()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # as Python ends it takes modules apart, and libraries complain about what it leaves

@@ -209,3 +209,48 @@ def test_a_checkpoint_without_weights_is_told_before_torch_is_loaded(command: li
     assert done.stdout == "2 False\n"
     assert done.stderr == f"error: model.path={model}: has no folder transformer/; was it copied whole?\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "prompts.txt"]
+
+
+def test_the_program_waits_for_threads_calls_what_asked_and_ends_before_modules_are_taken_apart(tmp_path: Path) -> None:
+    code = """
+import atexit, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from omni_rollout import cli
+
+class Last:
+    def __del__(self):
+        print("modules are taken apart")
+
+def main():
+    print("main")
+    threading.Thread(target=lambda: (time.sleep(0.3), print("a thread"))).start()
+    pool.submit(print, "a pool's thread")
+    return 3
+
+last, pool = Last(), ThreadPoolExecutor(1)
+atexit.register(print, "at exit")
+cli.main = main
+cli.program()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3 and not done.stderr
+    assert sorted(done.stdout.splitlines()) == ["a pool's thread", "a thread", "at exit", "main"]
+    assert done.stdout.splitlines()[-1] == "at exit"
+
+
+def test_the_program_ends_though_nobody_reads_what_it_says() -> None:
+    code = "from omni_rollout import cli; cli.main = lambda: print('x' * 9) or 1; cli.program()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(60) == 1
+
+
+def test_a_command_that_sampled_says_nothing_of_libraries(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text('a red sign that says "1"\n')
+    words = ["rollout", "model=nano", "prompts=one.txt", "out=out", "sampling.num_inference_steps=2"]
+    done = subprocess.run([sys.executable, "-m", "omni_rollout.cli", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["1 image (*.png), its capsule (*.safetensors), index.jsonl and grid.png: out"]
+    known = ("1 prompt x ", "weights: ", "loading ", "sampling")
+    assert [line for line in done.stderr.splitlines() if not line.startswith(known)] == []
