@@ -37,7 +37,6 @@ def test_parity_says_zero_and_exits_0(model, tmp_path):
         "in_flight=3",
         "images=3",
         "causes=false",
-        "true_width=false",
     ]
     done = command("parity", f"model.path={model}", "--json", str(out), "--html", str(tmp_path / "p.html"), "--matrix", *matrix)
     assert done.returncode == 0, done.stderr
@@ -51,7 +50,7 @@ def test_parity_says_zero_and_exits_0(model, tmp_path):
 @pytest.mark.parametrize("family", families())
 def test_a_family_without_a_path_is_a_random_model_of_it(family, tmp_path):
     out = tmp_path / "parity.json"
-    matrix = ["dtype=bfloat16", "guidance=4.0", "width=natural", "in_flight=3", "images=3", "causes=false", "true_width=false"]
+    matrix = ["dtype=bfloat16", "guidance=4.0", "width=natural", "in_flight=3", "images=3", "causes=false"]
     done = command("parity", f"model.family={family}", "--json", str(out), "--matrix", *matrix)
     assert done.returncode == 0, done.stdout + done.stderr
     ((cell,), name) = (json.loads(out.read_text())[key] for key in ("cells", "model"))

@@ -244,3 +244,12 @@ def test_a_checkpoint_without_weights_is_told_before_torch_is_loaded(command: li
     assert done.stdout == "2 False\n"
     assert done.stderr == f"error: model.path={model}: has no folder transformer/; was it copied whole?\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "prompts.txt"]
+
+
+def test_the_true_width_is_measured_unless_certain_cells_are_asked_for() -> None:
+    from omni_rollout.parity.matrix import Matrix
+
+    assert Matrix.parse([]).true_width and Matrix.parse(["images=2", "causes=false"]).true_width
+    for word in ("dtype=float32", "guidance=1.0", "width=natural", "in_flight=1"):
+        assert not Matrix.parse([word, "images=2"]).true_width
+        assert Matrix.parse([word, "true_width=true"]).true_width
