@@ -9,6 +9,7 @@ from importlib import import_module
 from inspect import signature
 from statistics import fmean, pstdev
 from types import ModuleType
+from typing import cast
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def get_reward(
     if point is not None:
         return plugins.load_entry(point)
     module = import_module(f"omni_rollout.rewards.{name}")
-    make = getattr(module, "make", None) or _plain(module, name)
+    make: Callable[..., Reward] = getattr(module, "make", None) or _plain(module, name)
     if model is not None and "model" not in signature(make).parameters:
         raise UserError(f"reward.model.{name}={model}: this reward is read off no model; leave it out")
     return make(threads) if model is None else make(threads, model)
@@ -68,7 +69,7 @@ def _plain(module: ModuleType, name: str) -> Callable[[int], Reward]:
             "prompts, metadata), which is one; add either, or take a function of any file: "
             f"reward.source.{name}=path/to/file.py:FUNCTION"
         )
-    return lambda threads: function
+    return lambda threads: cast(Reward, function)
 
 
 def make_rewards(config: TrainConfig) -> WeightedSum:
