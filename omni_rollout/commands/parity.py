@@ -29,7 +29,8 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         default=[],
         metavar="WORD",
         help="what to measure; by default dtype=float32,bfloat16 guidance=1.0,4.0 width=natural,64,256 "
-        "in_flight=1,3,8,staggered images=8 causes=true compile=false true_width=true",
+        "in_flight=1,3,8,staggered images=8 causes=true compile=false true_width=true; with dtype, guidance, width or "
+        "in_flight given, true_width=false",
     )
     parity.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
 

@@ -29,6 +29,7 @@ def run(parsed: argparse.Namespace) -> int:
     from omni_rollout.rollout.start import say_family_defaults
     from omni_rollout.run.before import check_before
     from omni_rollout.run.folder import note_command
+    from omni_rollout.run.start import check_has_a_folder
 
     own, overrides = own_words(parsed.overrides, ("dry_run", "gpus"))
     if own["dry_run"] not in (None, "true", "false"):
@@ -37,6 +38,7 @@ def run(parsed: argparse.Namespace) -> int:
     if own["gpus"] is not None and not dry:
         raise UserError(f"gpus={own['gpus']}: train takes the GPUs that are there; give dry_run=true too, or omni-rollout plan")
     config = compose(overrides)
+    check_has_a_folder(config, overrides)
     if config.trainer.fit == AUTO and not config.launch.slurm:  # there, the job sees the machine
         from omni_rollout.plan.fit import fitted
 

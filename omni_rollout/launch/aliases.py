@@ -10,17 +10,24 @@ from collections.abc import Iterator
 NONE = ""  # there is no such key here, and the note says why or what instead
 
 # theirs -> ours, and what differs. A longer name of theirs ends in one of these: actor_rollout_ref.rollout.n is rollout.n.
+# A star stands for a name of the user's choosing.
 ALIASES: dict[str, tuple[str, str]] = {
     # flow_grpo
     "train.beta": ("algorithm.kl_coef", "theirs is per step with its dt or without, by version; 0 keeps no reference"),
     "beta": ("algorithm.kl_coef", ""),
     "num_image_per_prompt": ("rollout.group_size", "images of one prompt, among which advantages are taken"),
     "sample.train_batch_size": ("rollout.prompts_per_step", "a step samples prompts_per_step x group_size images"),
+    "sample.batch_size": ("rollout.max_num_seqs", "images denoised together; a step samples prompts_per_step x group_size"),
     "num_batches_per_epoch": ("rollout.prompts_per_step", "there are no epochs: a step is one rollout and one update"),
     "num_epochs": ("trainer.steps", "there are no epochs: a step is one rollout and one update"),
     "num_inner_epochs": ("trainer.updates_per_step", "mini-batches of one rollout, each seen once"),
     "train.batch_size": ("trainer.micro_batch_size", "(trajectory, step) pairs a backward pass"),
-    "gradient_accumulation_steps": ("trainer.updates_per_step", "gradients are summed over a mini-batch by themselves"),
+    "gradient_accumulation_steps": (
+        NONE,
+        "gradients of a mini-batch are summed over as many passes as trainer.micro_batch_size makes of it; how many "
+        "mini-batches a step has (of flow_grpo: num_batches_per_epoch / gradient_accumulation_steps) is "
+        "trainer.updates_per_step",
+    ),
     "num_steps": ("sampling.num_inference_steps", ""),
     "eval_num_steps": ("sampling.num_inference_steps", "evaluation takes as many steps as training"),
     "guidance_scale": ("sampling.true_cfg_scale", "1.0 and below turn guidance off"),
@@ -43,6 +50,7 @@ ALIASES: dict[str, tuple[str, str]] = {
     "adam_epsilon": (NONE, "AdamW's epsilon is torch's own"),
     "dataset": ("prompts", "a file: .txt, .jsonl or .parquet"),
     "prompt_fn": ("prompts", "a file: .txt, .jsonl or .parquet"),
+    "reward_fn.*": ("reward.weights", "reward.weights={NAME: WEIGHT}"),
     "reward_fn": ("reward", "reward=NAME, or reward.weights={NAME: WEIGHT}"),
     "rewards": ("reward", "reward=NAME, or reward.weights={NAME: WEIGHT}"),
     "logdir": ("run_dir", ""),
@@ -99,6 +107,7 @@ ALIASES: dict[str, tuple[str, str]] = {
     "report_to": ("wandb.mode", "or monitor.tensorboard=true; metrics.jsonl is always written"),
     "project_name": ("wandb.project", ""),
     "experiment_name": ("run_dir", "the run is named like its folder"),
+    "max_actor_ckpt_to_keep": ("trainer.keep_checkpoints", ""),
     "default_local_dir": ("run_dir", ""),
     "output_dir": ("run_dir", ""),
     "resume_mode": ("trainer.resume", "none, auto, or a checkpoint's folder"),
@@ -154,6 +163,14 @@ ALIASES: dict[str, tuple[str, str]] = {
     "shuffle": (NONE, "prompts are shuffled by sampling.seed and the epoch"),
     "free_cache_engine": (NONE, "engine and trainer hold their weights; omni-rollout plan says what fits"),
     "enforce_eager": ("parity", "exact is eager; fast compiles on a GPU"),
+    # everybody
+    "epochs": ("trainer.steps", "there are no epochs: a step is one rollout and one update"),
+    "batch_size": ("rollout.prompts_per_step", "prompts of a step; trainer.micro_batch_size: pairs of a backward pass"),
+    "num_generations": ("rollout.group_size", "images of one prompt, among which advantages are taken"),
+    "n_images": ("rollout.group_size", "images of one prompt, among which advantages are taken"),
+    "lora.r": ("trainer.lora_rank", "0 trains full weights"),
+    "guidance": ("sampling.true_cfg_scale", "1.0 and below turn guidance off"),
+    "out": ("run_dir", "out=FOLDER is of rollout and evaluate"),
     # Flow-Factory
     "model_name_or_path": ("model.path", "a checkpoint in diffusers layout, or a hub id"),
     "model_type": ("model.family", ""),
@@ -196,6 +213,7 @@ def meant(key: str, last_is_ours: bool = False) -> tuple[str, str] | None:
     """
     parts = key.split(".")
     ends = [".".join(parts[start:]) for start in range(len(parts))]
+    ends += [f"{'.'.join(parts[start:-1])}.*" for start in range(len(parts) - 1)]
     return next((ALIASES[end] for end in ends if end in ALIASES and ("." in end or end == key or not last_is_ours)), None)
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -21,9 +19,10 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from omni_rollout import plugins
 from omni_rollout.algorithms import algorithm_class, names, source_name
-from omni_rollout.config import AlgorithmConfig, RewardConfig, TrainConfig
+from omni_rollout.config import RewardConfig, TrainConfig
 from omni_rollout.errors import UserError
-from omni_rollout.launch import ahead, aliases
+from omni_rollout.launch import ahead
+from omni_rollout.launch.keys import deleted, expectation, is_free, keys, kind_of, meant, nearest, own_reward, unknown_key
 from omni_rollout.launch.paths import config_dir, recipe_dir
 
 
@@ -58,7 +57,7 @@ def compose(
             raise UserError(
                 f"{override.input_line}: the checkpoint brings the settings of its run; leave it out, or give single keys"
             )
-    replaced = [override for override in parsed if _is_free(override.key_or_group)]  # Hydra would add them to the group's
+    replaced = [override for override in parsed if is_free(override.key_or_group)]  # Hydra would add them to the group's
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             plain = [_for_hydra(override) for override in parsed if override not in replaced]
@@ -91,9 +90,9 @@ def _check_read(override: Override, command: str, reads: Sequence[str]) -> None:
 def _lay_under(composed: Any, settings: Mapping[str, Any], overrides: Sequence[Override]) -> None:
     """Sets what a checkpoint was trained with, then once more what was given. A key that this version lacks decides nothing."""
     groups = {override.key_or_group for override in overrides if _choices(override.key_or_group)}
-    kept = {key: value for key, value in settings.items() if key.partition(".")[0] not in groups and _kind(key) is not None}
+    kept = {key: value for key, value in settings.items() if key.partition(".")[0] not in groups and kind_of(key) is not None}
     for section in {key.rpartition(".")[0] for key in kept}:
-        if _is_free(section):  # names of the user's choosing replace those of configs/
+        if is_free(section):  # names of the user's choosing replace those of configs/
             OmegaConf.update(composed, section, {}, merge=False)
     for key, value in kept.items():
         OmegaConf.update(composed, key, value, merge=False, force_add=True)
@@ -153,7 +152,7 @@ def _with_algorithm(composed: Any) -> DictConfig:
     for key in section:
         if key not in known:
             near = [f"algorithm.{name}" for name in difflib.get_close_matches(key, known, n=1)]
-            told = " ".join(filter(None, (_meant(f"algorithm.{key}", near), f"it has {', '.join(known)}")))
+            told = "; ".join(filter(None, (meant(f"algorithm.{key}", near), f"it has {', '.join(known)}")))
             raise UserError(f"algorithm.{key}: {section['name']} has no such key; {told}")
     schema = OmegaConf.structured(TrainConfig(algorithm=algorithm(), reward=RewardConfig(weights={})))
     return cast(DictConfig, OmegaConf.merge(schema, OmegaConf.create(values)))
@@ -182,34 +181,46 @@ def _parse(override: str) -> Override:
 
 def _for_hydra(override: Override) -> str:
     """A free key (a reward's weight, an algorithm's own key) may be new, which Hydra wants to see marked."""
-    inside = _is_free(section := override.key_or_group.rpartition(".")[0]) or section == "algorithm"
+    inside = is_free(section := override.key_or_group.rpartition(".")[0]) or section == "algorithm"
     return f"++{override.input_line}" if inside and override.type == OverrideType.CHANGE else str(override.input_line)
 
 
 def _check_override(override: Override) -> None:
     """Catches what Hydra would report without naming the key or the nearest choice."""
     key, value = override.key_or_group, override.value()
-    if key.startswith("hydra.") or override.is_delete():
+    if key.startswith("hydra."):
+        return
+    if override.is_delete():
+        if not is_free(key.rpartition(".")[0]):
+            raise deleted(key)
         return
     choices = _choices(key)
     if choices and not isinstance(value, dict):
         if value not in choices:
+            if key == "reward" and _is_source(value):
+                raise own_reward(key, str(value))
             own = f"; for one of your own: {key}.source, docs/extending.md" if key in ("reward", "algorithm") else ""
-            raise UserError(f"{key}={value}: no such choice; {_nearest(str(value), choices, prefix=f'{key}=')}{own}")
+            raise UserError(f"{key}={value}: no such choice; {nearest(str(value), choices, prefix=f'{key}=')}{own}")
         return
-    kind = _kind(key)
+    kind = kind_of(key)
     if kind is None:
-        raise _unknown_key(key)
+        raise unknown_key(key)
+    if key == "reward.source" and _is_source(value):
+        raise own_reward(key, str(value))
     if is_dataclass(kind) and not isinstance(value, dict):
-        inside = ", ".join(candidate for candidate in _schema_keys() if candidate.startswith(f"{key}."))
+        inside = ", ".join(candidate for candidate in keys() if candidate.startswith(f"{key}."))
         raise UserError(f"{key}={value}: {key} is a section; set one of {inside}")
+
+
+def _is_source(value: Any) -> bool:
+    return isinstance(value, str) and (plugins.is_function(value) or plugins.is_address(value) or value.endswith(".py"))
 
 
 def _explain(error: Exception, overrides: Iterable[Override]) -> UserError:
     """Hydra's error in terms of keys; the cause carries the key, the message only the file."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
-        return UserError(f"{error.missing_cfg_file}: no such file in {config_dir()}; {_nearest(choice, _choices(group))}")
+        return UserError(f"{error.missing_cfg_file}: no such file in {config_dir()}; {nearest(choice, _choices(group))}")
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
@@ -217,43 +228,16 @@ def _explain(error: Exception, overrides: Iterable[Override]) -> UserError:
     if cause is None or not cause.full_key:
         return UserError(first_line)
     key = cause.full_key.partition("[")[0]  # of a list's item: the list
-    kind = _kind(key)
+    kind = kind_of(key)
     if kind is None:
-        return _unknown_key(key)
+        return unknown_key(key)
     given = next((str(override.input_line) for override in overrides if override.key_or_group == key), None)
     if isinstance(cause, InterpolationResolutionError):
         reason = first_line.rpartition("while resolving interpolation: ")[2]
         return UserError(f"{given or key}: {reason}")
     if given is None:  # set in a file, or within a dictionary
-        return UserError(f"{key}: {_expectation(kind, '')}; {first_line}")
-    return UserError(f"{given}: {first_line if kind is Any else _expectation(kind, given)}")
-
-
-def _expectation(kind: Any, given: str) -> str:
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return _nearest(given.partition("=")[2], [member.name for member in kind])
-    return f"expected {kind.__name__ if isinstance(kind, type) else str(kind).replace('typing.', '').lower()}"
-
-
-def _unknown_key(key: str) -> UserError:
-    hint = _meant(key, difflib.get_close_matches(key, _schema_keys(), n=1))
-    return UserError(f"{key}: no such key; {hint or 'there are ' + ', '.join(OmegaConf.structured(TrainConfig))}")
-
-
-def _meant(key: str, near: Sequence[str]) -> str:
-    """What of ours may have been meant, as a sentence; `near`: if nothing better is found."""
-    same_leaf = [candidate for candidate in _schema_keys() if candidate.rpartition(".")[2] == key.rpartition(".")[2]]
-    alias = aliases.meant(key, last_is_ours=bool(same_leaf))
-    if alias is not None:
-        ours, note = alias
-        return f"did you mean {ours}?{f' ({note})' if note else ''}" if ours else note
-    return f"did you mean {' or '.join(same_leaf or near)}?" if same_leaf or near else ""
-
-
-def _nearest(given: str, choices: Sequence[str], *, prefix: str = "") -> str:
-    near = difflib.get_close_matches(given, choices, n=1)
-    did_you_mean = f"did you mean {prefix}{near[0]}? " if near else ""
-    return f"{did_you_mean}expected one of {', '.join(choices) or 'none'}"
+        return UserError(f"{key}: {expectation(kind, '')}; {first_line}")
+    return UserError(f"{given}: {first_line if kind is Any else expectation(kind, given)}")
 
 
 def _choices(group: str) -> list[str]:
@@ -264,37 +248,3 @@ def _choices(group: str) -> list[str]:
 def _files(group: str) -> list[str]:
     folder = config_dir() / group
     return sorted(path.stem for path in folder.glob("*.yaml")) if group and folder.is_dir() else []
-
-
-def _kind(key: str) -> Any:
-    """The type that the schema gives a key (a dataclass for a section); None: there is no such key."""
-    kind: Any = TrainConfig
-    for part in key.split("."):
-        if get_origin(kind) is dict:
-            kind = get_args(kind)[1]
-        elif is_dataclass(kind):
-            # An algorithm's own keys are checked when it is known which one was chosen.
-            kind = _fields(kind).get(part, Any if kind is AlgorithmConfig else None)
-        else:
-            return None
-    return kind
-
-
-def _fields(section: Any) -> dict[str, Any]:
-    return {name: _without_none(hint) for name, hint in get_type_hints(section).items()}
-
-
-def _without_none(hint: Any) -> Any:
-    return next(kind for kind in get_args(hint) if kind is not NoneType) if isinstance(hint, UnionType) else hint
-
-
-def _is_free(key: str) -> bool:
-    """Whether a key holds names of the user's choosing, such as the rewards' weights."""
-    return bool(key) and get_origin(_kind(key)) is dict
-
-
-def _schema_keys(section: Any = TrainConfig, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, kind in _fields(section).items():
-        keys += _schema_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [f"{prefix}{name}"]
-    return keys

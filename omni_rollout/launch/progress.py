@@ -166,6 +166,11 @@ def quieten_libraries(model: str) -> None:
         os.environ.setdefault(name, "error")
     if os.path.isdir(model):  # one of the hub may have to be downloaded, which is worth a bar
         disable_progress_bars()  # transformers' own as well
+    logging.getLogger("DeepSpeed").addFilter(_is_an_error)  # its import sets the level, and has a handler that writes to stdout
     if os.environ.get("VLLM_CONFIGURE_LOGGING", "0") == "0":
         for name in ("vllm", "vllm_omni"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _is_an_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

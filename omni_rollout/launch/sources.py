@@ -21,7 +21,8 @@ def reward_problems(config: TrainConfig) -> Iterator[str]:
     given = [("reward.weights", item) for item in weights.items()]
     given += [("evaluation.reward.weights", item) for item in untrained.items()]
     for key, (name, weight) in given:
-        yield from unknown(key, name, known)
+        for problem in unknown(key, name, known):
+            yield f"{problem}; one of your own needs its function too: reward.source.{name}=path/to/file.py:FUNCTION"
         if not math.isfinite(weight):
             yield f"{key}.{name}={weight}: expected a finite number"
     for name, source in sources.items():

@@ -34,7 +34,7 @@ class Matrix:
     images: int = 8  # per cell; also the engine's places
     causes: bool = True  # measure what each broken rule would cost
     compile: bool = False  # among the causes; compiling takes minutes
-    true_width: bool = True  # also one block of Qwen-Image's own width, in a matrix of its own
+    true_width: bool = True  # also one block of Qwen-Image's own width, in a matrix of its own; `parse` has its default
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Matrix:
@@ -53,7 +53,8 @@ class Matrix:
             if name in values:
                 raise UserError(f"{word}: {name} is given twice; give it once, as {name}=VALUE,VALUE")
             values[name] = _value(name, text)
-        return cls(**values)
+        narrowed = values.keys() & {item.name for item in fields(Cell)}  # who asks for some cells wants those alone
+        return cls(**{"true_width": not narrowed, **values})
 
 
 @dataclass(frozen=True, kw_only=True)

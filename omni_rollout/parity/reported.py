@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -74,8 +75,8 @@ def replay(
     if json_path is not None:
         write_json({"capsules": [_capsule(result) for result in results]}, json_path)
     console = Console(soft_wrap=True)
-    for result in results:
-        console.print(_line(result), markup=False, highlight=False)
+    for line in _lines(results):
+        console.print(line, markup=False, highlight=False)
     for told in _sampled_by_others(results):
         console.print(told, markup=False, highlight=False)
     held = sum(result.holds for result in results)
@@ -86,11 +87,36 @@ def replay(
 
 
 def _sampled_by_others(results: Sequence[Replayed]) -> Iterator[str]:
-    """Once for each policy version: which weights these capsules ask for, and how to give them."""
-    versions = [result.other_version for result in results if result.other_version is not None]
-    for version, number in sorted(Counter(versions).items()):
-        whose = f"checkpoint=RUN/checkpoints/step_{version:05d}" if version else "the model that the run started from"
-        yield f"{number} capsules were sampled with other weights than these, after step {version} of their run: give {whose}"
+    """Once for each run and policy version: which weights these capsules ask for, and how to give them."""
+    others = [(result.other_version, _run_of(result.path)) for result in results if result.other_version is not None]
+    for (version, run), number in sorted(Counter(others).items(), key=str):
+        told = f"{number} capsules were sampled with other weights than these, after step {version} of their run"
+        step = f"checkpoints/step_{version:05d}"
+        if not version:
+            yield f"{told}: give the model that the run started from"
+        elif run is None or (run / step).is_dir():
+            yield f"{told}: give checkpoint={'RUN' if run is None else run}/{step}"
+        else:
+            yield f"{told}: those were not kept, there is no {run / step}; trainer.save_every=1 keeps them"
+
+
+def _run_of(capsule: Path) -> Path | None:
+    """The run folder that a capsule lies in, as `trajectories.journal` lays it down; None: it lies elsewhere."""
+    folder = capsule.parent
+    return folder.parent.parent if folder.name.startswith("step_") and folder.parent.name == "rollout" else None
+
+
+def _lines(results: Sequence[Replayed]) -> Iterator[str]:
+    """One for each capsule; those in a row that differ for the same reason, such as other weights, are told together."""
+    for reason, group in groupby(results, lambda result: result.not_honoured if result.status == "different" else ()):
+        together = list(group)
+        if not reason or len(together) == 1:
+            yield from map(_line, together)
+            continue
+        measures = [result.measure for result in together if result.measure is not None]
+        gap, kl = max(measure.max_abs_diff for measure in measures), max((measure.kl for measure in measures), key=abs)
+        which = f"{len(together)} capsules, from {together[0].path} to {together[-1].path}"
+        yield f"different  {which}: by up to {gap:.3g}, KL up to {kl:.3g}; not honoured: {', '.join(reason)}"
 
 
 def _line(result: Replayed) -> str:

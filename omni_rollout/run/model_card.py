@@ -21,14 +21,33 @@ def write_card(config: TrainConfig, source: Source, to: str, out: Path) -> None:
 
 def _lines(config: TrainConfig, source: Source, to: str, out: Path) -> Iterator[str]:
     run, base = source.run, _shown("model.path", config.model.path)
+    local = Path(config.model.path).is_dir()  # its name says nothing elsewhere, and would be looked up as a hub's
     rewards = [f"{key.removeprefix('reward.weights.')} ({value:g})" for key, value in run.config.items() if "reward.w" in key]
     algorithm, kind = run.config.get("algorithm.name"), "LoRA" if source.kind == "lora" else "full weights"
-    yield from ("---", f"base_model: {base}", "library_name: diffusers", "tags:", "- omni_rollout", f"- {algorithm}")
-    yield from (*(["- lora"] if to == "lora" else []), "---", "", f"# {base}, trained for {', '.join(rewards)}", "")
+    yield from ("---", *([] if local else [f"base_model: {base}"]), "library_name: diffusers", "tags:", "- omni_rollout")
+    yield from (
+        f"- {algorithm}",
+        *(["- lora"] if to == "lora" else []),
+        "---",
+        "",
+        f"# {base}, trained for {', '.join(rewards)}",
+        "",
+    )
     which = f"{kind}, average of the weights" if source.averaged else kind
     yield f"Step {run.step} of a {algorithm} run of omni_rollout ({which})."
     yield f"What is here: {to}, {config.model.dtype.value}."
-    yield from ("", "## Loading", "", "```python", *_loading(config, to, base, out), "```", "")
+    if local:
+        told = "a run keeps no digest of what it started from, so no base_model is named above"
+        yield f"The base model was a folder named {PurePath(base).name}, of family {config.model.family}; {told}."
+    yield from (
+        "",
+        "## Loading",
+        "",
+        "```python",
+        *_loading(config, to, "PATH OF THE BASE MODEL" if local else base, out),
+        "```",
+        "",
+    )
     if metrics := _metrics(source):
         yield from ("## After this step", "", "| metric | value |", "|---|---|")
         yield from (*(f"| {name} | {value:.4f} |" for name, value in metrics.items()), "")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,33 @@ class Start:
     def step(self) -> int:
         """Steps that are done."""
         return self.run.step if self.run is not None else 0
+
+
+def check_has_a_folder(config: TrainConfig, words: Sequence[str]) -> None:
+    """Raises UserError where `auto` is to go on in a folder that was named after this very second.
+
+    Args:
+        words: as typed. One of them, or a file of `configs/`, may have given the folder.
+    """
+    given = any(word.lstrip("+").startswith("run_dir=") for word in words)
+    if config.trainer.resume != "auto" or config.launch.slurm or given or not _named_by_the_clock(config.run_dir):
+        return
+    place = Path(config.run_dir).parent
+    started = [path for path in place.glob("*/config.yaml") if path.is_file()]
+    newest = max(started, key=lambda path: path.stat().st_mtime, default=None)
+    how = f"FOLDER (there is no run in {place})" if newest is None else f"{newest.parent}, the newest there is"
+    raise UserError(
+        "trainer.resume=auto without run_dir: every start has a new folder, in which there is nothing to go on from; "
+        f"give run_dir={how}"
+    )
+
+
+def _named_by_the_clock(run_dir: str) -> bool:
+    try:
+        datetime.strptime(run_dir, TrainConfig.run_dir.replace("${now:", "").removesuffix("}"))
+    except ValueError:
+        return False
+    return True
 
 
 def find_start(config: TrainConfig) -> Start:

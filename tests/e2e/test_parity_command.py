@@ -37,7 +37,6 @@ def test_parity_says_zero_and_exits_0(model, tmp_path):
         "in_flight=3",
         "images=3",
         "causes=false",
-        "true_width=false",
     ]
     done = command("parity", f"model.path={model}", "--json", str(out), "--html", str(tmp_path / "p.html"), "--matrix", *matrix)
     assert done.returncode == 0, done.stderr
@@ -51,7 +50,7 @@ def test_parity_says_zero_and_exits_0(model, tmp_path):
 @pytest.mark.parametrize("family", families())
 def test_a_family_without_a_path_is_a_random_model_of_it(family, tmp_path):
     out = tmp_path / "parity.json"
-    matrix = ["dtype=bfloat16", "guidance=4.0", "width=natural", "in_flight=3", "images=3", "causes=false", "true_width=false"]
+    matrix = ["dtype=bfloat16", "guidance=4.0", "width=natural", "in_flight=3", "images=3", "causes=false"]
     done = command("parity", f"model.family={family}", "--json", str(out), "--matrix", *matrix)
     assert done.returncode == 0, done.stdout + done.stderr
     ((cell,), name) = (json.loads(out.read_text())[key] for key in ("cells", "model"))
@@ -71,14 +70,15 @@ def test_replay_tells_capsules_that_hold_from_those_that_do_not(model, tmp_path)
     )
     assert rolled.returncode == 0, rolled.stderr
     capsules = sorted((tmp_path / "out").glob("*.safetensors"))
-    held = command("replay", *map(str, capsules), f"model.path={model}")
+    held = command("replay", str(tmp_path / "out"), f"model.path={model}")
     assert held.returncode == 0 and "2 of 2 capsules hold bit for bit" in held.stdout, held.stdout + held.stderr
     (tmp_path / "broken.safetensors").write_bytes(capsules[0].read_bytes()[:100])
     other = tmp_path / "other"
     build_random(other, layers=2, seed=6)
     mixed = command("replay", *map(str, capsules), str(tmp_path / "broken.safetensors"), f"model.path={other}")
     assert mixed.returncode == 1
-    assert mixed.stdout.count("different  ") == 2 and mixed.stdout.count("refused  ") == 1
+    assert mixed.stdout.count("different  2 capsules, from ") == 1 and mixed.stdout.count("refused  ") == 1
+    assert mixed.stderr.startswith(f"{tmp_path}/broken.safetensors: not a readable safetensors file"), "at once"
 
 
 def test_a_wrong_word_is_one_line(model):

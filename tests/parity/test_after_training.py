@@ -32,6 +32,7 @@ from omni_rollout.policy.lora import attach_lora
 from omni_rollout.rollout.to_folder import engine_of, sample_to_folder
 from omni_rollout.run.evaluate import evaluate
 from omni_rollout.run.export import export
+from omni_rollout.run.model_card import write_card
 from omni_rollout.run.restore import put_into, restored_policy
 from omni_rollout.run.resume import run_state
 from omni_rollout.run.source import Source, find_source
@@ -176,6 +177,19 @@ def test_the_card_tells_every_file_and_no_path_of_this_machine(exported: Path, f
         assert all(f"| {path.relative_to(exported / to)} | " in card for path in files)
         assert "| trainer.lora_rank | 4 |" in card and "jpeg_compressibility" in card
         assert not [path for path in [*files, exported / to / "README.md"] if str(folder).encode() in path.read_bytes()]
+
+
+def test_the_card_names_a_base_of_the_hub_and_describes_one_of_this_machine(
+    exported: Path, config: TrainConfig, saved: Path, tmp_path: Path
+) -> None:
+    card = (exported / "lora" / "README.md").read_text()
+    assert "base_model:" not in card and 'from_pretrained("PATH OF THE BASE MODEL"' in card
+    assert "\nThe base model was a folder named model, of family qwen_image; a run keeps no digest of what" in card
+    hub = replace(config, model=replace(config.model, path="Qwen/Qwen-Image"))
+    write_card(hub, source_of(saved), "lora", tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nbase_model: Qwen/Qwen-Image\n") and "The base model was" not in card
+    assert 'from_pretrained("Qwen/Qwen-Image"' in card
 
 
 @pytest.fixture

@@ -183,7 +183,7 @@ def test_the_true_width_has_cells_of_its_own_and_the_size_of_its_cause(checkpoin
         built.append((layers, heads, head_dim, out))
         return build_random(out, layers=1, heads=2)
 
-    matrix = Matrix.parse(["dtype=bfloat16", "guidance=4.0", "width=64", "in_flight=3", "images=3"])
+    matrix = Matrix.parse(["dtype=bfloat16", "guidance=4.0", "width=64", "in_flight=3", "images=3", "true_width=true"])
     status = reported.parity(config_of(checkpoint), json_path=tmp_path / "out.json", matrix=matrix, build_random=small)
     report = json.loads((tmp_path / "out.json").read_text())
     ((layers, heads, head_dim, folder),) = built
@@ -195,5 +195,6 @@ def test_the_true_width_has_cells_of_its_own_and_the_size_of_its_cause(checkpoin
 
 def test_a_model_of_that_width_is_not_measured_twice(checkpoint, monkeypatch):
     monkeypatch.setattr("omni_rollout.models.qwen_image.probe.TRUE_WIDTH", (1, 128))
-    matrix = Matrix.parse(["dtype=bfloat16", "guidance=4.0", "width=64", "in_flight=3", "images=1", "causes=false"])
+    words = ["dtype=bfloat16", "guidance=4.0", "width=64", "in_flight=3", "images=1", "causes=false", "true_width=true"]
+    matrix = Matrix.parse(words)
     assert reported.parity(config_of(checkpoint), matrix=matrix, build_random=lambda *_, **__: pytest.fail("built")) == 0

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ import torch
 
 from omni_rollout.config import TrainConfig
 from omni_rollout.parity import reported
-from omni_rollout.parity.replay import other_machine
+from omni_rollout.parity.measure import measure
+from omni_rollout.parity.replay import Replayed, other_machine
 from omni_rollout.trajectories.capsule import load_capsule, save_capsule
 from omni_rollout.types import Trajectory
 
@@ -152,3 +154,30 @@ def test_other_weights_are_no_matter_of_the_machine(own, replayed, tmp_path):
     save_capsule(replace(trajectory, fingerprint={**trajectory.fingerprint, "weights": "0" * 64}), path)
     status, (result,), _ = replayed(path)
     assert (status, result["status"]) == (1, "different") and result["not_honoured"]
+
+
+def test_capsules_of_other_weights_are_one_line_and_weights_that_were_not_kept_are_told(tmp_path):
+    def other(path: Path, version: int) -> Replayed:
+        found = measure([trajectory], [trajectory.log_probs + 0.5], 1e-3)
+        return Replayed(path=path, measure=found, not_honoured=(f"weights ({version}, here 9)",), other_version=version)
+
+    trajectory: Any = SimpleNamespace(log_probs=torch.zeros(3), latents=torch.zeros(4, 2, 2))
+    run, elsewhere = tmp_path / "run", Path("sampled")
+    (run / "checkpoints" / "step_00003").mkdir(parents=True)
+    results = [other(run / f"rollout/step_0000{step}/{name}.safetensors", step) for step in (2, 3) for name in "abc"]
+    folders = [run / "rollout" / f"step_0000{step}" for step in (2, 3)]
+    assert list(reported._lines(results)) == [
+        f"different  3 capsules, from {folder}/a.safetensors to {folder}/c.safetensors: by up to 0.5, KL up to -0.5; "
+        f"not honoured: weights ({folder.name[-1]}, here 9)"
+        for folder in folders
+    ]
+    (line,) = reported._lines(results[:1])
+    assert line.startswith(f"different  {results[0].path}: by up to 0.5")
+    results.append(other(elsewhere / "d.safetensors", 4))
+    told = "capsules were sampled with other weights than these, after step"
+    lost = f"those were not kept, there is no {run}/checkpoints/step_00002; trainer.save_every=1 keeps them"
+    assert set(reported._sampled_by_others(results)) == {
+        f"3 {told} 2 of their run: {lost}",
+        f"3 {told} 3 of their run: give checkpoint={run}/checkpoints/step_00003",
+        f"1 {told} 4 of their run: give checkpoint=RUN/checkpoints/step_00004",
+    }

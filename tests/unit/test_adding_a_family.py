@@ -115,7 +115,7 @@ def test_the_smallest_family_of_the_page_is_exact(tmp_path: Path) -> None:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(text)
     (tmp_path / "omni_rollout/models/qwen_image_small/__init__.py").touch()
-    matrix = ["dtype=bfloat16", "guidance=4.0", "width=natural", "in_flight=3", "images=3", "causes=false", "true_width=false"]
+    matrix = ["dtype=bfloat16", "guidance=4.0", "width=natural", "in_flight=3", "images=3", "causes=false"]
     command = [sys.executable, "-m", "omni_rollout.cli", "parity", "model.family=qwen_image_small", "--json", "out.json"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([*command, "--matrix", *matrix], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -470,7 +470,7 @@ def composed(*overrides: str) -> Any:
         (["algorithm=awm", "algorithm.mix_beta=1"], "algorithm.mix_beta: awm has no such key; it has name"),
         (["algorithm.clip_range=1"], r"algorithm.clip_range: flow_grpo has no such key; did you mean trainer.clip_range\?"),
         (["algorithm=awm", "algorithm.times=often"], "algorithm.times=often: .*often"),
-        (["algorithm.kl_coef=much"], "algorithm.kl_coef=much: expected float"),
+        (["algorithm.kl_coef=much"], "algorithm.kl_coef=much: expected a number"),
         (["algorithm.source=nowhere.py"], "algorithm.source=.*nowhere.py: cannot be imported, FileNotFoundError"),
         (["algorithm.source=3"], "algorithm.source=3: cannot be imported, ModuleNotFoundError"),
         (["algorithm.source=nowhere"], "algorithm.source=nowhere: cannot be imported, ModuleNotFoundError"),

@@ -9,7 +9,8 @@ import pytest
 
 from omni_rollout.cli import main
 from omni_rollout.launch import aliases
-from omni_rollout.launch.compose import _choices, _kind
+from omni_rollout.launch.compose import _choices
+from omni_rollout.launch.keys import kind_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "coming_from.md"
 ASKED = {  # key typed -> key it must name; those that the first trial found answered wrongly or not at all, and their like
@@ -58,6 +59,17 @@ ASKED = {  # key typed -> key it must name; those that the first trial found ans
     "train.advantage_aggregation": "reward.normalise",
     "scheduler.num_sde_steps": "sampling.sde_window_size",
     "config.activation_checkpointing": "trainer.gradient_checkpointing",
+    "epochs": "trainer.steps",
+    "batch_size": "rollout.prompts_per_step",
+    "num_generations": "rollout.group_size",
+    "n_images": "rollout.group_size",
+    "lora.r": "trainer.lora_rank",
+    "guidance": "sampling.true_cfg_scale",
+    "trainer.max_actor_ckpt_to_keep": "trainer.keep_checkpoints",
+    "sample.batch_size": "rollout.max_num_seqs",
+    "train.batch_size": "trainer.micro_batch_size",
+    "reward_fn.pickscore": "reward.weights",
+    "out": "run_dir",
     "trainer.stpes": "trainer.steps",  # and a slip of the hand is none
 }
 
@@ -69,11 +81,18 @@ def test_what_others_call_it_is_answered_with_ours(typed: str, ours: str, capsys
     assert re.match(rf"error: {typed}: (flow_grpo has )?no such key; did you mean {re.escape(ours)}\?", told), told
 
 
+def test_gradients_are_summed_by_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    """Naming trainer.updates_per_step alone would change what is learned."""
+    assert main(["train", "experiment=nano_ocr", "train.gradient_accumulation_steps=4"]) == 2
+    told = capsys.readouterr().err
+    assert "no such key; gradients of a mini-batch are summed over as many passes as trainer.micro_batch_size makes" in told
+
+
 @pytest.mark.parametrize("theirs", aliases.ALIASES)
 def test_every_alias_names_a_key_that_is_there_and_none_that_is_ours_already(theirs: str) -> None:
     ours, note = aliases.ALIASES[theirs]
-    assert _kind(theirs) is None, f"{theirs} is a key of ours: the alias is never read"
-    assert (_kind(ours) is not None or bool(_choices(ours))) if ours else note
+    assert kind_of(theirs) is None, f"{theirs} is a key of ours: the alias is never read"
+    assert (kind_of(ours) is not None or bool(_choices(ours))) if ours else note
 
 
 def test_at_least_the_keys_that_were_tried_are_known() -> None:

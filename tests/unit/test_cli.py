@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from omni_rollout.cli import main
+from omni_rollout.commands import replay
 from omni_rollout.errors import UserError
 from omni_rollout.launch.paths import recipe_dir
 from omni_rollout.types import RequestError
@@ -167,6 +170,38 @@ def test_replay_checks_numbers_and_takes_a_file_with_an_equals_sign_for_a_file(
     ]
 
 
+def test_replay_takes_a_folder_and_says_where_capsules_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "some").mkdir()
+    (tmp_path / "run" / "rollout" / "step_00002").mkdir(parents=True)
+    for path in ("some/b.safetensors", "some/a.safetensors", "some/grid.png", "run/rollout/step_00002/c.safetensors"):
+        (tmp_path / path).touch()
+    assert [path.name for path in replay._files(tmp_path / "some")] == ["a.safetensors", "b.safetensors"]
+    for folder in ("run", "run/rollout"):
+        assert main(["replay", str(tmp_path / folder), "model=nano"]) == 2
+        told = f"without *.safetensors files, so without capsules; this run keeps them in {tmp_path}/run/rollout/step_00002"
+        assert capsys.readouterr().err == f"error: {tmp_path / folder}: a folder {told}\n"
+    (tmp_path / "run/rollout/step_00002/c.safetensors").unlink()
+    assert main(["replay", str(tmp_path / "run"), "model=nano"]) == 2
+    assert "so without capsules; a run keeps its own in RUN/rollout/step_..." in capsys.readouterr().err
+
+
+def test_replay_says_what_it_cannot_read_before_torch_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, cut, picture = (tmp_path / name for name in ("whole.safetensors", "cut.safetensors", "x.png"))
+    picture.write_bytes(b"\x89PNG")
+    save_file({"x": np.zeros(9)}, whole)
+    cut.write_bytes(whole.read_bytes()[:-1])
+    words = ["replay", str(picture), str(cut), str(tmp_path / "gone"), "model=nano"]
+    code = f"import sys; from omni_rollout.cli import main; print(main({words!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n"
+    first, second, third = done.stderr.splitlines()
+    assert first.startswith(f"error: {picture}: not a readable safetensors file (")
+    assert second.startswith(f"error: {cut}: not a readable safetensors file (") and "was it copied whole?" in second
+    assert third == f"error: {tmp_path / 'gone'}: no such file"
+    replay._tell_unreadable([picture, whole])
+    assert capsys.readouterr().err.startswith(f"{picture}: not a readable"), "beside one that is: it is scored"
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -254,3 +289,12 @@ def test_a_command_that_sampled_says_nothing_of_libraries(tmp_path: Path) -> Non
     assert done.stdout.splitlines() == ["1 image (*.png), its capsule (*.safetensors), index.jsonl and grid.png: out"]
     known = ("1 prompt x ", "weights: ", "loading ", "sampling")
     assert [line for line in done.stderr.splitlines() if not line.startswith(known)] == []
+
+
+def test_the_true_width_is_measured_unless_certain_cells_are_asked_for() -> None:
+    from omni_rollout.parity.matrix import Matrix
+
+    assert Matrix.parse([]).true_width and Matrix.parse(["images=2", "causes=false"]).true_width
+    for word in ("dtype=float32", "guidance=1.0", "width=natural", "in_flight=1"):
+        assert not Matrix.parse([word, "images=2"]).true_width
+        assert Matrix.parse([word, "true_width=true"]).true_width

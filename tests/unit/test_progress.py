@@ -141,3 +141,19 @@ def test_the_libraries_are_quiet_unless_they_are_wanted(verbose: str, monkeypatc
     monkeypatch.setenv(progress.VERBOSE, verbose)
     progress.quieten_libraries("owner/name")
     assert ("WANDB_SILENT" in os.environ, "TRANSFORMERS_VERBOSITY" in os.environ) == (verbose == "0",) * 2
+
+
+def test_deepspeeds_warnings_are_not_among_the_results() -> None:
+    """Whoever imports it first sets its logger's level to WARNING and its handler to stdout."""
+    code = """
+import logging, sys
+from omni_rollout.launch.progress import quieten_libraries
+quieten_libraries("owner/name")
+logger = logging.getLogger("DeepSpeed")
+logger.setLevel(logging.WARNING)
+logger.addHandler(logging.StreamHandler(sys.stdout))
+logger.warning("Setting accelerator to CPU")
+logger.error("an error")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "an error\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from omni_rollout.cli import main
 from omni_rollout.config import AlgorithmConfig, DType, ModelConfig, TrainConfig, TrainerConfig
 from omni_rollout.errors import RunFailedError, UserError
 from omni_rollout.policy import checkpoint
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.folder import checkpoint_folders, step_of
 from omni_rollout.run.resume import check_weights, enter, run_state
-from omni_rollout.run.start import Start, find_start
+from omni_rollout.run.start import Start, check_has_a_folder, find_start
 from omni_rollout.trajectories.journal import Journal
 
 
@@ -86,6 +88,25 @@ def test_auto_without_a_checkpoint_starts_from_the_beginning(tmp_path, capsys):
     assert (Path(config.run_dir) / "metrics.jsonl").read_text() == ""
     assert "starts from the beginning, 0 finished trajectories kept, 2 steps to repeat" in capsys.readouterr().out
     assert find_start(resumed(config_of(tmp_path), "auto")) == Start(), "nothing there at all is fine, too"
+
+
+def test_auto_without_a_run_dir_is_refused_and_the_newest_run_is_named(tmp_path, monkeypatch, capsys):
+    """Every start would have a folder named after its second, and begin at step 0 without a word."""
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "experiment=nano_ocr", "trainer.resume=auto", "dry_run=true"]
+    assert main(words) == 2
+    told = "error: trainer.resume=auto without run_dir: every start has a new folder, in which there is nothing to go on from; "
+    assert capsys.readouterr().err == f"{told}give run_dir=FOLDER (there is no run in runs)\n"
+    for age, name in enumerate(("newer", "older")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").touch()
+        os.utime(tmp_path / "runs" / name / "config.yaml", (100 - age, 100 - age))
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"{told}give run_dir=runs/newer, the newest there is\n"
+    clock = "runs/2026-01-02_03-04-05"
+    for run_dir, typed in ((clock, [f"run_dir={clock}"]), (clock, [f"++run_dir={clock}"]), ("runs/of_a_file", [])):
+        check_has_a_folder(TrainConfig(run_dir=run_dir, trainer=TrainerConfig(resume="auto")), typed)
+    check_has_a_folder(TrainConfig(run_dir=clock), [])
 
 
 def test_none_does_not_write_over_a_run(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
+import shlex
 import sys
 import textwrap
 import time
@@ -17,11 +19,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import omni_rollout.rewards
 from omni_rollout import plugins
 from omni_rollout.cli import main
 from omni_rollout.config import RewardConfig, RewardNormalise
 from omni_rollout.errors import UserError
 from omni_rollout.launch.compose import compose
+from omni_rollout.launch.sources import reward_problems
 from omni_rollout.rewards import RewardBatch, RewardError, WeightedSum, get_reward
 from omni_rollout.rewards.base.call import scores
 from omni_rollout.rewards.base.sum import in_group
@@ -58,6 +62,44 @@ def test_a_function_of_a_file_and_of_a_module(mine: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(mine.parent)
     assert summed("mine.py:bright")(SHADES, PROMPTS).total == expected
     assert summed("mine:bright")(SHADES, PROMPTS).total == expected
+
+
+def test_a_plain_function_in_a_file_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied beside those that come along, which have `make`."""
+    monkeypatch.setattr(omni_rollout.rewards, "__path__", [*omni_rollout.rewards.__path__, str(tmp_path)])
+    monkeypatch.setattr(plugins, "registered", lambda room: ["plain", "empty"])
+    (tmp_path / "plain.py").write_text("def plain(images, prompts, metadata):\n    return [1.0] * len(images)\n")
+    (tmp_path / "empty.py").write_text("def other():\n    pass\n")
+    assert WeightedSum({"plain": 3.0})(SHADES[:2], PROMPTS[:2]).total == [3.0, 3.0]
+    with pytest.raises(UserError, match=r"this reward is read off no model"):
+        get_reward("plain", model="x")
+    with pytest.raises(UserError, match=r"empty\.py has neither make\(threads\), .* nor empty\(images, .*\.source\.empty="):
+        get_reward("empty")
+
+
+@pytest.mark.parametrize("key", ["reward", "reward.source"])
+@pytest.mark.parametrize(
+    ("given", "both"),
+    [
+        ("red.py:red", "'reward.weights={red: 1.0}' reward.source.red=red.py:red"),
+        ("a.b:red", "'reward.weights={red: 1.0}' reward.source.red=a.b:red"),
+        ("red.py", "'reward.weights={NAME: 1.0}' reward.source.NAME=red.py:NAME"),
+        ("http://h:1", "'reward.weights={NAME: 1.0}' reward.source.NAME=http://h:1"),
+    ],
+)
+def test_a_reward_of_ones_own_under_the_wrong_key_is_answered_with_both_right_ones(key: str, given: str, both: str) -> None:
+    words = ["model=nano", "prompts=p.txt"]
+    with pytest.raises(
+        UserError, match=re.escape(f"{key}={given}: a reward of your own needs a name and a weight; give {both}")
+    ):
+        compose([*words, f"{key}={given}"])
+    config = compose([*words, *shlex.split(both)])
+    assert list(config.reward.weights) == list(config.reward.source) == [both.partition("{")[2].partition(":")[0]]
+
+
+def test_a_weight_of_no_reward_names_the_key_of_a_source() -> None:
+    (problem,) = reward_problems(compose(["model=nano", "prompts=p.txt", "reward.weights={red: 1.0}"]))
+    assert problem.endswith("; one of your own needs its function too: reward.source.red=path/to/file.py:FUNCTION")
 
 
 def test_an_entry_point_of_another_package(tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from inspect import signature
 from statistics import fmean, pstdev
+from types import ModuleType
+from typing import cast
 
 import numpy as np
 
@@ -51,10 +53,23 @@ def get_reward(
     point = plugins.entry("omni_rollout.rewards", name)
     if point is not None:
         return plugins.load_entry(point)
-    make = import_module(f"omni_rollout.rewards.{name}").make
+    module = import_module(f"omni_rollout.rewards.{name}")
+    make: Callable[..., Reward] = getattr(module, "make", None) or _plain(module, name)
     if model is not None and "model" not in signature(make).parameters:
         raise UserError(f"reward.model.{name}={model}: this reward is read off no model; leave it out")
     return make(threads) if model is None else make(threads, model)
+
+
+def _plain(module: ModuleType, name: str) -> Callable[[int], Reward]:
+    """Of a file of `omni_rollout/rewards` without `make`: the function that has the file's own name."""
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(
+            f"reward {name}: {module.__file__} has neither make(threads), which returns the reward, nor {name}(images, "
+            "prompts, metadata), which is one; add either, or take a function of any file: "
+            f"reward.source.{name}=path/to/file.py:FUNCTION"
+        )
+    return lambda threads: cast(Reward, function)
 
 
 def make_rewards(config: TrainConfig) -> WeightedSum:
