@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.simulation import plots
 from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import TrainConfig
 from omni_rollout.data.collate import Collator, derive_seed
@@ -45,6 +46,7 @@ from omni_rollout.types import Trajectory
 
 PUBLISHED = 3.3e-5  # mean absolute difference of a log-prob, a mean over the latent's elements
 CLIP_RANGES = (1e-3, 1e-4, 1e-5)
+BIN = 8  # steps that a point of a curve is the mean of; each step has prompts of its own
 Broken = Callable[[Learner, Sequence[Trajectory]], AbstractContextManager[Sequence[Trajectory]]]
 
 
@@ -164,6 +166,22 @@ def training(case: Case, seed: int, clip_range: float, steps: int, folder: Path)
     }
 
 
+def plot(rows: Sequence[dict[str, Any]], clip_range: float) -> str:
+    """SVG: the training reward of each case at a clip range, over the seeds; the exact runs are those of any range."""
+    found: dict[str, list[list[float]]] = {}
+    for row in rows:
+        if row["case"] == "exact" or row["clip_range"] == clip_range:
+            means = [statistics.mean(row["rewards"][at : at + BIN]) for at in range(0, len(row["rewards"]), BIN)]
+            found.setdefault(row["case"], []).append(means)
+    curves = {
+        case: [(min(values), statistics.median(values), max(values)) for values in zip(*runs, strict=True)]
+        for case, runs in found.items()
+    }
+    ticks = [str((at + 1) * BIN) for at in range(len(next(iter(curves.values()))))]
+    title = f"training reward, clip range {clip_range:g}: middle of the seeds, least to largest"
+    return plots.lines(title, f"step (means of {BIN})", ticks, curves, top=1.0, unit="")
+
+
 def table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> Iterator[str]:
     """Markdown: a line for each case and clip range, the least, middle and largest over the seeds."""
     yield f"| clip range | trainer | {' | '.join(keys)} |"
@@ -195,6 +213,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clip", type=float, nargs="+", default=CLIP_RANGES)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="with --train: a picture of each clip range")
     parsed = parser.parse_args()
     rows: list[dict[str, Any]] = []
     if parsed.train:
@@ -205,6 +224,8 @@ def main() -> None:
             if parsed.json:
                 parsed.json.write_text(json.dumps(rows, indent=1))
         keys = ("before", "after", "clipped")
+        for clip_range in parsed.clip if parsed.plots else ():
+            (parsed.plots / f"why_parity-{clip_range:.0e}.svg").write_text(plot(rows, clip_range))
     else:
         for seed in parsed.seeds:
             rows += gradients(seed, parsed.clip)

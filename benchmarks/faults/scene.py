@@ -21,7 +21,7 @@ RANKS_TIMEOUT = 90  # seconds, launch.timeout
 REWARD_TIMEOUT = 15  # seconds, reward.timeout: an image takes milliseconds
 PROCESSES = {
     "embedded": ("backend=embedded",),
-    "verl": ("backend=verl", "rollout.workers=2"),
+    "verl": ("backend=verl", "rollout.workers=2", "launch.max_restarts=4"),  # three of the faults cost one
     "colocated": (
         *("backend=verl", "trainer.ranks=2", "trainer.engine=fsdp2", "rollout.placement=colocated"),
         *(f"launch.timeout={RANKS_TIMEOUT}", "launch.max_restarts=4"),

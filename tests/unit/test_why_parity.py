@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.why_parity import PUBLISHED, Gradients, cases, table
+from benchmarks.why_parity import PUBLISHED, Gradients, cases, plot, table
 from omni_rollout.config import TrainerConfig
 from omni_rollout.trajectories.capsule import load_capsule
 from tests.parity.test_golden import CAPSULE
@@ -50,3 +50,15 @@ def test_the_table_has_a_line_for_each_case_and_clip_range() -> None:
         "|---|---|---|",
         "| 0.0001 | rope | 0.5 to 0.75 |",
     ]
+
+
+def test_a_plot_has_the_exact_runs_beside_those_of_its_range() -> None:
+    rows = [
+        {"case": case, "clip_range": clip, "seed": seed, "rewards": [0.5 + 0.01 * seed + step / 100 for step in range(16)]}
+        for case, clip in (("exact", 1e-3), ("rope", 1e-3), ("rope", 1e-5))
+        for seed in (0, 1)
+    ]
+    narrow = plot(rows, 1e-5)
+    assert ">exact<" in narrow and ">rope<" in narrow and "clip range 1e-05" in narrow
+    assert narrow.count("<polyline") == 2 and narrow.count("<polygon") == 2
+    assert plot(rows[:2], 1e-5).count("<polyline") == 1
