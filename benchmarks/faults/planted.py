@@ -15,11 +15,11 @@ import torch
 from omni_rollout import train as loop
 from omni_rollout.cli import main
 from omni_rollout.policy.learner import Learner
-from omni_rollout.rollout import to_folder
+from omni_rollout.rollout import choice
 from omni_rollout.rollout.engine import RolloutEngine
 
 STEP = 2
-STEPS_BEFORE_THE_HANG = 20  # forward passes of the transformer within that step: some of its images are finished by then
+STEPS_BEFORE_THE_HANG = 100  # forward passes of the transformer within that step: some of its images are finished by then
 
 
 class LearnerWithNaN(Learner):
@@ -49,5 +49,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "nan":
         loop.Learner = LearnerWithNaN  # type: ignore[misc]
     else:
-        to_folder.RolloutEngine = HangingEngine  # type: ignore[misc]
+        choice.RolloutEngine = HangingEngine  # type: ignore[misc]
     sys.exit(main(sys.argv[2:]))

@@ -70,7 +70,7 @@ class Witness:
         self._look()
 
     def _look(self) -> None:
-        for path in sorted(self.run_dir.glob("rollout/step_*/*.safetensors")):
+        for path in self._kept():
             try:
                 status = path.stat()
                 key = (path.name, status.st_ino, status.st_mtime_ns)
@@ -88,6 +88,12 @@ class Witness:
         if last > self._last_step:
             self.steps.append((time.time(), last))
         self._last_step = last
+
+    def _kept(self) -> list[Path]:
+        try:
+            return sorted(self.run_dir.glob("rollout/step_*/*.safetensors"))
+        except FileNotFoundError:  # a folder was deleted while it was being listed
+            return []
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
