@@ -198,11 +198,12 @@ def _spread(values: Sequence[float]) -> list[float]:
 
 def all_training(parsed: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The runs that `rows` does not have yet."""
-    done = {(row["seed"], row["clip_range"], row["case"]) for row in rows}
+    done = {(row["seed"], row["case"] == "exact" or row["clip_range"], row["case"]) for row in rows}
     folder = Path(tempfile.mkdtemp(prefix="why_parity-"))
     for seed, clip_range, case in product(parsed.seeds, parsed.clip, cases()):
-        only_once = case.name == "exact" and clip_range != parsed.clip[0]
-        if not only_once and (seed, clip_range, case.name) not in done:
+        key = (seed, case.name == "exact" or clip_range, case.name)
+        if key not in done:
+            done.add(key)
             yield training(case, seed, clip_range, parsed.steps, folder)
 
 

@@ -69,8 +69,14 @@ def program() -> NoReturn:
     threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing ends its processes
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a pipe whose reader has gone, or closed
+        try:
             stream.flush()
+        except (BrokenPipeError, ValueError):  # nobody reads it any more, or it is closed
+            pass
+        except OSError as error:  # a full disk: what was said is lost, and that is no success
+            status = status or 120  # Python's own
+            with suppress(OSError):
+                os.write(2, f"error: {stream.name} could not be written: {error}\n".encode())
     os._exit(status)
 
 

@@ -52,6 +52,8 @@ def _files(path: Path) -> list[Path]:
     """The path itself, or of a folder the capsules in it."""
     if not path.is_dir():
         return [path]
+    if (path / "state.json").is_file():
+        raise UserError(f"{path}: a checkpoint's folder, no capsules: give it as checkpoint={path}, and what to score")
     if found := sorted(path.glob("*.safetensors")):
         return found
     run = path.parent if path.name == "rollout" else path
@@ -75,7 +77,8 @@ def _unreadable(path: Path) -> str | None:
     if not path.exists():
         return f"{path}: no such file"
     try:
-        with safe_open(path, framework="numpy"):  # reads the header alone, and whether the file is as long as it says
-            return None
+        with safe_open(path, framework="numpy") as file:  # reads the header alone, and whether the file is as long as it says
+            told = file.metadata() or {}
+        return None if "format_version" in told else f"{path}: no capsule, but a safetensors file of something else"
     except (SafetensorError, OSError) as error:
         return f"{path}: not a readable safetensors file ({error}); was it copied whole?"

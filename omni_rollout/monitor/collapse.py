@@ -63,7 +63,10 @@ def reward_collapsed(
 def _held_out_collapsed(
     step: int, metrics: Mapping[str, float], history: Sequence[Mapping[str, Any]], config: TrainConfig
 ) -> Iterator[Alert]:
-    """An evaluation FALL standard errors below the best before. All are of the same prompts and seeds, so that is careful."""
+    """An evaluation FALL standard errors below the best before. All are of the same prompts and seeds, so that is careful.
+
+    Of a single image no error is known, and nothing is said.
+    """
     before = [line for line in history if line.get(HELD_OUT) is not None]
     now = metrics.get(HELD_OUT)
     if not before or now is None or not math.isfinite(now):
@@ -71,17 +74,17 @@ def _held_out_collapsed(
     best = max(before, key=lambda line: line[HELD_OUT])
     error = math.hypot(best.get(HELD_OUT_ERROR) or 0.0, metrics.get(HELD_OUT_ERROR) or 0.0)
     fall = best[HELD_OUT] - now
-    if fall > FALL * error:
+    if error and fall > FALL * error:
         yield Alert(
             name="held_out_collapsed",
             sentence=f"step {step}: the held-out reward is {now:.3f}, it was {best[HELD_OUT]:.3f} at step {best['step']}; the "
-            f"difference is {fall / error if error else math.inf:.1f} standard errors",
+            f"difference is {fall / error:.1f} standard errors",
             **_driven_too_far(config),
         )
 
 
 def _drifted_away(step: int, metrics: Mapping[str, float], config: TrainConfig) -> Iterator[Alert]:
-    if metrics.get(DRIFT, 0.0) > FARTHEST:
+    if (metrics.get(DRIFT) or 0.0) > FARTHEST:
         yield Alert(
             name="drifted_away",
             sentence=f"step {step}: the weights are {metrics[DRIFT]:.3g} times as far from those the run started from as those "

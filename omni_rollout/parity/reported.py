@@ -97,7 +97,8 @@ def _sampled_by_others(results: Sequence[Replayed]) -> Iterator[str]:
         elif run is None or (run / step).is_dir():
             yield f"{told}: give checkpoint={'RUN' if run is None else run}/{step}"
         else:
-            yield f"{told}: those were not kept, there is no {run / step}; trainer.save_every=1 keeps them"
+            keeps = "trainer.save_every=1 keeps them, the newest trainer.keep_checkpoints of them"
+            yield f"{told}: those were not kept, there is no {run / step}; {keeps}"
 
 
 def _run_of(capsule: Path) -> Path | None:

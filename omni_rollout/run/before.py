@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import Schedule, TrainConfig
 from omni_rollout.data.stream import prompt_data, to_score
+from omni_rollout.errors import UserError
 from omni_rollout.models import family_module
 from omni_rollout.rewards import make_rewards
 from omni_rollout.rollout.start import many, sampling_words
@@ -40,7 +41,13 @@ def check_before(config: TrainConfig) -> Prompts:
     tokenizer = quick_tokenizer(config.model.path)
     fit = tokenizer is not None and not any(prompt.images for prompt in prompts)  # how wide an image is, its processor says
     if fit:
-        check_widths(collator_of(config, tokenizer), stream.prompts, held_out)
+        try:
+            check_widths(collator_of(config, tokenizer), stream.prompts, held_out)
+        except UserError:  # seldom enough to ask the checkpoint's own, which takes seconds
+            from transformers import AutoTokenizer
+
+            own = AutoTokenizer.from_pretrained(config.model.path, subfolder="tokenizer")
+            check_widths(collator_of(config, own), stream.prompts, held_out)
     return Prompts(training=len(stream.prompts), evaluation=len(held_out), fit=fit)
 
 

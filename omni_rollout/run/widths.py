@@ -16,21 +16,30 @@ SHOWN = 5  # prompts that an error names
 
 
 class QuickTokenizer:
-    """A checkpoint's tokenizer by its tokenizer.json alone: cuts as transformers' class does, which takes seconds to import."""
+    """A checkpoint's tokenizer by its tokenizer.json alone, without the seconds that transformers takes to be imported.
+
+    It cuts as transformers' class does where that takes the file as it is. Some of them set parts of it anew, and take tokens
+    from other files too; so what is too wide here is for transformers to say.
+    """
 
     def __init__(self, path: str) -> None:
         from tokenizers import Tokenizer
 
         self.name_or_path = path
         self._tokenizer = Tokenizer.from_file(str(Path(path, "tokenizer", "tokenizer.json")))
+        self._tokenizer.no_truncation()  # what somebody has cut or filled up last may be kept in the file
+        self._tokenizer.no_padding()
 
     def __call__(self, text: str) -> Mapping[str, Sequence[int]]:
         return {"input_ids": self._tokenizer.encode(text).ids}
 
 
 def quick_tokenizer(path: str) -> QuickTokenizer | None:
-    """None: the checkpoint is no folder, or its tokenizer lies there in other files."""
-    return QuickTokenizer(path) if Path(path, "tokenizer", "tokenizer.json").is_file() else None
+    """None: the checkpoint is no folder, or its tokenizer lies there in other files, or in one of another version."""
+    try:
+        return QuickTokenizer(path) if Path(path, "tokenizer", "tokenizer.json").is_file() else None
+    except Exception:  # `tokenizers` raises nothing narrower; the run's own tokenizer will say what is wrong
+        return None
 
 
 def collator_of(config: TrainConfig, tokenizer: Any) -> Collator:

@@ -188,7 +188,7 @@ def test_replay_takes_a_folder_and_says_where_capsules_are(tmp_path: Path, capsy
 def test_replay_says_what_it_cannot_read_before_torch_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole, cut, picture = (tmp_path / name for name in ("whole.safetensors", "cut.safetensors", "x.png"))
     picture.write_bytes(b"\x89PNG")
-    save_file({"x": np.zeros(9)}, whole)
+    save_file({"x": np.zeros(9)}, whole, metadata={"format_version": "2"})
     cut.write_bytes(whole.read_bytes()[:-1])
     words = ["replay", str(picture), str(cut), str(tmp_path / "gone"), "model=nano"]
     code = f"import sys; from omni_rollout.cli import main; print(main({words!r}), 'torch' in sys.modules)"
@@ -298,3 +298,22 @@ def test_the_true_width_is_measured_unless_certain_cells_are_asked_for() -> None
     for word in ("dtype=float32", "guidance=1.0", "width=natural", "in_flight=1"):
         assert not Matrix.parse([word, "images=2"]).true_width
         assert Matrix.parse([word, "true_width=true"]).true_width
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_the_program_does_not_succeed_where_its_output_is_lost() -> None:
+    code = "from omni_rollout import cli; cli.main = lambda: print('x' * 9) or 0; cli.program()"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 120 and "could not be written" in done.stderr
+
+
+def test_replay_tells_a_checkpoint_and_a_file_of_something_else_from_capsules(tmp_path: Path, capsys) -> None:
+    (tmp_path / "step_00001").mkdir()
+    (tmp_path / "step_00001" / "state.json").write_text("{}")
+    assert main(["replay", str(tmp_path / "step_00001"), "model=nano"]) == 2
+    assert f"give it as checkpoint={tmp_path}/step_00001" in capsys.readouterr().err
+    weights = next((recipe_dir("nano") / "checkpoint" / "transformer").glob("*.safetensors"))
+    assert main(["replay", str(weights), "model=nano"]) == 2
+    assert "no capsule, but a safetensors file of something else" in capsys.readouterr().err

@@ -200,8 +200,11 @@ def test_a_held_out_reward_that_falls_is_told(config: TrainConfig) -> None:
     worse = {"step": 15, "evaluation/reward": 0.5, "evaluation/reward_se": 0.06}
     assert alerts_of([said, worse], config) == [], "2.5 standard errors are chance"
     assert alerts_of([said, {"step": 15, "evaluation/reward": None}, {**worse, "step": 30}], config) == []
+    one_image = [{"step": step, "evaluation/reward": 2.4 - step, "evaluation/reward_se": 0.0} for step in (0, 1)]
+    assert alerts_of(one_image, config) == [], "of one image no error is known"
 
 
 def test_weights_that_went_away_are_told(config: TrainConfig) -> None:
     run = [{"step": 1, "actor/drift": 0.02}, {"step": 2, "actor/drift": 2.9e5}]
     assert alerts_of(run, config) == [(2, "drifted_away")]
+    assert alerts_of([{"step": 1, "actor/drift": None}], config) == []

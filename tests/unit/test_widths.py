@@ -1,17 +1,21 @@
-"""Prompts that are too wide are told all at once, and before torch is imported."""
+"""Prompts that are too wide are told all at once, and before anything is loaded or written."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from omni_rollout.cli import main
 from omni_rollout.config import TrainConfig
 from omni_rollout.data.prompts import load_prompts
 from omni_rollout.errors import UserError
@@ -74,13 +78,46 @@ def test_many_are_counted(config: TrainConfig) -> None:
         check_widths(collator_of(config, quick_tokenizer(config.model.path)), prompts(WIDE * 4), prompts(WIDE * 4))
 
 
-def test_a_run_with_a_wide_prompt_ends_before_torch(tmp_path: Path) -> None:
+def test_a_run_with_a_wide_prompt_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.txt").write_text("\n".join(['a red sign that says "1"', *WIDE]))
-    words = ["train", "experiment=nano_ocr", f"prompts={tmp_path}/p.txt", f"run_dir={tmp_path}/run"]
-    code = f"import sys; from omni_rollout.cli import main; print(main({words!r}), 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("2 False\n") and "number 2: prompt 'a green card" in done.stderr
+    assert main(["train", "experiment=nano_ocr", f"prompts={tmp_path}/p.txt", f"run_dir={tmp_path}/run"]) == 2
+    assert "number 2: prompt 'a green card" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def changed(tmp_path: Path, **parts: Any) -> str:
+    """A folder like the nano checkpoint, whose tokenizer.json has other parts."""
+    shutil.copytree(CHECKPOINTS[0], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    path = tmp_path / "model" / "tokenizer" / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **parts}))
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("length", [4, 2000])
+def test_what_the_file_keeps_of_cutting_and_filling_is_not_obeyed(tmp_path: Path, length: int) -> None:
+    """The nano tokenizer's own file cuts at 1058 tokens; transformers' class does not."""
+    padding = {"strategy": {"Fixed": 512}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
+    path = changed(tmp_path, padding={**padding, "pad_token": "<|endoftext|>"})
+    text = "cat " * length
+    stock = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
+    assert list(QuickTokenizer(path)(text)["input_ids"]) == list(stock(text)["input_ids"])
+    assert len(QuickTokenizer(CHECKPOINTS[0])("cat " * 2000)["input_ids"]) > 1058
+
+
+def test_what_is_too_wide_by_the_file_alone_is_left_to_transformers(tmp_path: Path) -> None:
+    """Its class sets the normalizer anew, so a text has fewer tokens than the file says."""
+    path = changed(tmp_path, normalizer={"type": "Replace", "pattern": {"String": "red"}, "content": "r e d r e d r e d r e d"})
+    (tmp_path / "p.txt").write_text('a red sign that says "1"\n')
+    config = compose(["experiment=nano_ocr", f"model.path={path}", f"prompts={tmp_path}/p.txt", f"run_dir={tmp_path}/run"])
+    config.evaluation.prompts = config.prompts
+    quick = collator_of(config, quick_tokenizer(path))
+    with pytest.raises(UserError):
+        check_widths(quick, prompts(['a red sign that says "1"']), [])
+    assert check_before(config).fit
+
+
+def test_a_file_of_another_version_is_left_to_transformers(tmp_path: Path) -> None:
+    assert quick_tokenizer(changed(tmp_path, model={"type": "Future"})) is None
 
 
 def test_a_dry_run_of_the_recipe_needs_no_torch(tmp_path: Path) -> None:
