@@ -20,6 +20,7 @@ from omni_rollout.launch.progress import Progress
 from omni_rollout.monitor.alerts import find_alerts
 from omni_rollout.monitor.collapse import run_lost
 from omni_rollout.monitor.console import ConsoleSink
+from omni_rollout.monitor.curve import reward_curve
 from omni_rollout.monitor.heatmap import heat_map
 from omni_rollout.monitor.metrics import timestep_gaps
 from omni_rollout.monitor.pairs import pairs_of
@@ -37,7 +38,7 @@ HEATMAP_EVERY = 10  # steps; a step with a difference, and the last one, are dra
 
 
 class Monitor:
-    """Writes `config.yaml`, `metrics.jsonl`, `images/` and `summary.txt` to the run folder, and tells the console,
+    """Writes `config.yaml`, `metrics.jsonl`, `images/`, `curve.png` and `summary.txt` to the run folder, tells the console,
     wandb and TensorBoard.
 
     images/step_XXXX.png        what the step sampled, a group a row
@@ -189,6 +190,12 @@ class Monitor:
             rows["wandb"] = f"offline; upload with: wandb sync {shlex.quote(str(self._wandb.offline_dir))}"
         if self._tensorboard is not None:
             rows["tensorboard"] = f"tensorboard --logdir {shlex.quote(str(self.run_dir))}"
+        try:
+            if (curve := reward_curve(self._history)) is not None:
+                curve.save(self.run_dir / "curve.png")
+                rows["curve"] = str(self.run_dir / "curve.png")
+        except OSError as error:
+            self._console.say(f"curve.png could not be written: {error}")
         text = "\n".join(f"{name:<14} {told}" for name, told in rows.items())
         self._console.say(text)
         try:

@@ -174,7 +174,7 @@ def test_a_run_folder_is_complete_after_every_step(
     assert rows[-1] == {"step": 2, "critic/rewards/mean": 0.5, "actor/loss": None, "alerts": 1.0, "alerts/names": "not_finite"}
     made = sorted(path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file())
     sheets = ["evaluation_0000.png", "evaluation_0002.png", "step_0001.png", "step_0002.png"]
-    assert made == ["config.yaml", *(f"images/{name}" for name in sheets), "metrics.jsonl", "summary.txt"]
+    assert made == ["config.yaml", "curve.png", *(f"images/{name}" for name in sheets), "metrics.jsonl", "summary.txt"]
     sizes = {name: Image.open(tmp_path / "run" / "images" / name).size for name in sheets}
     assert sizes["evaluation_0000.png"] == sizes["evaluation_0002.png"]
     cell = sizes["evaluation_0000.png"][0] // 8  # 64 of 70 are shown, 8 a row
