@@ -37,8 +37,8 @@ from omni_rollout.data.stream import prompt_data
 from omni_rollout.launch.compose import compose
 from omni_rollout.models.base.causes import Setting, nothing, swapped
 from omni_rollout.parity.causes import causes
-from omni_rollout.policy.engines.torch_engine import TorchEngine
 from omni_rollout.policy.learner import Learner
+from omni_rollout.policy.trainer_engines.torch_engine import TorchEngine
 from omni_rollout.policy.update import PolicyUpdate
 from omni_rollout.rewards import make_rewards
 from omni_rollout.rollout.choice import make_engine

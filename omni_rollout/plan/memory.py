@@ -14,7 +14,7 @@ from omni_rollout.rewards.base.sizes import model_bytes
 
 CONTEXT_BYTES = 1 << 30  # what CUDA itself takes of a GPU, for each process on it. A round guess
 RESERVE_BYTES = 4 << 30  # that, NCCL's buffers, and what fragmentation wastes. A round guess
-DEEPSPEED_BUCKET = 500_000_000  # numbers, as `policy/engines/deepspeed_config.py` has it
+DEEPSPEED_BUCKET = 500_000_000  # numbers, as `policy/trainer_engines/deepspeed_config.py` has it
 SYNC_BYTES = 32 << 20  # as `RolloutEngine.update_weights` cuts them
 TRANSFORMER, ENCODERS = "transformer", ("text encoder", "VAE")
 

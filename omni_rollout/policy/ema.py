@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from omni_rollout.errors import UserError
-from omni_rollout.policy.engines import TrainerEngine
+from omni_rollout.policy.trainer_engines import TrainerEngine
 
 
 class ExponentialAverage:

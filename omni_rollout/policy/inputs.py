@@ -14,8 +14,8 @@ from omni_rollout.algorithms.base import Algorithm, Coupled, Loss, Samples, Step
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.diffusion.sde import gaussian_kl, per_sample
 from omni_rollout.models.base.policy import steps_to_learn
-from omni_rollout.policy.engines import TrainerEngine
 from omni_rollout.policy.recompute import Pair, Scored, device_of, predict, score
+from omni_rollout.policy.trainer_engines import TrainerEngine
 from omni_rollout.types import Trajectory
 
 Shown = Callable[[], AbstractContextManager[nn.Module]]  # inside, the network of another policy

@@ -24,12 +24,12 @@ from omni_rollout.models.base.network import Held
 from omni_rollout.policy.checkpoint import load_generators, load_policy, save_policy, to_masters
 from omni_rollout.policy.drift import Drift
 from omni_rollout.policy.ema import ExponentialAverage
-from omni_rollout.policy.engines import learning_rate_at, make_trainer_engine
-from omni_rollout.policy.engines.torch_engine import TorchEngine, first_rank, on_first_rank
 from omni_rollout.policy.inputs import Shown
 from omni_rollout.policy.lora import as_saved, attach_lora, base_alone, without_adapted
 from omni_rollout.policy.rng import seed_generators
 from omni_rollout.policy.state import RunState
+from omni_rollout.policy.trainer_engines import learning_rate_at, make_trainer_engine
+from omni_rollout.policy.trainer_engines.torch_engine import TorchEngine, first_rank, on_first_rank
 from omni_rollout.policy.update import PolicyUpdate, Update
 from omni_rollout.rollout.adapter import Adapter
 from omni_rollout.types import Trajectory

@@ -20,10 +20,10 @@ from omni_rollout.data.collate import derive_seed
 from omni_rollout.models import family_module
 from omni_rollout.models.base.passes import PassLimit
 from omni_rollout.models.base.policy import batch_keys, steps_to_learn
-from omni_rollout.policy.engines import TrainerEngine
 from omni_rollout.policy.inputs import Inputs, Rows, Shown
 from omni_rollout.policy.recompute import Pair, micro_batches
 from omni_rollout.policy.shares import Passes, check_ranks_agree, expert_of, gathered, passes_of
+from omni_rollout.policy.trainer_engines import TrainerEngine
 from omni_rollout.types import Trajectory
 
 

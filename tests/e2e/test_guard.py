@@ -16,7 +16,7 @@ from omni_rollout.errors import WeightSyncError
 from omni_rollout.launch.compose import compose
 from omni_rollout.models.base import rollout
 from omni_rollout.monitor import MismatchError, Monitor, last_words
-from omni_rollout.policy.engines import make_trainer_engine
+from omni_rollout.policy.trainer_engines import make_trainer_engine
 from omni_rollout.rewards import RewardError
 from omni_rollout.train import train
 

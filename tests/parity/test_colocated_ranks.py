@@ -28,8 +28,8 @@ from omni_rollout.models.qwen_image.sizes import read_sizes
 from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.plan.memory import process_parts
 from omni_rollout.plan.split import make_run
-from omni_rollout.policy.engines.torch_engine import MOMENTS
 from omni_rollout.policy.learner import Learner
+from omni_rollout.policy.trainer_engines.torch_engine import MOMENTS
 from omni_rollout.rollout import own_world
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.trajectories.capsule import load_capsule, save_capsule

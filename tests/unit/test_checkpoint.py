@@ -28,9 +28,9 @@ from omni_rollout.policy.checkpoint import (
     save_policy,
 )
 from omni_rollout.policy.ema import ExponentialAverage
-from omni_rollout.policy.engines import TrainerEngine, make_trainer_engine
 from omni_rollout.policy.lora import attach_lora
 from omni_rollout.policy.state import STATE, RunState, verify
+from omni_rollout.policy.trainer_engines import TrainerEngine, make_trainer_engine
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from omni_rollout.config import TrainerConfig
-from omni_rollout.policy.engines import make_trainer_engine
+from omni_rollout.policy.trainer_engines import make_trainer_engine
 
 ROWS = torch.linspace(-1, 1, 5)[:, None] * torch.tensor([1.0, 2.0, -3.0])
 

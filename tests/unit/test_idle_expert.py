@@ -19,7 +19,7 @@ from torch import nn
 from omni_rollout.config import TrainerConfig
 from omni_rollout.config import TrainerEngineName as EngineName
 from omni_rollout.models.base.policy import Experts
-from omni_rollout.policy.engines import TrainerEngine, make_trainer_engine
+from omni_rollout.policy.trainer_engines import TrainerEngine, make_trainer_engine
 from omni_rollout.policy.update import check_ranks_agree
 
 NAMES = ("transformer", "transformer_2")

@@ -14,8 +14,8 @@ from omni_rollout.config import TrainerConfig
 from omni_rollout.config import TrainerEngineName as EngineName
 from omni_rollout.diffusion.exact_ops import effective_weights, install_linears
 from omni_rollout.diffusion.products import exact_linear
-from omni_rollout.policy.engines import make_trainer_engine
 from omni_rollout.policy.lora import MergedLoraLinear, attach_lora, has_lora, load_lora, save_lora
+from omni_rollout.policy.trainer_engines import make_trainer_engine
 
 
 def stock_transformer(seed: int = 0) -> QwenImageTransformer2DModel:

@@ -43,7 +43,7 @@ FENCES = {  # library -> the only files that import it
     "verl": ("omni_rollout/integrations/verl/*",),
     "ray": ("omni_rollout/integrations/verl/*",),
     "wandb": ("omni_rollout/monitor*",),
-    "deepspeed": ("omni_rollout/policy/engines/deepspeed_engine.py",),
+    "deepspeed": ("omni_rollout/policy/trainer_engines/deepspeed_engine.py",),
 }
 
 
@@ -237,7 +237,7 @@ def test_the_checks_find_what_is_wrong_between_files(
         ("omni_rollout/rollout/platform/cpu.py", "from vllm import x\nfrom omni_rollout.models import a"),
         ("omni_rollout/integrations/verl/a.py", "import ray, verl\nfrom omni_rollout import __version__, train"),
         ("omni_rollout/monitor/wandb_sink.py", "import wandb"),
-        ("omni_rollout/policy/engines/deepspeed_engine.py", "import deepspeed"),
+        ("omni_rollout/policy/trainer_engines/deepspeed_engine.py", "import deepspeed"),
         ("omni_rollout/__init__.py", "from omni_rollout.train import x"),
         ("recipes/nano/a.py", "from omni_rollout.cli import main\n" * 300),
     ],

@@ -15,7 +15,7 @@ from torch import nn
 from omni_rollout.config import Offload, Schedule, TrainerConfig
 from omni_rollout.config import TrainerEngineName as EngineName
 from omni_rollout.policy.ema import ExponentialAverage
-from omni_rollout.policy.engines import TrainerEngine, learning_rate_at, make_trainer_engine
+from omni_rollout.policy.trainer_engines import TrainerEngine, learning_rate_at, make_trainer_engine
 
 ENGINES = [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)]
 

@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 import torch.distributed as dist
 
-from omni_rollout.policy.engines.torch_engine import TorchEngine, fill_missing_gradients, moved
+from omni_rollout.policy.trainer_engines.torch_engine import TorchEngine, fill_missing_gradients, moved
 
 
 class DataParallelEngine(TorchEngine):

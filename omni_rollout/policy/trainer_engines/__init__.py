@@ -92,18 +92,18 @@ def make_trainer_engine(config: configs.TrainerConfig, policy: nn.Module, parame
     if problems:
         raise UserError("\n".join(problems))
     if config.engine is configs.TrainerEngineName.deepspeed:
-        from omni_rollout.policy.engines.deepspeed_engine import DeepSpeedEngine  # its import takes seconds
+        from omni_rollout.policy.trainer_engines.deepspeed_engine import DeepSpeedEngine  # its import takes seconds
 
         return DeepSpeedEngine(config, policy, parameters)
     if config.engine is configs.TrainerEngineName.fsdp2:
-        from omni_rollout.policy.engines.fsdp2_engine import FSDP2Engine
+        from omni_rollout.policy.trainer_engines.fsdp2_engine import FSDP2Engine
 
         return FSDP2Engine(config, policy, parameters)
     if config.ranks > 1:
-        from omni_rollout.policy.engines.data_parallel_engine import DataParallelEngine
+        from omni_rollout.policy.trainer_engines.data_parallel_engine import DataParallelEngine
 
         return DataParallelEngine(config, policy, parameters)
-    from omni_rollout.policy.engines.torch_engine import TorchEngine
+    from omni_rollout.policy.trainer_engines.torch_engine import TorchEngine
 
     return TorchEngine(config, policy, parameters)
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from omni_rollout.config import Offload, Reduce, TrainerConfig
 from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.models.base.policy import experts
-from omni_rollout.policy.engines.torch_engine import TorchEngine, check_shape, total_norm_of_parts, trainable_by_name
+from omni_rollout.policy.trainer_engines.torch_engine import TorchEngine, check_shape, total_norm_of_parts, trainable_by_name
 
 
 class FSDP2Engine(TorchEngine):

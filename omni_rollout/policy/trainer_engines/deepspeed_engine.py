@@ -21,8 +21,9 @@ from torch import nn
 
 from omni_rollout.config import Offload, TrainerConfig
 from omni_rollout.diffusion.exact_ops import HasEffectiveWeight
-from omni_rollout.policy.engines.deepspeed_config import deepspeed_config
-from omni_rollout.policy.engines.torch_engine import (
+from omni_rollout.policy.lora import MergedLoraLinear
+from omni_rollout.policy.trainer_engines.deepspeed_config import deepspeed_config
+from omni_rollout.policy.trainer_engines.torch_engine import (
     MOMENTS,
     adamw,
     by_expert,
@@ -38,7 +39,6 @@ from omni_rollout.policy.engines.torch_engine import (
     total_norm_of_parts,
     trainable_by_name,
 )
-from omni_rollout.policy.lora import MergedLoraLinear
 
 
 class DeepSpeedEngine:
