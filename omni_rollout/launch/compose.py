@@ -152,8 +152,9 @@ def _with_algorithm(composed: Any) -> DictConfig:
     for key in section:
         if key not in known:
             near = [f"algorithm.{name}" for name in difflib.get_close_matches(key, known, n=1)]
-            told = "; ".join(filter(None, (meant(f"algorithm.{key}", near), f"it has {', '.join(known)}")))
-            raise UserError(f"algorithm.{key}: {section['name']} has no such key; {told}")
+            hint = meant(f"algorithm.{key}", near)
+            pause = "" if not hint else " " if hint.endswith("?") else "; "
+            raise UserError(f"algorithm.{key}: {section['name']} has no such key; {hint}{pause}it has {', '.join(known)}")
     schema = OmegaConf.structured(TrainConfig(algorithm=algorithm(), reward=RewardConfig(weights={})))
     return cast(DictConfig, OmegaConf.merge(schema, OmegaConf.create(values)))
 

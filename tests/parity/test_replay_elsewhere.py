@@ -175,7 +175,8 @@ def test_capsules_of_other_weights_are_one_line_and_weights_that_were_not_kept_a
     assert line.startswith(f"different  {results[0].path}: by up to 0.5")
     results.append(other(elsewhere / "d.safetensors", 4))
     told = "capsules were sampled with other weights than these, after step"
-    lost = f"those were not kept, there is no {run}/checkpoints/step_00002; trainer.save_every=1 keeps them"
+    lost = f"those were not kept, there is no {run}/checkpoints/step_00002; trainer.save_every=1 keeps them, "
+    lost += "the newest trainer.keep_checkpoints of them"
     assert set(reported._sampled_by_others(results)) == {
         f"3 {told} 2 of their run: {lost}",
         f"3 {told} 3 of their run: give checkpoint={run}/checkpoints/step_00003",

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from omni_rollout.launch.imports import imported_for_good
 
@@ -48,7 +50,7 @@ def unfrozen():
 )
 def test_a_command_imports_torch_with_the_collector_at_rest(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("a red square\n")
-    (tmp_path / "one.safetensors").write_bytes(b"")
+    save_file({"x": np.zeros(1)}, tmp_path / "one.safetensors", metadata={"format_version": "2"})
     done = subprocess.run([sys.executable, "-c", TOLD, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "rests", done.stdout + done.stderr
 
