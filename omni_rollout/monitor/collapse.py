@@ -63,9 +63,10 @@ def reward_collapsed(
 def _held_out_collapsed(
     step: int, metrics: Mapping[str, float], history: Sequence[Mapping[str, Any]], config: TrainConfig
 ) -> Iterator[Alert]:
-    """An evaluation FALL standard errors below the best before. All are of the same prompts and seeds, so that is careful.
+    """An evaluation FALL standard errors below the best before.
 
-    Of a single image no error is known, and nothing is said.
+    All are of the same prompts and seeds, unless a run was resumed with others, so that is careful. Of a single image no
+    error is known, and nothing is said.
     """
     before = [line for line in history if line.get(HELD_OUT) is not None]
     now = metrics.get(HELD_OUT)
