@@ -27,16 +27,14 @@ CONDITIONING_ROWS = 16  # of a layer that is given one row a sample: [B, K]
 # Of a layer that is given tokens, [B, S, K]: narrow layers waste more on padding than on calls, wide ones the other way round.
 NARROW_ROWS, WIDE_ROWS = 128, 256
 WIDE = 2**20  # weights of a wide layer, at least
+WIDEST = 2**23  # from here on no weight is packed, nor calls of more than two blocks looked at: that takes too long
 # On a GPU, of any layer that is given tokens. Not measured. By arithmetic, in tiles of 128 x 256 on 132 multiprocessors: 1024
 # rows of a layer with 3072 features make 8 x 12 = 96 tiles, 73% of a round; with 12288, 384 tiles, 97% of three rounds. 2048
 # rows of the former fill two rounds to the same 73% and pad twice as much; 512 rows fill one to 36%.
 CUDA_ROWS = 1024
 # Numbers of rows that may turn out to have a block's bits, on a CPU; a GPU's were not looked at.
-CANDIDATES, WIDE_CANDIDATES, CONDITIONING_CANDIDATES = (
-    (16, 32, 64, 128, 256, 512, 1024),
-    (64, 128, 256, 512),
-    (4, 8, 16, 32, 64),
-)
+CANDIDATES, CONDITIONING_CANDIDATES = (16, 32, 64, 128, 256, 512, 1024), (4, 8, 16, 32, 64)
+WIDE_CANDIDATES, WIDEST_CANDIDATES = (64, 128, 256, 512, 1024, 2048), (64, 128, 256, 512)
 PADDED = 1.25  # up to this many times the rows that are left are multiplied in one call; else in a full call and a rest
 ALIGNMENT = 256  # bytes: cuBLAS chooses by the alignment of pointers too, up to this
 
@@ -87,7 +85,8 @@ def candidates(out_features: int, in_features: int, *, conditioning: bool, devic
         return ()
     if conditioning:
         return CONDITIONING_CANDIDATES
-    return WIDE_CANDIDATES if out_features * in_features >= WIDE else CANDIDATES
+    weights = out_features * in_features
+    return CANDIDATES if weights < WIDE else WIDE_CANDIDATES if weights < WIDEST else WIDEST_CANDIDATES
 
 
 def set_equal_calls(weight: torch.Tensor, equal: EqualCalls, *, conditioning: bool, parts: Sequence[int] = ()) -> None:
@@ -113,7 +112,7 @@ def _kind(weight: torch.Tensor, conditioning: bool, parts: Sequence[int]) -> tup
 
 
 class PackedWeight:
-    """A weight in oneDNN's own layout, from the first product until it is to be forgotten. A second copy: of narrow layers."""
+    """A weight in oneDNN's own layout, from the first product until it is to be forgotten: a second copy."""
 
     def __init__(self) -> None:
         self._packed: torch.Tensor | None = None
@@ -135,7 +134,7 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
 
 def may_be_packed(weight: torch.Tensor) -> bool:
     onednn = weight.dtype == torch.bfloat16 or _by_onednn(weight)
-    return onednn and weight.device.type == "cpu" and weight.numel() < WIDE
+    return onednn and weight.device.type == "cpu" and weight.numel() < WIDEST
 
 
 def exact_linear(
@@ -213,7 +212,7 @@ def _cuts(number: int, sizes: tuple[int, ...]) -> Cuts:
 def _multiply(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cuts: Cuts, packed: torch.Tensor | None = None
 ) -> torch.Tensor:
-    if packed is not None and len(cuts) == 1 and cuts[0][2] == len(rows):
+    if len(cuts) == 1 and cuts[0][2] == len(rows):
         return _call(rows, weight, bias, None, packed)
     out = rows.new_empty(rows.shape[0], weight.shape[0])
     for start, stop, call in cuts:

@@ -14,7 +14,7 @@ from omni_rollout.diffusion.machine import machine, pin_thread
 from omni_rollout.diffusion.self_check import Layer, attention_shape, find_fused, linear_layers, self_check
 from omni_rollout.models import family_module
 from omni_rollout.rollout.platform.attention import install_attention
-from omni_rollout.rollout.platform.linear import forget_packed, is_exact, pack_linears
+from omni_rollout.rollout.platform.linear import forget_packed, is_exact, pack_linears, spare_packed
 from omni_rollout.rollout.platform.native import all_native, use_native
 from omni_rollout.trajectories.digest import same_memory, tensor_digests
 
@@ -28,6 +28,7 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
             for network in self.model_runner.pipeline.experts.values():
                 use_native(network)
                 install_attention(network)
+                spare_packed(network)
         self._given_back: dict[str, tuple[torch.UntypedStorage, int]] = {}  # by checkpoint name; its size when it has memory
         self._pack = custom_pipeline_args["parity"] == "fast" and not torch.cuda.is_available()
         self._repack()

@@ -18,6 +18,7 @@ from omni_rollout.models.base.encodings import both_branches
 from omni_rollout.models.base.images import open_image
 from omni_rollout.models.base.rollout import RolloutMixin, to_uint8
 from omni_rollout.models.base.velocity import Conditioning, pad_to_width
+from omni_rollout.models.qwen_image.blocks import install_lean_blocks
 from omni_rollout.models.qwen_image.decoder import install_frame_convs
 from omni_rollout.models.qwen_image.policy import load_policy, network
 from omni_rollout.types import Prompt, SamplingSpec
@@ -44,6 +45,8 @@ class QwenTransformer:
     def install(self, model: str) -> None:
         if self.parity != "reference":
             install_frame_convs(self.vae.decoder)
+        if self.parity == "exact" or (self.parity == "fast" and torch.device(self.device).type == "cpu"):
+            install_lean_blocks(self.transformer)
         if self.parity == "exact":
             exact_ops.install_linears(self.transformer, self.dtype)  # vLLM's own have theirs: rollout/platform/linear.py
             install_activations(self.transformer)

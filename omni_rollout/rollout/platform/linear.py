@@ -16,10 +16,11 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from omni_rollout.diffusion.machine import onednn_isa
-from omni_rollout.diffusion.products import PackedWeight, exact_linear
+from omni_rollout.diffusion.products import WIDE, PackedWeight, exact_linear
 
 # vLLM asks the CPU for AMX, and not ONEDNN_MAX_CPU_ISA what it leaves of it: its bf16 kernel then ends the process.
 WITHOUT_PACKED = ("SSE41", "AVX2", "AVX512_CORE")
+SMALL = 2**28  # bytes of a network, at most, of which a second copy is kept for speed
 
 
 class KeptWeightLinearMethod(linear.UnquantizedLinearMethod):
@@ -27,7 +28,7 @@ class KeptWeightLinearMethod(linear.UnquantizedLinearMethod):
 
     def __init__(self) -> None:
         super().__init__()
-        self.packed = PackedWeight()
+        self.packed: PackedWeight | None = PackedWeight()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Nothing to pack."""
@@ -61,8 +62,19 @@ def forget_packed(module: torch.nn.Module) -> None:
     """After new weights, or when none is to lie about twice: exact layers below `module` pack theirs at the next product."""
     for layer in module.modules():
         method = getattr(layer, "quant_method", None)
-        if isinstance(method, KeptWeightLinearMethod):
+        if isinstance(method, KeptWeightLinearMethod) and method.packed is not None:
             method.packed.forget()
+
+
+def spare_packed(network: torch.nn.Module) -> None:
+    """Of a network that is not small no wide layer keeps a packed weight; narrow ones are a small part of it."""
+    if sum(parameter.nbytes for parameter in network.parameters()) <= SMALL:
+        return
+    layer: Any
+    for layer in network.modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, KeptWeightLinearMethod) and layer.weight.numel() >= WIDE:
+            method.packed = None
 
 
 def pack_linears(module: torch.nn.Module) -> None:

@@ -1,0 +1,80 @@
+"""The engine's own blocks compute, bit for bit, what vllm-omni's do."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from omni_rollout.models.qwen_image import blocks
+from omni_rollout.models.qwen_image import rollout as family
+from omni_rollout.models.qwen_image.blocks import LeanAttention, LeanBlock
+from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.rollout.platform import linear
+from omni_rollout.types import Trajectory
+from tests.parity.conftest import Sides
+
+
+def sampled(model: str, dtype: str, parity: str = "exact") -> tuple[list[Trajectory], int]:
+    """Eight mixed requests, guided or not, padded or not; and how many of the engine's blocks are lean."""
+    sides = object.__new__(Sides)
+    sides._count = 0
+    with RolloutEngine(model, dtype=dtype, max_num_seqs=5, parity=parity) as engine:
+        pipeline = engine._engine.executor.driver_worker.worker.model_runner.pipeline
+        found = [isinstance(layer, LeanBlock | LeanAttention) for layer in pipeline.modules()]
+        return sorted(engine.generate(sides.mixed()), key=lambda made: made.request_id), sum(found)
+
+
+def are_equal(some: list[Trajectory], others: list[Trajectory]) -> bool:
+    return len(some) == len(others) > 4 and all(
+        torch.equal(one.latents, other.latents) and torch.equal(one.log_probs, other.log_probs)
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_bit_is_another_than_with_the_stock_blocks(checkpoint, dtype, monkeypatch):
+    lean, installed = sampled(checkpoint, dtype)
+    monkeypatch.setattr(family, "install_lean_blocks", lambda transformer: None)
+    stock, none = sampled(checkpoint, dtype)
+    assert (installed, none) == (6, 0) and are_equal(lean, stock)
+
+
+@pytest.mark.parametrize("mutant", ["a norm that rounds before its weight", "a table that is rounded", "queries alone"])
+def test_another_rounding_is_seen(checkpoint, mutant, monkeypatch):
+    if mutant == "a norm that rounds before its weight":
+        own = blocks._rms_normalised
+        monkeypatch.setattr(blocks, "_rms_normalised", lambda x, weight, eps: own(x, torch.ones_like(weight), eps) * weight)
+    elif mutant == "a table that is rounded":
+        own_rotation = blocks.rotate_into
+
+        def rounded(out: torch.Tensor, x: torch.Tensor, freqs: torch.Tensor) -> None:
+            own_rotation(out, x, torch.complex(freqs.real.half().float(), freqs.imag))
+
+        monkeypatch.setattr(blocks, "rotate_into", rounded)
+    else:
+        own_rotation = blocks.rotate_into
+
+        def queries(out: torch.Tensor, x: torch.Tensor, freqs: torch.Tensor) -> None:
+            out.copy_(x)
+            own_rotation(out[:, :, :1], x[:, :, :1].contiguous(), freqs)
+
+        monkeypatch.setattr(blocks, "rotate_into", queries)
+    made, _ = sampled(checkpoint, "bfloat16")
+    monkeypatch.undo()
+    assert not are_equal(made, sampled(checkpoint, "bfloat16")[0])
+
+
+def test_a_small_network_alone_keeps_packed_copies_of_wide_layers(monkeypatch):
+    network = nn.ModuleList([nn.Linear(1024, 1024), nn.Linear(64, 64)])
+    for layer in network:
+        layer.quant_method = linear.KeptWeightLinearMethod()  # type: ignore[assignment]
+    methods = [SimpleNamespace(layer=layer, method=layer.quant_method) for layer in network]
+    linear.spare_packed(network)
+    assert all(one.method.packed is not None for one in methods)
+    monkeypatch.setattr(linear, "SMALL", 2**20)
+    linear.spare_packed(network)
+    assert [one.method.packed is None for one in methods] == [True, False]
+    linear.forget_packed(network)
