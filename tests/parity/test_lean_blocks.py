@@ -22,8 +22,7 @@ def sampled(model: str, dtype: str, parity: str = "exact") -> tuple[list[Traject
     sides = object.__new__(Sides)
     sides._count = 0
     with RolloutEngine(model, dtype=dtype, max_num_seqs=5, parity=parity) as engine:
-        pipeline = engine._engine.executor.driver_worker.worker.model_runner.pipeline
-        found = [isinstance(layer, LeanBlock | LeanAttention) for layer in pipeline.modules()]
+        found = [isinstance(layer, LeanBlock | LeanAttention) for layer in engine.pipeline.modules()]
         return sorted(engine.generate(sides.mixed()), key=lambda made: made.request_id), sum(found)
 
 
@@ -78,3 +77,17 @@ def test_a_small_network_alone_keeps_packed_copies_of_wide_layers(monkeypatch):
     linear.spare_packed(network)
     assert [one.method.packed is None for one in methods] == [True, False]
     linear.forget_packed(network)
+
+
+def test_who_listens_to_the_modules_hears_the_stock_attention(checkpoint):
+    """The parity probe names the norm or the rotation that differs, which lean attention does not call."""
+    sides = object.__new__(Sides)
+    sides._count = 0
+    heard: list[str] = []
+    with RolloutEngine(checkpoint, max_num_seqs=1) as engine:
+        (quiet,) = engine.generate([sides.request(1, "a cat")])
+        attention = next(layer for layer in engine.pipeline.modules() if isinstance(layer, LeanAttention))
+        for name in ("norm_q", "rope"):
+            attention.get_submodule(name).register_forward_hook(lambda *_, name=name: heard.append(name))
+        (listened,) = engine.generate([sides.request(1, "a cat")])
+    assert set(heard) == {"norm_q", "rope"} and torch.equal(quiet.latents, listened.latents)
