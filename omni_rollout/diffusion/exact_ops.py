@@ -19,6 +19,7 @@ from torch import nn
 
 from omni_rollout.diffusion.products import exact_linear
 
+SHARED_OUT = 32768  # elements, from which on torch wakes a second thread, for longer than so few are worth
 COMPLEX_LANES = 32  # real numbers: a multiple of what a vector body for complex ones takes at a time; its tail rounds otherwise
 
 
@@ -119,7 +120,7 @@ def rotate_into(out: torch.Tensor, x: torch.Tensor, freqs: torch.Tensor) -> None
     """`exact_rope` of contiguous x, written to `out`, whose last dimension is contiguous. Not differentiable.
 
     As a product of complex numbers where there is one of x's dtype and it takes whole vectors: the same two products and a
-    sum. Else in whole tensors, or in halves that no second thread is woken up for: torch shares out 32768 elements and more.
+    sum. Else in whole tensors, or in halves that no second thread is woken up for.
     """
     if x.dtype == torch.float32 and x.shape[-1] % COMPLEX_LANES == 0 and x.device.type == "cpu":
         pairs, places = (torch.view_as_complex(each.unflatten(-1, (-1, 2))) for each in (x, out))
@@ -127,7 +128,7 @@ def rotate_into(out: torch.Tensor, x: torch.Tensor, freqs: torch.Tensor) -> None
         return
     cos, sin = (part.to(x.dtype) for part in (freqs.real, freqs.imag))
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    if even.numel() < 32768:
+    if even.numel() < SHARED_OUT:
         out.copy_(torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2))
         return
     signed = torch.stack((-sin, sin), dim=-1).flatten(-2)  # what each place takes its neighbour with

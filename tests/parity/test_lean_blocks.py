@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from omni_rollout.models.qwen_image import blocks
-from omni_rollout.models.qwen_image import rollout as family
-from omni_rollout.models.qwen_image.blocks import LeanAttention, LeanBlock
+from omni_rollout.models.qwen_image import rollout as blocks
+from omni_rollout.models.qwen_image.rollout import LeanAttention, LeanBlock
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.rollout.platform import linear
 from omni_rollout.types import Trajectory
@@ -36,7 +35,7 @@ def are_equal(some: list[Trajectory], others: list[Trajectory]) -> bool:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_bit_is_another_than_with_the_stock_blocks(checkpoint, dtype, monkeypatch):
     lean, installed = sampled(checkpoint, dtype)
-    monkeypatch.setattr(family, "install_lean_blocks", lambda transformer: None)
+    monkeypatch.setattr(blocks, "install_lean_blocks", lambda transformer: None)
     stock, none = sampled(checkpoint, dtype)
     assert (installed, none) == (6, 0) and are_equal(lean, stock)
 

@@ -38,8 +38,8 @@ STAGES = (
 RANK = {stage: rank for rank, row in enumerate(STAGES) for stage in row}
 
 FENCES = {  # library -> the only files that import it
-    "vllm": ("omni_rollout/models/*/rollout.py", "omni_rollout/models/*/blocks.py", "omni_rollout/rollout/*"),
-    "vllm_omni": ("omni_rollout/models/*/rollout.py", "omni_rollout/models/*/blocks.py", "omni_rollout/rollout/*"),
+    "vllm": ("omni_rollout/models/*/rollout.py", "omni_rollout/rollout/*"),
+    "vllm_omni": ("omni_rollout/models/*/rollout.py", "omni_rollout/rollout/*"),
     "verl": ("omni_rollout/integrations/verl/*",),
     "ray": ("omni_rollout/integrations/verl/*",),
     "wandb": ("omni_rollout/monitor*",),
