@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
+from omni_rollout.diffusion import exact_ops
 from omni_rollout.models.qwen_image import rollout as blocks
 from omni_rollout.models.qwen_image.rollout import LeanAttention, LeanBlock
 from omni_rollout.rollout.engine import RolloutEngine
@@ -16,11 +15,11 @@ from omni_rollout.types import Trajectory
 from tests.parity.conftest import Sides
 
 
-def sampled(model: str, dtype: str, parity: str = "exact") -> tuple[list[Trajectory], int]:
+def sampled(model: str, dtype: str) -> tuple[list[Trajectory], int]:
     """Eight mixed requests, guided or not, padded or not; and how many of the engine's blocks are lean."""
     sides = object.__new__(Sides)
     sides._count = 0
-    with RolloutEngine(model, dtype=dtype, max_num_seqs=5, parity=parity) as engine:
+    with RolloutEngine(model, dtype=dtype, max_num_seqs=5) as engine:
         found = [isinstance(layer, LeanBlock | LeanAttention) for layer in engine.pipeline.modules()]
         return sorted(engine.generate(sides.mixed()), key=lambda made: made.request_id), sum(found)
 
@@ -33,7 +32,10 @@ def are_equal(some: list[Trajectory], others: list[Trajectory]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_bit_is_another_than_with_the_stock_blocks(checkpoint, dtype, monkeypatch):
+@pytest.mark.parametrize("shared_out", [2**20, 2**14, 1], ids=["together", "some apart", "in whole tensors"])
+def test_no_bit_is_another_than_with_the_stock_blocks(checkpoint, dtype, shared_out, monkeypatch):
+    for module in (blocks, exact_ops):
+        monkeypatch.setattr(module, "SHARED_OUT", shared_out)
     lean, installed = sampled(checkpoint, dtype)
     monkeypatch.setattr(blocks, "install_lean_blocks", lambda transformer: None)
     stock, none = sampled(checkpoint, dtype)
@@ -66,15 +68,15 @@ def test_another_rounding_is_seen(checkpoint, mutant, monkeypatch):
 
 
 def test_a_small_network_alone_keeps_packed_copies_of_wide_layers(monkeypatch):
-    network = nn.ModuleList([nn.Linear(1024, 1024), nn.Linear(64, 64)])
+    network, methods = nn.ModuleList([nn.Linear(1024, 1024), nn.Linear(64, 64)]), []
     for layer in network:
         layer.quant_method = linear.KeptWeightLinearMethod()  # type: ignore[assignment]
-    methods = [SimpleNamespace(layer=layer, method=layer.quant_method) for layer in network]
+        methods.append(layer.quant_method)
     linear.spare_packed(network)
-    assert all(one.method.packed is not None for one in methods)
+    assert all(method.packed is not None for method in methods)
     monkeypatch.setattr(linear, "SMALL", 2**20)
     linear.spare_packed(network)
-    assert [one.method.packed is None for one in methods] == [True, False]
+    assert [method.packed is None for method in methods] == [True, False]
     linear.forget_packed(network)
 
 

@@ -39,7 +39,8 @@ class LeanAttention(QwenImageCrossAttention):
     """With few passes over memory: the stock one makes a new tensor for every product, sum, cast and half of a rotation.
 
     Query and key are normalised and rotated together and put where the attention reads them. The order of operations and every
-    rounding are those of the trainer on a CPU, where torch's `rms_norm` is a sequence of operations.
+    rounding are those of the trainer on a CPU, where torch's `rms_norm` is a sequence of operations. `hidden_states_mask` is of
+    sequence parallelism, which no engine of ours has.
     """
 
     def forward(
