@@ -7,7 +7,7 @@ transformer_2/, lora_2/    the same of a second expert, where there is one
 ema/transformer|lora/      the same for the averaged weights, where an average is kept
 old/transformer|lora/      the same for the old policy, where the algorithm has one
 behaviour/transformer|lora/  the same for the policy that samples the next batch, with rollout.ahead=1
-optimizer.safetensors      what TrainerEngine.state_dict() gave
+optimizer.safetensors      what TrainerEngine.state_dict() gave, made whole
 rng.safetensors            the process's generators, see `rng.py`
 """
 
@@ -16,13 +16,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,10 +32,12 @@ from omni_rollout.models.base.policy import experts
 from omni_rollout.policy.lora import check_fit, has_lora, load_lora, read_lora, save_lora
 from omni_rollout.policy.rng import restore_rng, rng_state
 from omni_rollout.policy.state import BEHAVIOUR, EMA, LORA, OLD, RunState, kind_of, read_state, verify, write_state
+from omni_rollout.policy.tensor_files import Part, Pending, file_part, first_rank, pending, write_parts
 
 CONFIG = "config.json"  # diffusers' name
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"  # diffusers' name; {suffix} numbers the parts of a large model
+INDEX = f"{WEIGHTS.format(suffix='')}.index.json"  # where there are several parts
 FILE_SIZE = "5GB"
 
 
@@ -53,32 +55,36 @@ class Saved:
 def save_policy(
     folder: Path,
     transformer: nn.Module,
-    weights: Mapping[str, torch.Tensor],
+    weights: Mapping[str, Pending],
     *,
     run: RunState,
-    optimizer: Mapping[str, torch.Tensor],
-    average: Mapping[str, torch.Tensor] | None = None,
-    old: Mapping[str, torch.Tensor] | None = None,
-    behaviour: Mapping[str, torch.Tensor] | None = None,
+    optimizer: Mapping[str, Pending],
+    average: Mapping[str, Pending] | None = None,
+    old: Mapping[str, Pending] | None = None,
+    behaviour: Mapping[str, Pending] | None = None,
 ) -> None:
     """Writes a checkpoint beside `folder` and renames it at the end; an older one of that name is replaced.
 
+    Collective: the first rank writes, and has one tensor whole at a time; of a LoRA all factors.
+
     Args:
         transformer: asked for its configuration alone; its parameters may be shards.
-        weights: the trained parameters by name, whole, as `Learner.state` gives them; the three last likewise.
+        weights: the trained parameters by name, as `Learner.state` gives them; the three last likewise.
 
     Raises:
-        OSError: it could not be written; nothing of it is left, and an older one of that name is still there.
+        OSError: on the first rank: it could not be written; nothing of it is left, an older one of that name is still there.
     """
     partial = folder.with_name(f".{folder.name}.partial")
+    parts = [*_weights(partial, transformer, weights)]
+    for name, beside in ((EMA, average), (OLD, old), (BEHAVIOUR, behaviour)):
+        parts += [] if beside is None else _weights(partial / name, transformer, beside)
+    parts.append(file_part(partial / OPTIMIZER, optimizer))
+    if not first_rank():
+        write_parts(parts)
+        return
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        _save_weights(partial, transformer, weights)
-        for name, beside in ((EMA, average), (OLD, old), (BEHAVIOUR, behaviour)):
-            if beside is not None:
-                _save_weights(partial / name, transformer, beside)
-        save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, partial / OPTIMIZER)
+        write_parts(parts)
         save_file(rng_state(), partial / RNG)
         write_state(partial, kind=_kind(transformer), run=run)
         for path in [*partial.rglob("*"), partial]:
@@ -149,24 +155,42 @@ def _kind(transformer: nn.Module) -> str:
     return "lora" if has_lora(transformer) else "full"
 
 
-def _save_weights(folder: Path, policy: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+def _weights(folder: Path, policy: nn.Module, weights: Mapping[str, Pending]) -> Iterator[Part]:
     networks: dict[str, Any] = dict(experts(policy))
     for name, network in networks.items():
         prefix = _prefix(networks, name)
-        own = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
-        if has_lora(network):
-            save_lora(network, folder / _lora_folder(name), own)
-            continue
-        save_transformer(folder / name, network, own)
+        own = {key.removeprefix(prefix): one for key, one in weights.items() if key.startswith(prefix)}
+        yield from _lora(folder / _lora_folder(name), network, own) if has_lora(network) else _full(folder / name, network, own)
 
 
-def save_transformer(folder: Path, network: Any, weights: dict[str, torch.Tensor]) -> None:
+def _lora(folder: Path, network: Any, weights: Mapping[str, Pending]) -> Iterator[Part]:
+    def write(made: Iterator[torch.Tensor]) -> None:
+        save_lora(network, folder, {name: tensor.cpu() for name, tensor in zip(weights, made, strict=True)})
+
+    yield Part(list(weights.values()), write)
+
+
+def save_transformer(folder: Path, network: Any, weights: Mapping[str, torch.Tensor]) -> None:
     """What `from_pretrained` of the network's class in diffusers reads; the network is asked for its configuration alone."""
-    network.save_config(folder)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)  # where this machine had the base model
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_torch_state_dict(weights, folder, filename_pattern=WEIGHTS, max_shard_size=FILE_SIZE)
+    write_parts(_full(folder, network, pending(weights)))
+
+
+def _full(folder: Path, network: Any, weights: Mapping[str, Pending]) -> Iterator[Part]:
+    like = {name: one.like() for name, one in weights.items()}
+    split = split_torch_state_dict_into_shards(like, filename_pattern=WEIGHTS, max_shard_size=FILE_SIZE)
+
+    def describe(_: Iterator[torch.Tensor]) -> None:
+        network.save_config(folder)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # where this machine had the base model
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+    yield Part([], describe)
+    for filename, names in split.filename_to_tensors.items():
+        yield file_part(folder / filename, {name: weights[name] for name in names}, {"format": "pt"})
 
 
 def _prefix(networks: Mapping[str, nn.Module], name: str) -> str:

@@ -28,8 +28,9 @@ from omni_rollout.policy.inputs import Shown
 from omni_rollout.policy.lora import as_saved, attach_lora, base_alone, without_adapted
 from omni_rollout.policy.rng import seed_generators
 from omni_rollout.policy.state import RunState
+from omni_rollout.policy.tensor_files import Pending, collected
 from omni_rollout.policy.trainer_engines import learning_rate_at, make_trainer_engine
-from omni_rollout.policy.trainer_engines.torch_engine import TorchEngine, first_rank, on_first_rank
+from omni_rollout.policy.trainer_engines.torch_engine import TorchEngine
 from omni_rollout.policy.update import PolicyUpdate, Update
 from omni_rollout.rollout.adapter import Adapter
 from omni_rollout.types import Trajectory
@@ -208,7 +209,7 @@ class Learner:
             return None
         sampler = self.old_state if self.lags else self.state
         by_policy = {"policy": self.state, "average": self.average_state, "behaviour": self.behaviour_state}
-        factors = as_saved(self.policy, by_policy.get(which, sampler)() or {})
+        factors = as_saved(self.policy, collected(by_policy.get(which, sampler)() or {}))
         return Adapter(factors=factors, rank=trainer.lora_rank, alpha=trainer.lora_alpha or 2 * trainer.lora_rank)
 
     def frozen(self) -> list[torch.Tensor]:
@@ -235,34 +236,29 @@ class Learner:
         parameters = [one for one in self.policy.parameters() if one.requires_grad is trained]
         return [one for one in parameters if one.untyped_storage().data_ptr() not in shared]
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The trained parameters by their name in the policy: whole, fp32, on the CPU.
-
-        Collective, like the four below: every rank calls them, in the same order; ranks other than the first get none.
-        """
+    def state(self) -> dict[str, Pending]:
+        """The trained parameters by their name in the policy, fp32; every rank has the same, in the same order."""
         return self._whole(self.engine.parts())
 
-    def average_state(self) -> dict[str, torch.Tensor] | None:
+    def average_state(self) -> dict[str, Pending] | None:
         """The same of the average, where one is kept."""
         return None if self.ema is None else self._whole(self.ema.parts)
 
-    def old_state(self) -> dict[str, torch.Tensor] | None:
+    def old_state(self) -> dict[str, Pending] | None:
         """The same of the old policy, where the algorithm has one."""
         return None if self.old is None else self._whole(self.old.parts)
 
-    def behaviour_state(self) -> dict[str, torch.Tensor] | None:
+    def behaviour_state(self) -> dict[str, Pending] | None:
         """The same of the policy before the latest update, with rollout.ahead=1."""
         return None if self.behaviour is None else self._whole(self.behaviour.parts)
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
+    def optimizer_state(self) -> dict[str, Pending]:
         return self.engine.state_dict()
 
     def save(self, folder: Path, run: RunState) -> None:
         """Collective; the first rank writes, and alone raises OSError where that fails."""
-        weights, optimizer = self.state(), self.optimizer_state()
         beside = {"average": self.average_state(), "old": self.old_state(), "behaviour": self.behaviour_state()}
-        if first_rank():
-            save_policy(folder, self.policy, weights, run=run, optimizer=optimizer, **beside)
+        save_policy(folder, self.policy, self.state(), run=run, optimizer=self.optimizer_state(), **beside)
 
-    def _whole(self, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return on_first_rank((name, self.engine.whole(name, part)) for name, part in parts.items())
+    def _whole(self, parts: Mapping[str, torch.Tensor]) -> dict[str, Pending]:
+        return {name: self.engine.whole(name, part) for name, part in parts.items()}

@@ -29,6 +29,7 @@ from omni_rollout.nano.random_weights import build_random
 from omni_rollout.parity.replay import replay_capsules
 from omni_rollout.policy.checkpoint import save_policy
 from omni_rollout.policy.lora import attach_lora
+from omni_rollout.policy.tensor_files import pending
 from omni_rollout.rollout.to_folder import engine_of, sample_to_folder
 from omni_rollout.run.evaluate import evaluate
 from omni_rollout.run.export import export
@@ -74,9 +75,8 @@ def saved(folder: Path, config: TrainConfig) -> Path:
     average = {name: tensor / 2 if ".lora_B." in name else tensor for name, tensor in weights.items()}
     digest = combined_digest(tensor_digests(effective_weights(policy, torch.float32)))
     state = run_state(config, step=2, weights=digest, wandb_id=None, lines={})
-    save_policy(
-        folder / "run/checkpoints/step_00002", policy, weights, run=state, optimizer={"step": torch.tensor(0)}, average=average
-    )
+    tensors = {"optimizer": pending({"step": torch.tensor(0)}), "average": pending(average)}
+    save_policy(folder / "run/checkpoints/step_00002", policy, pending(weights), run=state, **tensors)
     return folder / "run"
 
 
@@ -245,7 +245,8 @@ def test_a_run_that_sampled_with_its_old_policy_is_shown_as_what_it_trained(
     for written, fits in ((digests[1], True), ("0" * 64, False)):
         state = run_state(config, step=2, weights=written, wandb_id=None, lines={})
         folder = tmp_path / written / "checkpoints/step_00002"
-        save_policy(folder, trained, factors[0], run=state, optimizer={"step": torch.tensor(0)}, old=factors[1])
+        tensors = {"optimizer": pending({"step": torch.tensor(0)}), "old": pending(factors[1])}
+        save_policy(folder, trained, pending(factors[0]), run=state, **tensors)
         with nullcontext() if fits else pytest.raises(UserError, match="another than the run was started from"):
             put_into(engine, exact, source_of(tmp_path / written))
         assert engine.weights_digest == digests[0] != digests[1]

@@ -21,6 +21,7 @@ from omni_rollout.policy.checkpoint import to_masters
 from omni_rollout.policy.learner import Learner
 from omni_rollout.policy.lora import attach_lora
 from omni_rollout.policy.recompute import recompute
+from omni_rollout.policy.tensor_files import collected
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.trajectories.digest import combined_digest, tensor_digest
 from omni_rollout.types import Prompt, RolloutRequest
@@ -109,7 +110,7 @@ def test_a_step_is_that_of_a_learner_with_all_of_its_own(engine, learner, checkp
     for one in (learner, apart):
         old = [trajectory.log_probs for trajectory in trajectories]
         one.step(trajectories, torch.tensor([1.0, -1.0]), old, 1)
-    left, right = ({**one.state(), **one.optimizer_state()} for one in (learner, apart))
+    left, right = (collected({**one.state(), **one.optimizer_state()}) for one in (learner, apart))
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     now = engine.policy_tensors()
     assert all(torch.equal(before[name], now[name]) for name in now), "learning writes nothing into the engine"

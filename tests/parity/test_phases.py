@@ -28,6 +28,7 @@ from omni_rollout.models.qwen_image.policy import LORA_TARGETS
 from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.nano.random_weights import build_random
 from omni_rollout.policy.learner import Learner
+from omni_rollout.policy.tensor_files import collected
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.run import phases as run_phases
 from omni_rollout.run.phases import Phase, Phases
@@ -127,7 +128,7 @@ def two_steps(engine: RolloutEngine, config: TrainConfig, *, in_turns: bool = Tr
             rows.append(learner.drift.value)
         phases.enter(Phase.save)
         for name, state in (("w", learner.state()), ("o", learner.optimizer_state()), ("a", learner.average_state() or {})):
-            seen |= {f"{name} {key}": tensor for key, tensor in state.items()}
+            seen |= {f"{name} {key}": tensor for key, tensor in collected(state).items()}
         phases.enter(Phase.rollout)
     return seen, rows
 

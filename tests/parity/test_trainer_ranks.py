@@ -35,6 +35,7 @@ from omni_rollout.models.base.velocity import expert_at
 from omni_rollout.models.qwen_image.spec import resolve
 from omni_rollout.policy.learner import Learner, Which
 from omni_rollout.policy.state import RunState
+from omni_rollout.policy.tensor_files import collected
 from omni_rollout.trajectories.capsule import load_capsule, save_capsule
 from omni_rollout.trajectories.digest import combined_digest, tensor_digest
 from omni_rollout.types import Prompt, RolloutRequest, Trajectory
@@ -76,7 +77,7 @@ SETS: dict[str, dict[str, list[str]]] = {
         "experts": ["ddp", "fsdp2-offload", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"],
     },
 }
-NORMS, STATE = 1e-6, 1e-5  # relative; docs/verl.md says what was measured
+NORMS, STATE = 3e-6, 1e-5  # relative; docs/verl.md says what was measured
 NORMS_BF16, STATE_BF16 = 2e-2, 5e-2  # one bit of a weight more or less is a bit in 256 of it as it is computed with
 ADVANTAGES = torch.tensor([1.0, 0.0, -0.7, 0.4, 0.0])  # three rows to share: two ranks have different numbers of passes
 
@@ -127,7 +128,7 @@ def first_steps(learner: Learner, trajectories: list[Trajectory]) -> dict[str, A
     scored = recomputed(learner, trajectories)
     start = digest(learner)
     (broken,) = steps(learner, trajectories, range(1, 2), ADVANTAGES * torch.tensor([1.0, 1.0, 1.0, torch.nan, 1.0]))
-    moments = learner.optimizer_state()
+    moments = collected(learner.optimizer_state())
     return {
         "engine's log-probs": all(torch.equal(a, b.log_probs) for a, b in zip(scored, trajectories, strict=True)),
         "engine's weights": start == trajectories[0].fingerprint["weights"],
@@ -169,7 +170,7 @@ def run_case(folder: Path, kind: str, engine: str, after: str, rank: int, ranks:
     recomputed(learner, trajectories)
     result["a forward pass keeps nothing"] = digest(learner, "average") == result["average"]
     result["restored"] = digest(learner) == result["digest"]
-    state = {**learner.state(), **learner.optimizer_state()}
+    state = collected({**learner.state(), **learner.optimizer_state()})
     if rank == 0:
         save_file(state, folder / f"{ranks}-{kind}-{engine}.safetensors")
     return result

@@ -30,6 +30,7 @@ from omni_rollout.policy.checkpoint import load_policy, save_policy
 from omni_rollout.policy.lora import attach_lora
 from omni_rollout.policy.recompute import recompute
 from omni_rollout.policy.state import RunState
+from omni_rollout.policy.tensor_files import pending
 from omni_rollout.rollout.engine import RolloutEngine
 from omni_rollout.trajectories.capsule import load_capsule, save_capsule
 from omni_rollout.types import Prompt, RolloutRequest, Trajectory
@@ -206,7 +207,8 @@ def test_lora_of_each_expert_is_exact_and_is_what_diffusers_reads(sides, restore
     trajectories = sides.generate(sides.mixed())
     assert sides.equal(trajectories, policy=policy) and not sides.equal(trajectories)
     trained = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
-    save_policy(tmp_path / "c", policy, trained, run=RunState(step=1, weights="w"), optimizer={"step": torch.tensor(1)})
+    optimizer = pending({"step": torch.tensor(1)})
+    save_policy(tmp_path / "c", policy, pending(trained), run=RunState(step=1, weights="w"), optimizer=optimizer)
     other = family_module(sides.family, "policy").load_policy(str(sides.checkpoint), sides.dtype)
     load_policy(tmp_path / "c", other)
     assert sides.equal(trajectories, policy=other)

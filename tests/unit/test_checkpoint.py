@@ -30,6 +30,7 @@ from omni_rollout.policy.checkpoint import (
 from omni_rollout.policy.ema import ExponentialAverage
 from omni_rollout.policy.lora import attach_lora
 from omni_rollout.policy.state import STATE, RunState, verify
+from omni_rollout.policy.tensor_files import pending
 from omni_rollout.policy.trainer_engines import TrainerEngine, make_trainer_engine
 
 LORA = "lora/pytorch_lora_weights.safetensors"
@@ -73,7 +74,8 @@ def state_of(transformer: nn.Module) -> dict[str, torch.Tensor]:
 
 def save(folder: Path, transformer: nn.Module, step: int, **more: Any) -> None:
     run = RunState(step=step, weights=f"digest {step}", lines={"metrics.jsonl": step}, config={"trainer.steps": 9})
-    save_policy(folder, transformer, state_of(transformer), run=run, **{"optimizer": {"step": torch.tensor(step)}, **more})
+    more = {"optimizer": pending({"step": torch.tensor(step)}), **more}
+    save_policy(folder, transformer, pending(state_of(transformer)), run=run, **more)
 
 
 def test_full_weights_come_back_and_diffusers_loads_the_fp32_masters(tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_average_is_saved_beside_the_weights_and_comes_back(tmp_path: Path, lora
     average = average_of(transformer, parameters or list(transformer.parameters()))
     shake(parameters or list(transformer.parameters()), 1)
     average.update()
-    save(tmp_path / "c", transformer, 1, average=average.parts)
+    save(tmp_path / "c", transformer, 1, average=pending(average.parts))
     other, others = adapted(3) if lora else (transformer_of(3), [])
     other_average = average_of(other, others or list(other.parameters()))
     saved = load_policy(tmp_path / "c", other)

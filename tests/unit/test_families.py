@@ -35,6 +35,7 @@ from omni_rollout.policy.checkpoint import load_policy, save_policy
 from omni_rollout.policy.lora import attach_lora, has_lora
 from omni_rollout.policy.recompute import stochastic_pairs
 from omni_rollout.policy.state import RunState
+from omni_rollout.policy.tensor_files import pending
 from omni_rollout.policy.update import PolicyUpdate
 from omni_rollout.rewards import WeightedSum
 from omni_rollout.trajectories.capsule import CapsuleError, load_capsule, save_capsule
@@ -195,8 +196,8 @@ def test_a_checkpoint_of_two_experts(tmp_path: Path, rank: int) -> None:
         for factor in attach_lora(policy, rank=rank):
             factor.data.add_(torch.randn(factor.shape, generator=torch.Generator().manual_seed(factor.numel())))
     trained = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
-    optimizer = {"step": torch.tensor(1)}
-    save_policy(tmp_path / "c", policy, trained, run=RunState(step=1, weights="w"), optimizer=optimizer, average=trained)
+    weights, optimizer = pending(trained), pending({"step": torch.tensor(1)})
+    save_policy(tmp_path / "c", policy, weights, run=RunState(step=1, weights="w"), optimizer=optimizer, average=weights)
     folders = {path.name for path in (tmp_path / "c").iterdir() if path.is_dir()} - {"ema"}
     assert folders == ({"lora", "lora_2"} if rank else {"transformer", "transformer_2"})
     other = Experts({"transformer": transformer(2 if not rank else 0), "transformer_2": transformer(3 if not rank else 1)})

@@ -19,6 +19,7 @@ from torch import nn
 from omni_rollout.config import TrainerConfig
 from omni_rollout.config import TrainerEngineName as EngineName
 from omni_rollout.models.base.policy import Experts
+from omni_rollout.policy.tensor_files import collected
 from omni_rollout.policy.trainer_engines import TrainerEngine, make_trainer_engine
 from omni_rollout.policy.update import check_ranks_agree
 
@@ -63,7 +64,7 @@ def inputs(number: int, expert: int) -> dict[str, Any]:
 
 
 def values(trainer: TrainerEngine) -> dict[str, torch.Tensor]:
-    return {name: trainer.whole(name, part).clone() for name, part in trainer.parts().items()}
+    return {name: trainer.whole(name, part).make().clone() for name, part in trainer.parts().items()}
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
@@ -81,7 +82,7 @@ def test_an_idle_expert_is_not_moved(engine: str, stage: int) -> None:
         assert update(trainer, used, number) == update(expected, used, number)
         assert differing(before, values(trainer)) == {NAMES[expert] for expert in used}, (number, used)
         assert not differing(values(trainer), values(expected))
-    state = trainer.state_dict()
+    state = collected(trainer.state_dict())
     assert (int(state["transformer.step"]), int(state["transformer_2.step"])) == (4, 3)
 
 
@@ -103,7 +104,7 @@ def test_the_expert_that_moves_moves_as_if_it_were_alone() -> None:
 def test_state_with_an_expert_that_never_moved(saver: int, loader: int, first: tuple[int, ...]) -> None:
     _, whole = make(*ENGINES[saver])
     update(whole, first, 0)
-    state, weights = {name: value.clone() for name, value in whole.state_dict().items()}, values(whole)
+    state, weights = collected(whole.state_dict()), values(whole)
     idle = NAMES[1 - first[0]]
     assert int(state[f"{idle}.step"]) == 0 and not any(n.startswith(f"{idle}.") for n in state if n != f"{idle}.step")
     policy, _ = make("torch", 0)
@@ -111,7 +112,7 @@ def test_state_with_an_expert_that_never_moved(saver: int, loader: int, first: t
     config = TrainerConfig(engine=EngineName[ENGINES[loader][0]], zero_stage=ENGINES[loader][1], weight_decay=0.1)
     trainer = make_trainer_engine(config, policy, list(policy.parameters()))
     trainer.load_state_dict(state)
-    loaded = trainer.state_dict()
+    loaded = collected(trainer.state_dict())
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
     for number, used in ((1, BOTH), (2, first)):
         assert update(trainer, used, number) == update(whole, used, number)

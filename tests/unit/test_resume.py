@@ -18,6 +18,7 @@ from omni_rollout.cli import main
 from omni_rollout.config import AlgorithmConfig, DType, ModelConfig, TrainConfig, TrainerConfig
 from omni_rollout.errors import RunFailedError, UserError
 from omni_rollout.policy import checkpoint
+from omni_rollout.policy.tensor_files import pending
 from omni_rollout.run.checkpoints import Checkpoints, how_to_go_on
 from omni_rollout.run.folder import checkpoint_folders, step_of
 from omni_rollout.run.resume import check_weights, enter, run_state
@@ -28,7 +29,7 @@ from omni_rollout.trajectories.journal import Journal
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy of one number: what is decided here does not look at it."""
-    monkeypatch.setattr(checkpoint, "_save_weights", lambda folder, policy, weights: folder.mkdir(exist_ok=True))
+    monkeypatch.setattr(checkpoint, "_weights", lambda folder, policy, weights: [])
 
 
 def config_of(folder: Path, **trainer: object) -> TrainConfig:
@@ -42,7 +43,7 @@ def config_of(folder: Path, **trainer: object) -> TrainConfig:
 def write(folder: Path, config: TrainConfig, step: int) -> None:
     lines = {"metrics.jsonl": step + 1, "seeds.jsonl": 2 * step}
     state = run_state(config, step=step, weights=f"digest {step}", wandb_id="abc", lines=lines)
-    checkpoint.save_policy(folder, nn.Linear(1, 1), {}, run=state, optimizer={"step": torch.tensor(step)})
+    checkpoint.save_policy(folder, nn.Linear(1, 1), {}, run=state, optimizer=pending({"step": torch.tensor(step)}))
 
 
 def lived(folder: Path, *, saved: list[int], logged: int) -> TrainConfig:

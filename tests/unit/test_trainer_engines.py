@@ -15,6 +15,7 @@ from torch import nn
 from omni_rollout.config import Offload, Schedule, TrainerConfig
 from omni_rollout.config import TrainerEngineName as EngineName
 from omni_rollout.policy.ema import ExponentialAverage
+from omni_rollout.policy.tensor_files import collected
 from omni_rollout.policy.trainer_engines import TrainerEngine, learning_rate_at, make_trainer_engine
 
 ENGINES = [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)]
@@ -132,12 +133,12 @@ def test_a_norm_that_is_not_finite_skips_the_update_and_only_that(engine: str, z
 def test_state_of_one_engine_continues_in_another(saver: tuple[str, int], loader: tuple[str, int]) -> None:
     expected, whole = make(*saver)
     run_updates(whole, range(2))
-    state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    state = collected(whole.state_dict())
     transformer = small_transformer()
     transformer.load_state_dict(expected.state_dict())
     trainer = make_trainer_engine(trainer_config(*loader), transformer, list(transformer.parameters()))
     trainer.load_state_dict(state)
-    loaded = trainer.state_dict()
+    loaded = collected(trainer.state_dict())
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
     assert run_updates(trainer, range(2, 4)) == run_updates(whole, range(2, 4))
     assert_same_parameters(transformer, expected)
@@ -147,9 +148,9 @@ def test_state_of_one_engine_continues_in_another(saver: tuple[str, int], loader
 def test_state_before_the_first_step_and_state_that_does_not_fit(engine: str, zero_stage: int) -> None:
     _, trainer = make(engine, zero_stage)
     assert trainer.state_dict().keys() == {"step"}
-    trainer.load_state_dict(trainer.state_dict())
+    trainer.load_state_dict(collected(trainer.state_dict()))
     run_updates(trainer, range(1))
-    state = trainer.state_dict()
+    state = collected(trainer.state_dict())
     first = next(name for name in state if name != "step")
     for broken, message in [
         ({name: value for name, value in state.items() if name != first}, f"has no {first}"),

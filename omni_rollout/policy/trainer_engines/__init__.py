@@ -13,6 +13,7 @@ from torch import nn
 from omni_rollout import config as configs
 from omni_rollout.errors import UserError
 from omni_rollout.launch.validate import trainer_engine
+from omni_rollout.policy.tensor_files import Pending
 
 
 class TrainerEngine(Protocol):
@@ -46,8 +47,8 @@ class TrainerEngine(Protocol):
         """What this rank holds of each trained parameter, by its name in the policy; what is written there is computed with."""
         ...
 
-    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
-        """The tensor of which each rank holds a part that lies like its part of parameter `name`. Collective."""
+    def whole(self, name: str, part: torch.Tensor) -> Pending:
+        """The tensor of which each rank holds a part that lies like its part of parameter `name`."""
         ...
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
@@ -66,11 +67,10 @@ class TrainerEngine(Protocol):
         """A module that is never trained, held as the policy is: in parts where the policy is. Call what is returned."""
         ...
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state, whole, on the CPU: `step` [] int64, and if that is not 0 `<parameter>.exp_avg|exp_avg_sq`.
+    def state_dict(self) -> dict[str, Pending]:
+        """The optimizer's state: `step` [] int64, and if that is not 0 `<parameter>.exp_avg|exp_avg_sq`, fp32.
 
-        Each of several experts has a step of its own, `<folder>.step`. Every engine reads every other's. Collective; ranks but
-        the first get an empty one.
+        Each of several experts has a step of its own, `<folder>.step`. Every engine reads every other's.
         """
         ...
 

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 from omni_rollout.config import Offload, TrainerConfig
 from omni_rollout.diffusion.exact_ops import HasEffectiveWeight
 from omni_rollout.policy.lora import MergedLoraLinear
+from omni_rollout.policy.tensor_files import Pending, pending
 from omni_rollout.policy.trainer_engines.deepspeed_config import deepspeed_config
 from omni_rollout.policy.trainer_engines.torch_engine import (
     MOMENTS,
@@ -32,7 +34,6 @@ from omni_rollout.policy.trainer_engines.torch_engine import (
     clip_scale,
     fill_missing_gradients,
     moved,
-    on_first_rank,
     prepare,
     require_ready,
     total_norm,
@@ -112,12 +113,14 @@ class DeepSpeedEngine:
             return {name: parameter.detach() for name, parameter in self._named.items()}
         return {name: cast(Any, parameter).ds_tensor.detach() for name, parameter in self._named.items()}
 
-    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+    def whole(self, name: str, part: torch.Tensor) -> Pending:
         if self._zero_stage < 3:
-            return part
+            return pending({name: part})[name]
+        return Pending(tuple(self._shape(name)), part.dtype, partial(self._joined, part, self._shape(name)))
+
+    def _joined(self, part: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         flat = part.new_empty(part.numel() * self._ranks)
         dist.all_gather_into_tensor(flat, part.contiguous())
-        shape = self._shape(name)
         return flat[: shape.numel()].view(shape)
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
@@ -142,15 +145,18 @@ class DeepSpeedEngine:
         engine, *_ = self._deepspeed.initialize(model=module, config=self._settings, dist_init_required=False)
         return engine
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return on_first_rank(self._state())
+    def state_dict(self) -> dict[str, Pending]:
+        return dict(self._state())
 
-    def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _state(self) -> Iterator[tuple[str, Pending]]:
         for place, (prefix, named) in enumerate(self._groups.items()):
             states = [state for tensor in self._stepped(place) if (state := self._optimizer.state.get(tensor))]
-            yield f"{prefix}step", states[0]["step"].long() if states else torch.tensor(0)
+            yield from pending({f"{prefix}step": states[0]["step"].long() if states else torch.tensor(0)}).items()
             for name, parameter in named.items() if states else ():
-                yield from ((f"{name}.{key}", self._moment(parameter, key)) for key in MOMENTS)
+                shape = tuple(self._shape(name))
+                yield from (
+                    (f"{name}.{key}", Pending(shape, torch.float32, partial(self._moment, parameter, key))) for key in MOMENTS
+                )
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state

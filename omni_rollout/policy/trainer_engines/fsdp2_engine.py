@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from omni_rollout.config import Offload, Reduce, TrainerConfig
 from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.models.base.policy import experts
+from omni_rollout.policy.tensor_files import Pending
 from omni_rollout.policy.trainer_engines.torch_engine import TorchEngine, check_shape, total_norm_of_parts, trainable_by_name
 
 
@@ -43,10 +44,10 @@ class FSDP2Engine(TorchEngine):
         cast(FSDPModule, self.module).set_requires_gradient_sync(last or self._every_pass)
         super().backward(loss, last=last)
 
-    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+    def whole(self, name: str, part: torch.Tensor) -> Pending:
         like = cast(DTensor, self._named[name])
         cut = DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-        return cut.full_tensor()
+        return Pending(tuple(like.shape), part.dtype, cut.full_tensor)
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         like = cast(DTensor, self._named[name])

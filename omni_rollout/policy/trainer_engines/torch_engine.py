@@ -15,6 +15,7 @@ from torch import nn
 from omni_rollout.config import TrainerConfig
 from omni_rollout.errors import UserError
 from omni_rollout.models.base.policy import experts
+from omni_rollout.policy.tensor_files import Pending, pending
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -50,8 +51,8 @@ class TorchEngine:
     def parts(self) -> dict[str, torch.Tensor]:
         return {name: self._held(parameter.detach()) for name, parameter in self._named.items()}
 
-    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
-        return part
+    def whole(self, name: str, part: torch.Tensor) -> Pending:
+        return pending({name: part})[name]
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         check_shape(name, whole, self._named[name].shape)
@@ -63,20 +64,18 @@ class TorchEngine:
     def frozen(self, module: nn.Module) -> nn.Module:
         return module
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return on_first_rank(chain.from_iterable(self._state(*group) for group in self._groups.items()))
+    def state_dict(self) -> dict[str, Pending]:
+        return dict(chain.from_iterable(self._state(*group) for group in self._groups.items()))
 
     def moments(self) -> list[torch.Tensor]:
         """AdamW's, on the device; none before the first update."""
         return [state[key] for state in self._optimizer.state.values() for key in MOMENTS if key in state]
 
-    def _state(self, prefix: str, named: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _state(self, prefix: str, named: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Pending]]:
         states = {name: self._optimizer.state[parameter] for name, parameter in named.items()}
-        if not all(states.values()):
-            yield f"{prefix}step", torch.tensor(0)
-            return
-        yield f"{prefix}step", next(iter(states.values()))["step"].long()
-        for name, state in states.items():
+        begun = all(states.values())
+        yield from pending({f"{prefix}step": next(iter(states.values()))["step"].long() if begun else torch.tensor(0)}).items()
+        for name, state in states.items() if begun else ():
             yield from ((f"{name}.{key}", self.whole(name, self._held(state[key]))) for key in MOMENTS)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -120,16 +119,6 @@ def trainable_by_name(policy: nn.Module, parameters: list[nn.Parameter]) -> dict
     if not named:
         raise UserError("there is nothing to train: the list of trainable parameters is empty")
     return named
-
-
-def first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def on_first_rank(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU, made one at a time; empty on the other ranks, which take part in making each."""
-    keep = first_rank()
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors if keep}
 
 
 def by_expert(policy: nn.Module, named: Mapping[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
