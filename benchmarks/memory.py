@@ -1,4 +1,4 @@
-"""What one process with an engine and a trainer takes: the peak of a rollout, an update and a weight sync.
+"""What one process with an engine and a trainer takes: the peak of a rollout, an update, a weight sync and a checkpoint.
 
     python -m benchmarks.memory --parameters 0.3e9 1e9
     python -m benchmarks.memory --parameters 0.3e9 -- trainer.lora_rank=0 trainer.offload=all rollout.offload=encoders
@@ -81,10 +81,12 @@ def pss() -> int:
 
 
 def measure(model: Path, overrides: Sequence[str]) -> tuple[dict[str, int], float]:
-    """In this process: the peak of each phase over two steps, and seconds of the second, which begins with moments."""
+    """In this process: the peak of each phase over two steps and a checkpoint; seconds of the second step."""
     watch = Watch()
     from omni_rollout.launch.compose import compose
     from omni_rollout.launch.progress import Progress
+    from omni_rollout.policy.state import RunState
+    from omni_rollout.run.phases import Phase
     from omni_rollout.run.start import find_start
     from omni_rollout.train import Trainer
 
@@ -102,6 +104,9 @@ def measure(model: Path, overrides: Sequence[str]) -> tuple[dict[str, int], floa
             for step in (1, 2):
                 with watch.phase("other"):
                     seconds = trainer.step(step).metrics["timing_s/step"]
+            trainer.phases.enter(Phase.save)
+            with watch.phase("save"):
+                trainer.learner.save(Path(folder) / "saved", RunState(step=2, weights=""))
     return watch.peaks, seconds
 
 

@@ -174,7 +174,7 @@ def rows(sizes: Sequence[float], engines: Sequence[str], kinds: Sequence[str], m
 
 
 HEAD = (
-    "engine | policy | weights | rollout | update | sync | peak beyond the constant | the plan | off by "
+    "engine | policy | weights | rollout | update | sync | checkpoint | peak beyond the constant | the plan | off by "
     "| both ranks at once | the run's others | Ray's own"
 )
 
@@ -198,7 +198,7 @@ def main() -> None:
 
 
 def cells(row: Row, constant: Row) -> list[str]:
-    peaks = [mib(max(rank.get(phase, 0) for rank in row.peaks.ranks)) for phase in ("rollout", "update", "sync")]
+    peaks = [mib(max(rank.get(phase, 0) for rank in row.peaks.ranks)) for phase in ("rollout", "update", "sync", "save")]
     beside = [mib(row.peaks.together), mib(row.peaks.beside), mib(row.peaks.ray)]
     if row is constant:
         return [row.engine, "constant", mib(row.weights), *peaks, "", "", "", *beside]
