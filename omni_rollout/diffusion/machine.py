@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ CUDA_VARIABLES = (  # others that decide which kernel multiplies; nothing sets t
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "TORCH_CUBLASLT_UNIFIED_WORKSPACE",
 )
+_here = threading.local()  # `threads`, inside of `on_one_thread`
 if not torch.cuda.is_initialized():
     os.environ.setdefault(WORKSPACE, PINNED_WORKSPACE)
 
@@ -87,6 +90,24 @@ def pin_thread(threads: int) -> None:
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Inside, the calling thread computes alone, what is to have the bits that all its threads would give (`one_thread`)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _here.threads = threads
+    try:
+        yield
+    finally:
+        _here.threads = None
+        torch.set_num_threads(threads)
+
+
+def threads_of_bits() -> int:
+    """Of how many threads the calling one's results have the bits."""
+    return getattr(_here, "threads", None) or torch.get_num_threads()
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from omni_rollout.diffusion.machine import float32_by_onednn
+from omni_rollout.diffusion.machine import float32_by_onednn, threads_of_bits
 
 CONDITIONING_ROWS = 16  # of a layer that is given one row a sample: [B, K]
 # Of a layer that is given tokens, [B, S, K]: narrow layers waste more on padding than on calls, wide ones the other way round.
@@ -108,7 +108,8 @@ def forget_equal_calls() -> None:
 
 
 def _kind(weight: torch.Tensor, conditioning: bool, parts: Sequence[int]) -> tuple[Any, ...]:
-    return *weight.shape, weight.dtype, weight.device.type, conditioning, torch.get_num_threads(), *parts
+    threads = torch.get_num_threads(), threads_of_bits()
+    return *weight.shape, weight.dtype, weight.device.type, conditioning, *threads, *parts
 
 
 class PackedWeight:

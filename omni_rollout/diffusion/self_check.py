@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ _MANY = 1024  # rows; where there are more, calls of few are compared over half 
 _MOVED = 5  # places that they are moved by when calls of another kind are compared with a block
 _TOKENS = 77  # a sample, where attention, norms and activations are checked
 _checked: dict[tuple[Any, ...], Checked] = {}
+Threads = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def self_check(
 @torch.no_grad()
 def _find_calls(layers: list[Layer], heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Checked:
     digest = hashlib.sha256()
-    values = _Values(dtype, device)
+    values = Values(dtype, device)
     products.set_calls(Calls.blocks)
     failed = _first_inexact(layers, values, digest)
     if failed is not None:
@@ -104,7 +106,7 @@ def _find_calls(layers: list[Layer], heads: int, head_dim: int, dtype: torch.dty
             f"{failed.out_features}, {dtype}) has other bits in other company, even with one sample a call; "
             "choose parity=fast and watch parity/ppo_kl_mb0, or another device, dtype or build of torch"
         )
-    for name, function, sample in _operators(values, heads, head_dim):
+    for name, function, sample in operators(values, heads, head_dim):
         if not _exact(function, sample, digest):
             raise PinnedKnobError(
                 f"parity=exact cannot be had on this {device.type}: {name} gives a sample other bits in other company "
@@ -117,7 +119,7 @@ def _find_calls(layers: list[Layer], heads: int, head_dim: int, dtype: torch.dty
     return Checked(f"blocks of {', '.join(map(str, rows))} rows", digest.hexdigest())
 
 
-def _first_inexact(layers: list[Layer], values: _Values, digest: Any) -> Layer | None:
+def _first_inexact(layers: list[Layer], values: Values, digest: Any) -> Layer | None:
     for layer in layers:
         weight = values(layer.out_features, layer.in_features)
         bias = values(layer.out_features)
@@ -130,12 +132,12 @@ def _first_inexact(layers: list[Layer], values: _Values, digest: Any) -> Layer |
         for shape in ((3, tokens, layer.in_features), (5, layer.in_features)):
             if not _exact(product, values(*shape), digest) or not _exact_to_the_rounding(layer, shape, values, digest):
                 return layer
-            if products.calls() is Calls.blocks and not _find_equal_calls(layer, values, conditioning=len(shape) == 2):
+            if products.calls() is Calls.blocks and not find_equal_calls(layer, values, conditioning=len(shape) == 2):
                 return layer
     return None
 
 
-def _exact_to_the_rounding(layer: Layer, shape: tuple[int, ...], values: _Values, digest: Any) -> bool:
+def _exact_to_the_rounding(layer: Layer, shape: tuple[int, ...], values: Values, digest: Any) -> bool:
     """As `_exact`, and in blocks at every place, of sums of which nothing but their rounding is left."""
     numbers = torch.Size(shape[:-1]).numel()
     x, weight, bias = values.cancelling(numbers, layer.out_features, layer.in_features)
@@ -152,11 +154,14 @@ def _exact_to_the_rounding(layer: Layer, shape: tuple[int, ...], values: _Values
     return True
 
 
-def _find_equal_calls(layer: Layer, values: _Values, *, conditioning: bool) -> bool:
+def find_equal_calls(layer: Layer, values: Values, *, conditioning: bool, on: Threads = nullcontext) -> bool:
     """Which numbers of rows give the bits of this layer's blocks, in every row and wherever it stands; packed or not.
 
+    Args:
+        on: where those calls are made; the blocks are multiplied outside of it.
+
     Returns:
-        Whether the blocks themselves are among them.
+        Whether calls of as many rows as the blocks are among them.
     """
     device, shape = values.device.type, (layer.out_features, layer.in_features)
     block = block_rows(*shape, conditioning=conditioning, device=device)
@@ -164,8 +169,10 @@ def _find_equal_calls(layer: Layer, values: _Values, *, conditioning: bool) -> b
     if not others:
         return True
     x, weight, bias = values.cancelling(max(others), *shape)
-    found = _equal_calls({block, *others}, x, weight, bias, in_calls_of(block, x, weight, bias))
-    products.set_equal_calls(weight, found, conditioning=conditioning)
+    expected = in_calls_of(block, x, weight, bias)
+    with on():
+        found = _equal_calls({block, *others}, x, weight, bias, expected)
+        products.set_equal_calls(weight, found, conditioning=conditioning)
     return block in found.rows
 
 
@@ -189,22 +196,27 @@ def _equal_calls(
 
 
 @torch.no_grad()
-def find_fused(parts: Sequence[int], in_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
+def find_fused(
+    parts: Sequence[int], in_features: int, *, dtype: torch.dtype, device: torch.device, on: Threads = nullcontext
+) -> None:
     """After `self_check` of a fused layer's parts: numbers of rows for which one call gives the bits that the parts have.
 
-    Where there are none, each part is multiplied by itself.
+    Where there are none, each part is multiplied by itself. `on`: as in `find_equal_calls`.
     """
-    values = _Values(dtype, device)
+    values = Values(dtype, device)
     weight = values(sum(parts), in_features)
-    of_a_part = products.equal_calls(weight[: parts[0]], conditioning=False)
-    if of_a_part is None or products.equal_calls(weight, conditioning=False, parts=parts) is not None:
-        return
+    with on():
+        of_a_part = products.equal_calls(weight[: parts[0]], conditioning=False)
+        if of_a_part is None or products.equal_calls(weight, conditioning=False, parts=parts) is not None:
+            return
     x, weight, bias = values.cancelling(max(of_a_part.rows), sum(parts), in_features)
     expected = exact_linear(x[None], weight, bias, parts)[0]
-    products.set_equal_calls(weight, _equal_calls(of_a_part.rows, x, weight, bias, expected), conditioning=False, parts=parts)
+    with on():
+        found = _equal_calls(of_a_part.rows, x, weight, bias, expected)
+        products.set_equal_calls(weight, found, conditioning=False, parts=parts)
 
 
-def _operators(values: _Values, heads: int, head_dim: int) -> Iterator[tuple[str, Callable[..., torch.Tensor], torch.Tensor]]:
+def operators(values: Values, heads: int, head_dim: int) -> Iterator[tuple[str, Callable[..., torch.Tensor], torch.Tensor]]:
     width = heads * head_dim
     mask = (torch.arange(_TOKENS, device=values.device) % 7 != 3)[None, None, None]
 
@@ -227,7 +239,7 @@ def _operators(values: _Values, heads: int, head_dim: int) -> Iterator[tuple[str
 
 
 def _cancelling_tokens(joint: torch.Tensor) -> torch.Tensor:
-    """Query, key and value, [B, S, 3 C], such that what a token attends to is 0 but for rounding: see `_Values.cancelling`."""
+    """Query, key and value, [B, S, 3 C], such that what a token attends to is 0 but for rounding: see `Values.cancelling`."""
     query, key, value = joint.chunk(3, dim=-1)
     half = joint.shape[1] // 2
     rest = torch.zeros_like(key[:, 2 * half :])
@@ -248,7 +260,7 @@ def _exact(function: Callable[[torch.Tensor], torch.Tensor], samples: torch.Tens
     return torch.equal(function(beside_zeros)[-1], together[0]) and all(map(torch.equal, alone, together))
 
 
-class _Values:
+class Values:
     """Tensors of full mantissas and many magnitudes, the same on every machine: sums of their products have to round."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:

@@ -11,6 +11,7 @@ from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.worker.diffusion_worker import CustomPipelineWorkerExtension
 
 from omni_rollout.diffusion.machine import machine, pin_thread
+from omni_rollout.diffusion.one_thread import one_thread_suffices
 from omni_rollout.diffusion.self_check import Layer, attention_shape, find_fused, linear_layers, self_check
 from omni_rollout.models import family_module
 from omni_rollout.rollout.platform.attention import install_attention
@@ -68,10 +69,12 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         transformer = next(iter(pipeline.experts.values()))  # experts are of one shape
         attention = next((layer for layer in transformer.modules() if isinstance(layer, Attention)), None)
         heads, head_dim = attention_shape(transformer) if attention is None else (attention.num_heads, attention.head_size)
-        device, dtype = pipeline.device, config.dtype
-        checked = self_check(_linear_layers(transformer), heads=heads, head_dim=head_dim, dtype=dtype, device=device)
-        for parts, in_features in _fused_layers(transformer):
-            find_fused(parts, in_features, dtype=dtype, device=device)
+        where: Any = {"dtype": config.dtype, "device": pipeline.device}
+        layers, fused = list(_linear_layers(transformer)), _fused_layers(transformer)
+        checked = self_check(layers, heads=heads, head_dim=head_dim, **where)
+        for parts, in_features in fused:
+            find_fused(parts, in_features, **where)
+        pipeline.faster_threads.suffices = one_thread_suffices(layers, fused, heads=heads, head_dim=head_dim, **where)
         return checked
 
     def load_weights(self, named: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:

@@ -75,7 +75,7 @@ def test_bits_that_hang_on_the_position_in_a_call_lead_to_one_sample_a_call(monk
 
 def test_what_cancels_out_shows_another_order_of_the_sum():
     """At AVX512_CORE and 5 threads one row of a block of bf16 had other bits, and sums as they come did not show it."""
-    values = module._Values(torch.bfloat16, CPU)
+    values = module.Values(torch.bfloat16, CPU)
     plain = values(128, 256), values(1024, 256), values(1024)
 
     def seen(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> float:
@@ -88,7 +88,7 @@ def test_what_cancels_out_shows_another_order_of_the_sum():
 
 
 def test_what_attention_leaves_of_values_that_cancel_out_shows_another_order_of_the_tokens():
-    joint = module._Values(torch.bfloat16, CPU)(3, 77, 3 * 64) / 64
+    joint = module.Values(torch.bfloat16, CPU)(3, 77, 3 * 64) / 64
 
     def seen(joint: torch.Tensor) -> float:
         query, key, value = (part.unflatten(-1, (2, 32)).transpose(1, 2) for part in joint.chunk(3, dim=-1))

@@ -20,6 +20,7 @@ from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 
 from omni_rollout.diffusion.machine import machine, pin_thread
+from omni_rollout.diffusion.one_thread import FasterThreads
 from omni_rollout.diffusion.schedule import WARM_UP, Schedule
 from omni_rollout.diffusion.sde import sde_step
 from omni_rollout.models import family_module
@@ -74,6 +75,7 @@ class RolloutMixin:
         self.steps = 0  # that were taken, of all requests: what a command shows as it waits
         self.parity: str = arguments["parity"]
         self.threads: int = arguments["threads"]
+        self.faster_threads = FasterThreads()
         if self.parity != "reference":
             install_channel_norms(self.vae)
         self.install(str(od_config.model))
@@ -173,16 +175,18 @@ class RolloutMixin:
             if state.extra["denoising"].initial_noise is not None:
                 groups[state.extra["denoising"].conditioning.batch_key(state.step_index)].append(position)
         rows: list[torch.Tensor] = [state.latents for state in states]  # of given ones nobody asks for a velocity
-        for positions in groups.values():
+        for key, positions in groups.items():
             members = [states[position] for position in positions]
-            result = velocity(
-                self.call,
-                torch.cat([state.latents for state in members]),
-                torch.stack([state.timesteps[state.step_index] for state in members]).to(self.device),
-                [state.extra["denoising"].conditioning for state in members],
-                self.dtype,
-                expert=expert_at(members[0].extra["denoising"].spec, members[0].step_index),
-            )
+            latents = torch.cat([state.latents for state in members])
+            with self.faster_threads.taken((key, latents.shape)):
+                result = velocity(
+                    self.call,
+                    latents,
+                    torch.stack([state.timesteps[state.step_index] for state in members]).to(self.device),
+                    [state.extra["denoising"].conditioning for state in members],
+                    self.dtype,
+                    expert=expert_at(members[0].extra["denoising"].spec, members[0].step_index),
+                )
             for row, position in enumerate(positions):
                 rows[position] = result[row : row + 1]
                 states[position].extra["denoising"].batch_sizes.append(len(members))
