@@ -18,7 +18,7 @@ from omni_rollout.models import family_module
 from omni_rollout.parity.causes import Setting, calls_as_they_come, math_attention
 from omni_rollout.parity.measure import Measure, measure
 from omni_rollout.policy.recompute import recompute
-from omni_rollout.rollout.engine import PACKAGES, package_version
+from omni_rollout.rollout.records import package_versions
 from omni_rollout.run.restore import restored_policy
 from omni_rollout.run.source import Source
 from omni_rollout.trajectories.capsule import CapsuleError, load_capsule
@@ -139,9 +139,9 @@ class Scorer:
         ]
         versions = there.get("versions")
         versions = versions if isinstance(versions, dict) else {}
-        for name in PACKAGES:
-            if versions.get(name) != package_version(name):
-                found.append(f"versions.{name} ({_told(versions.get(name))}, here {package_version(name)})")
+        for name, own in package_versions().items():
+            if versions.get(name) != own:
+                found.append(f"versions.{name} ({_told(versions.get(name))}, here {own})")
         return found
 
 

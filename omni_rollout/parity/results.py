@@ -13,7 +13,8 @@ from omni_rollout.parity.attribution import CauseResult
 from omni_rollout.parity.findings import Finding
 from omni_rollout.parity.matrix import Cell
 from omni_rollout.parity.measure import Measure
-from omni_rollout.rollout.engine import PACKAGES, RolloutEngine, package_version
+from omni_rollout.rollout.engine import RolloutEngine
+from omni_rollout.rollout.records import package_versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def environment(engine: RolloutEngine) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: package_version(name) for name in PACKAGES},
+        "versions": package_versions(),
         "weights": engine.weights_digest,
         "cores": os.cpu_count(),
     }

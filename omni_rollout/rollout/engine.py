@@ -12,7 +12,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from importlib.metadata import version as package_version
 from typing import Any
 
 import numpy as np
@@ -34,11 +33,10 @@ from omni_rollout.rollout.guards import (
 )
 from omni_rollout.rollout.own_world import OwnWorld
 from omni_rollout.rollout.platform.linear import register_linears
-from omni_rollout.rollout.records import engine_request, to_trajectory, together
+from omni_rollout.rollout.records import engine_request, fingerprint, to_trajectory, together
 from omni_rollout.trajectories.digest import buckets, combined_digest, tensor_digests
 from omni_rollout.types import RolloutRequest, Trajectory
 
-PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")
 LIVENESS_SECONDS = 5.0  # between looks at whether the engine's thread still runs
 Record = dict[str, Any]  # of one image, as `RolloutMixin.post_decode` makes it
 Deliver = Callable[[Trajectory | Exception], None]
@@ -83,7 +81,10 @@ class RolloutEngine:
         self.in_flight: set[asyncio.Task[Record]] = set()
         self._closed = self._given_back = False
         self._serial = itertools.count()
-        self._decoder = Decoder(lambda latents, spec: self.pipeline.decode_beside_the_loop(latents, spec))
+        beside = self.threads if torch.device(self.pipeline.device).type == "cpu" else 1
+        self._decoder = Decoder(
+            lambda latents, spec: self.pipeline.decode_beside_the_loop(latents, spec), self._decoded, self.loop, beside
+        )
         close_at_exit(self)
         self.dtype, self.parity, self.policy_version = dtype, parity, 0
         try:
@@ -120,8 +121,7 @@ class RolloutEngine:
             try:
                 yield self._next(finished, timeout)
             except (EngineDiedError, EngineHungError):
-                while self._decoder.waits:
-                    self._decoded(self._decoder.rest())  # what has finished is kept
+                self._decoder.finish()  # what has finished is kept
                 while not finished.empty():
                     yield finished.get_nowait()
                 raise
@@ -199,6 +199,7 @@ class RolloutEngine:
             return
         self._drain()
         self._closed = True
+        self._decoder.close()
         self._world.close(self._engine)
         self.loop.close()
         del self._engine
@@ -211,14 +212,7 @@ class RolloutEngine:
         self.close()
 
     def _adopt(self, digests: dict[str, str]) -> None:
-        versions = {name: package_version(name) for name in PACKAGES}
-        self._fingerprint = {
-            "dtype": self.dtype,
-            "attention": "TORCH_SDPA" if self.parity != "fast" else "engine default",
-            "parity": self.parity,
-            "versions": versions,
-            "weights": combined_digest(digests),
-        }
+        self._fingerprint = fingerprint(self.dtype, self.parity, combined_digest(digests))
 
     @property
     def max_num_seqs(self) -> int:
@@ -256,9 +250,14 @@ class RolloutEngine:
     def _rpc(self, method: str, *args: Any) -> Any:
         return self._engine.collective_rpc(method, args=args, unique_reply_rank=0)
 
+    @property
+    def busy(self) -> set[asyncio.Future[Any]]:
+        """What is in flight or being decoded."""
+        return {*self.in_flight, *self._decoder.busy}
+
     def _drain(self) -> None:
-        while self.in_flight:
-            self.loop.run_until_complete(asyncio.wait(self.in_flight, timeout=LIVENESS_SECONDS))
+        while self.busy:
+            self.loop.run_until_complete(asyncio.wait(self.busy, timeout=LIVENESS_SECONDS))
             if not self.alive:
                 for task in self.in_flight:
                     task.cancel()
@@ -288,13 +287,11 @@ class RolloutEngine:
         if isinstance(error, Exception):
             deliver(error)
         done = not task.cancelled() and error is None
-        self._decoded(self._decoder.add(request, {**task.result(), "deliver": deliver} if done else None))
+        self._decoder.add(request, {**task.result(), "deliver": deliver} if done else None)
 
-    def _decoded(self, ready: Iterator[tuple[RolloutRequest, Record, np.ndarray]]) -> None:
-        try:
-            for request, record, media in ready:
-                machine = {**self.machine, **record["machine"]}
-                record["deliver"](to_trajectory(request, record, media, {**self._fingerprint, "machine": machine}))
-        except DecodeError as error:
-            for record in error.records:
-                record["deliver"](error)
+    def _decoded(self, request: RolloutRequest, record: Record, media: np.ndarray | DecodeError) -> None:
+        if isinstance(media, DecodeError):
+            record["deliver"](media)
+            return
+        machine = {**self.machine, **record["machine"]}
+        record["deliver"](to_trajectory(request, record, media, {**self._fingerprint, "machine": machine}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from omni_rollout.models import family_module
 from omni_rollout.trajectories.digest import tensor_digest
 from omni_rollout.types import RolloutRequest, Trajectory
+
+PACKAGES = ("torch", "vllm-omni", "diffusers", "transformers")
 
 
 def engine_request(request: RolloutRequest, serial: int) -> OmniDiffusionRequest:
@@ -48,6 +51,22 @@ def together(requests: Iterable[RolloutRequest]) -> list[RolloutRequest]:
         widths = spec.prompt_width, spec.negative_prompt_width if spec.guided else None
         kinds.setdefault((layout.latent, layout.grid, spec.num_inference_steps, *widths), []).append(request)
     return [request for kind in kinds.values() for request in kind]
+
+
+def package_versions() -> dict[str, str]:
+    """Of what computes, by package."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def fingerprint(dtype: str, parity: str, weights: str) -> dict[str, Any]:
+    """What a trajectory says of the engine that samples it, but for its machine."""
+    return {
+        "dtype": dtype,
+        "attention": "TORCH_SDPA" if parity != "fast" else "engine default",
+        "parity": parity,
+        "versions": package_versions(),
+        "weights": weights,
+    }
 
 
 def to_trajectory(

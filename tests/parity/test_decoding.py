@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
 
-from omni_rollout.models.base import rollout
 from omni_rollout.models.base.channel_norms import NORMS, ByPlanes
 from omni_rollout.models.base.sizes import DECODE_ROWS, decode_rows
 from omni_rollout.models.qwen_image.decoder import install_frame_convs
@@ -29,13 +31,13 @@ def images(sides: Any, requests: list[Any]) -> dict[int, np.ndarray]:
 def calls(sides: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every call of the VAE."""
     rows: list[int] = []
-    decode = sides.pipeline.vae.decode
+    decode = type(sides.pipeline.vae).decode
 
-    def counted(latents: Any, **options: Any) -> Any:
+    def counted(vae: Any, latents: Any, **options: Any) -> Any:
         rows.append(latents.shape[0])
-        return decode(latents, **options)
+        return decode(vae, latents, **options)
 
-    monkeypatch.setattr(sides.pipeline.vae, "decode", counted)
+    monkeypatch.setattr(type(sides.pipeline.vae), "decode", counted)
     return rows
 
 
@@ -72,16 +74,6 @@ def test_one_frame_is_decoded_as_by_the_vae_itself_but_for_rounding(sides: Any) 
         torch.testing.assert_close(frames, own_again.decode(video).sample, rtol=0, atol=2e-5 if exact else 0.1)
 
 
-def test_an_encoder_that_hangs_does_not_hang_the_decoder(sides: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout, "VAE_PATIENCE", 0.1)
-    pipeline, told = sides.pipeline, []
-    with pipeline._vae_in_use:
-        made = list(sides.engine.generate(sizes(sides, 2), on_error=lambda request, error: told.append(error)))
-    assert not made and len(told) == 2
-    assert all(isinstance(error, DecodeError) and isinstance(error.__cause__, TimeoutError) for error in told)
-    assert len(images(sides, sizes(sides, 2))) == 2, "and it is given back"
-
-
 def test_what_has_finished_is_decoded_where_the_engine_ends(sides: Any) -> None:
     """Of two sizes; that the first batch cannot be decoded does not keep the second from it."""
     small = [sides.request(seed, "a cat", height=32, width=32) for seed in range(2)]
@@ -92,16 +84,65 @@ def test_what_has_finished_is_decoded_where_the_engine_ends(sides: Any) -> None:
             raise MemoryError("too large")
         return torch.zeros(len(latents), 64, 64, 3, dtype=torch.uint8)
 
-    decoder = Decoder(decode)
+    loop, told = asyncio.new_event_loop(), []
+    decoder = Decoder(decode, lambda request, record, media: told.append((request, media)), loop)
     for request in (*small, *large):
         decoder.expect(request)
     for request in (small[0], large[0]):  # the others of their sizes never come
-        assert not list(decoder.add(request, {"final_latents": torch.zeros(1, 16, 64)}))
-    assert decoder.waits
-    with pytest.raises(DecodeError):
-        list(decoder.rest())
-    ((request, _, media),) = decoder.rest()
-    assert request is large[0] and media.shape == (64, 64, 3) and not decoder.waits
+        decoder.add(request, {"final_latents": torch.zeros(1, 16, 64)})
+    assert not decoder.busy
+    decoder.finish()
+    (broken, error), (whole, media) = told
+    assert broken is small[0] and isinstance(error, DecodeError) and isinstance(error.__cause__, MemoryError)
+    assert whole is large[0] and media.shape == (64, 64, 3) and not decoder.busy
+    decoder.close()
+    loop.close()
+
+
+def test_batches_beside_each_other_are_handed_over_in_their_order_each_by_one_thread_large_ones_by_all(sides: Any) -> None:
+    """Two of small images wait for each other, so they are beside each other; the second is done first."""
+    meeting, threads, told = threading.Barrier(2), [], []
+    second_done = threading.Event()
+
+    def decode(latents: Any, spec: Any) -> torch.Tensor:
+        threads.append((spec.height, torch.get_num_threads()))
+        if spec.height < 512:
+            meeting.wait(20)
+            if latents[0, 0, 0] == 0:
+                assert second_done.wait(20)
+            else:
+                second_done.set()
+        return torch.full((len(latents), 1), int(latents[0, 0, 0]), dtype=torch.uint8)
+
+    loop = asyncio.new_event_loop()
+    decoder = Decoder(decode, lambda request, record, media: told.append((request.spec.height, int(media[0]))), loop, threads=2)
+    small = [sides.request(seed, "a cat") for seed in range(2 * DECODE_ROWS)]
+    large = [sides.request(seed, "a cat", height=512, width=512) for seed in range(2)]
+    for request in (*small, *large):
+        decoder.expect(request)
+    for place, request in enumerate((*small, *large)):
+        decoder.add(request, {"final_latents": torch.full((1, 16, 64), float(place // DECODE_ROWS))})
+    assert len(decoder.busy) == 4
+    decoder.finish()
+    decoder.close()
+    loop.close()
+    assert told == [(64, 0)] * DECODE_ROWS + [(64, 1)] * DECODE_ROWS + [(512, 2)] * 2
+    assert sorted(threads) == [(64, 1), (64, 1), (512, 2), (512, 2)]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_small_images_do_not_depend_on_the_number_of_threads(sides: Any, number: int) -> None:
+    latents = torch.randn(DECODE_ROWS, 16, 64, generator=torch.Generator().manual_seed(number))
+    batch = [(sides.request(seed, "a cat"), {"final_latents": latents[seed : seed + 1]}) for seed in range(DECODE_ROWS)]
+    decoder = Decoder(sides.pipeline.decode_beside_the_loop, lambda *told: None, asyncio.new_event_loop(), number)
+    with ThreadPoolExecutor(1) as pool:  # a thread whose own number is not ours
+        found = pool.submit(decoder._media, batch).result()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        expected = sides.pipeline.decode(latents, batch[0][0].spec)
+    torch.set_num_threads(before)
+    assert np.array_equal(found, expected.numpy())
 
 
 def test_how_many_at_a_time_is_a_matter_of_the_size_alone(sides: Any) -> None:

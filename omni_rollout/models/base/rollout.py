@@ -9,8 +9,8 @@ denoise_step builds its own batches from them.
 from __future__ import annotations
 
 from collections import defaultdict
+from copy import copy
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +32,6 @@ from omni_rollout.models.base.velocity import Conditioning, expert_at, velocity
 from omni_rollout.types import InputImage, Prompt, SamplingSpec
 
 WARM_UP_WIDTH = 64
-VAE_PATIENCE = 300.0  # seconds
 
 
 @dataclass
@@ -69,9 +68,6 @@ class RolloutMixin:
         self.policy_version = 0
         arguments: Any = od_config.custom_pipeline_args
         self.encodings = Encodings(2 * od_config.max_num_seqs)
-        # Media are decoded beside the loop that encodes input images, and these VAEs keep what they remember of earlier frames
-        # in themselves: either would clear it under the other's hands.
-        self._vae_in_use = Lock()
         self.steps = 0  # that were taken, of all requests: what a command shows as it waits
         self.parity: str = arguments["parity"]
         self.threads: int = arguments["threads"]
@@ -100,8 +96,7 @@ class RolloutMixin:
         """`encode`, once for a group: text is kept by the engine's own cache, images by ours. All that are in flight wait."""
         if not prompt.images:
             return self.encode(prompt, spec)
-        with self._vae_in_use:
-            return self.encodings.take(prompt, spec, self.encode)
+        return self.encodings.take(prompt, spec, self.encode)
 
     def noise(self, spec: SamplingSpec, generator: torch.Generator) -> torch.Tensor:
         """[1, *shape] fp32."""
@@ -116,17 +111,14 @@ class RolloutMixin:
         raise NotImplementedError
 
     def decode_beside_the_loop(self, latents: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
-        """`decode`, from another thread than the engine's.
+        """`decode`, while other threads encode or decode.
 
-        Raises:
-            TimeoutError: that thread has been encoding for minutes; should it hang, this one must not.
+        These VAEs keep what they remember of earlier frames in themselves; so each call has one of its own, of the same layers.
         """
-        if not self._vae_in_use.acquire(timeout=VAE_PATIENCE):
-            raise TimeoutError(f"the VAE has been busy encoding for {VAE_PATIENCE:g} s")
-        try:
-            return self.decode(latents, spec)
-        finally:
-            self._vae_in_use.release()
+        own, vae = copy(self), copy(self.vae)
+        vae.__dict__.pop("decode", None)  # vllm-omni's wrapper, for pipelines of several stages, decodes with the other
+        own._modules = {**self._modules, "vae": vae}  # pyright: ignore[reportAttributeAccessIssue]
+        return own.decode(latents, spec)
 
     def call(self, *, expert: int, **inputs: Any) -> torch.Tensor:
         """The engine's network on what `velocity` gives it."""
@@ -156,8 +148,7 @@ class RolloutMixin:
     def _encoded_target(self, target: InputImage, spec: SamplingSpec) -> torch.Tensor:
         """One at a time, so that the bits do not depend on what else is asked for."""
         pin_thread(self.threads)
-        with self._vae_in_use:
-            return self.encode_target(open_image(target), spec)
+        return self.encode_target(open_image(target), spec)
 
     def _resolve(self, state: Any) -> tuple[Prompt, SamplingSpec, Schedule, InputImage | None]:
         if OmniDiffusionRequest.is_dummy_run_request_id(state.request_id):

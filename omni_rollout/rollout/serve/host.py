@@ -182,8 +182,8 @@ class Host:
         await self._drained()
 
     async def _drained(self) -> None:
-        while self.engine.in_flight:
-            await asyncio.wait(self.engine.in_flight)
+        while self.engine.busy:
+            await asyncio.wait(self.engine.busy)
 
     async def _resume(self) -> None:
         self._held = self.paused = False
@@ -208,7 +208,7 @@ class Host:
         while self._failure is None:
             await asyncio.sleep(min(LIVENESS_SECONDS, self._timeout / 2))
             now = time.monotonic()
-            if not self.engine.in_flight:
+            if not self.engine.busy:
                 self._last = now
             if not self.engine.alive:
                 self._failure = EngineDiedError("the engine's thread has ended, see its error above; the server ends")
