@@ -48,8 +48,9 @@ memory: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory_colocated
 
 # Diffusers, stock vllm-omni, the bare transformer and ours, in turns: rewrites the tables and plots of docs/performance.md.
+# Idle threads as each contender's libraries have them: ours gains nothing from spinning, diffusers' do.
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.speed
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.speed
 
 doctor: $(INSTALLED)
 	$(BIN)/omni-rollout doctor
