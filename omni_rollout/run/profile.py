@@ -33,7 +33,7 @@ ENGINE_STAGES = {  # method of the pipeline -> what it is called
     "step_scheduler": "SDE",
     "decode": "decode",
 }
-BESIDE = ("decode", "scoring")  # in the main thread, and in one of its own: while the engine's goes on
+BESIDE = ("decode", "scoring")  # in threads of their own, while the engine's goes on
 INSIDE = {  # stage that the loop times -> what is found inside
     "rollout": ("encode", "transformer", "around the transformer", "SDE", *BESIDE),
     "old_log_probs": ("forward without gradients",),
