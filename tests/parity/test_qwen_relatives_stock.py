@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from omni_rollout.diffusion.machine import on_one_thread
 from omni_rollout.models.base.image_sizes import size_of_area
 from omni_rollout.models.base.images import made_image, open_image
 from omni_rollout.models.base.qwen_processor import PILProcessor
@@ -48,9 +49,14 @@ def stock_pipeline(relative: Relative, transformer: Any = None) -> Any:
 
 
 def decoded_in_batches(vae: Any, rows: int) -> None:
-    """By as many as the project decodes at a time: the VAE's convolutions round by their number."""
+    """By as many as the project decodes at a time, and by one thread: the VAE's convolutions round by both numbers."""
     decode = vae.decode
-    vae.decode = lambda latents, **_: (decode(latents.repeat(rows, 1, 1, 1, 1), return_dict=False)[0][: len(latents)],)
+
+    def in_batches(latents: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
+        with on_one_thread():
+            return (decode(latents.repeat(rows, 1, 1, 1, 1), return_dict=False)[0][: len(latents)],)
+
+    vae.decode = in_batches
 
 
 def ours(relative: Relative, images: tuple[InputImage, ...], **sampling: Any) -> np.ndarray:
