@@ -8,12 +8,10 @@ decoded by one thread, as many batches beside each other as there are threads: o
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
-import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,6 @@ from omni_rollout.models import family_module
 from omni_rollout.models.base.sizes import decode_rows
 from omni_rollout.types import Layout, RolloutRequest, SamplingSpec
 
-NICER = 5
 Decode = Callable[[torch.Tensor, SamplingSpec], torch.Tensor]  # [B, *shape] fp32 -> uint8 [B, *media]
 Batch = list[tuple[RolloutRequest, dict[str, Any]]]  # with their records
 Deliver = Callable[[RolloutRequest, dict[str, Any], "np.ndarray | DecodeError"], None]
@@ -41,8 +38,8 @@ class Decoder:
 
     def __init__(self, decode: Decode, deliver: Deliver, loop: asyncio.AbstractEventLoop, threads: int = 1) -> None:
         self._decode, self._deliver, self._loop, self._threads = decode, deliver, loop, threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder", initializer=_after_the_loop)
-        self._all_threads = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder")
+        self._all_threads = Lock()
         self._left: Counter[tuple[object, ...]] = Counter()
         self._waiting: dict[tuple[object, ...], Batch] = defaultdict(list)
         self._started: deque[tuple[asyncio.Future[np.ndarray], Batch]] = deque()
@@ -110,12 +107,6 @@ class Decoder:
         with self._all_threads:
             pin_thread(self._threads)
             return self._decode(latents, spec).cpu().numpy()
-
-
-def _after_the_loop() -> None:
-    """Of few processors the engine's thread is to have one; on Linux each thread has a nice value of its own."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICER)
 
 
 class DecodeError(RuntimeError):
