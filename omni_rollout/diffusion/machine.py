@@ -86,7 +86,10 @@ def check_workspace(device: torch.device) -> None:
 
 
 def pin_thread(threads: int) -> None:
-    """Sets what holds for the calling thread alone: another thread of the process has its own."""
+    """Sets what holds for the calling thread alone: another thread of the process has its own.
+
+    To be called first in every thread that computes: torch gives a new one the number that any other was last given.
+    """
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(False)

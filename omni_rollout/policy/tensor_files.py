@@ -1,4 +1,4 @@
-"""safetensors files whose tensors are made one at a time, as they are written: never more than one is whole.
+"""safetensors files whose tensors are made one at a time, as they are written, and gone before the next.
 
 What `safetensors.torch.save_file` writes, byte for byte; it wants all tensors at once, which of full weights and their moments
 is twelve bytes a parameter on one rank.
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}  # safetensors' own
+NAMES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as it names and orders them
 ALIGNMENT = 8  # bytes, of where the first tensor begins
 
 
@@ -70,13 +70,13 @@ def write_parts(parts: Iterable[Part]) -> None:
             for part in parts:
                 part.write(islice(made, len(part.tensors)))
     finally:
-        for _ in made:  # the other ranks wait for this one in each, whatever has become of the file
+        while next(made, None) is not None:  # the other ranks wait for this one in each, whatever has become of the file
             pass
 
 
 def file_part(path: Path, tensors: Mapping[str, Pending], metadata: Mapping[str, str] | None = None) -> Part:
     """A file, in whose folder it is the first where there is none yet."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    names = sorted(tensors, key=lambda name: ([*NAMES].index(tensors[name].dtype), name))
     return Part([tensors[name] for name in names], partial(_write, path, {name: tensors[name] for name in names}, metadata))
 
 
@@ -88,6 +88,7 @@ def _write(
         file.write(_header(tensors, metadata))
         for tensor in made:
             file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            del tensor
 
 
 def _header(tensors: Mapping[str, Pending], metadata: Mapping[str, str] | None) -> bytes:

@@ -89,7 +89,11 @@ class Decoder:
                 failed = DecodeError(batch)
                 failed.__cause__ = error
             for place, (request, record) in enumerate(batch):
-                self._deliver(request, record, failed if error is not None else future.result()[place].copy())
+                try:
+                    self._deliver(request, record, failed if error is not None else future.result()[place].copy())
+                except Exception as refused:  # the others are delivered all the same
+                    message = f"{request.request_id} was decoded, and nobody took it"
+                    self._loop.call_exception_handler({"message": message, "exception": refused})
 
     def _media(self, batch: Batch) -> np.ndarray:
         spec = batch[0][0].spec

@@ -31,7 +31,7 @@ ENGINE_STAGES = {  # method of the pipeline -> what it is called
     "call": "transformer",
     "denoise_step": "around the transformer",
     "step_scheduler": "SDE",
-    "decode": "decode",
+    "decode_beside_the_loop": "decode",
 }
 BESIDE = ("decode", "scoring")  # in threads of their own, while the engine's goes on
 INSIDE = {  # stage that the loop times -> what is found inside

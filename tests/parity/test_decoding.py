@@ -17,6 +17,7 @@ from omni_rollout.models.base.sizes import DECODE_ROWS, decode_rows
 from omni_rollout.models.qwen_image.decoder import install_frame_convs
 from omni_rollout.models.qwen_image.spec import layout
 from omni_rollout.rollout.decoding import DecodeError, Decoder
+from omni_rollout.run.profile import Stages
 
 
 def sizes(sides: Any, count: int, **sampling: Any) -> list[Any]:
@@ -151,14 +152,14 @@ def test_how_many_at_a_time_is_a_matter_of_the_size_alone(sides: Any) -> None:
 
 
 def test_latents_that_cannot_be_decoded_are_named_and_the_rest_goes_on(sides: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = sides.pipeline.decode
+    decode = type(sides.pipeline).decode
 
-    def broken(latents: Any, spec: Any) -> Any:
+    def broken(pipeline: Any, latents: Any, spec: Any) -> Any:
         if spec.height == 32:
             raise MemoryError("too large")
-        return decode(latents, spec)
+        return decode(pipeline, latents, spec)
 
-    monkeypatch.setattr(sides.pipeline, "decode", broken)
+    monkeypatch.setattr(type(sides.pipeline), "decode", broken)
     small = sides.request(5, "a cat", height=32, width=32)
     told: list[tuple[str, Exception]] = []
     done = sides.engine.generate(
@@ -167,3 +168,13 @@ def test_latents_that_cannot_be_decoded_are_named_and_the_rest_goes_on(sides: An
     assert {trajectory.seed for trajectory in done} == {0, 1}
     ((name, error),) = told
     assert name == small.request_id and isinstance(error, DecodeError) and isinstance(error.__cause__, MemoryError)
+
+
+def test_whoever_times_a_decoding_changes_no_image(sides: Any) -> None:
+    """What is put in the place of a method is bound to the one VAE, which two threads would share."""
+    expected = images(sides, sizes(sides, 8, height=256, width=256))
+    stages = Stages()
+    with stages.of_engine(sides.engine):
+        found = images(sides, sizes(sides, 8, height=256, width=256))
+    assert stages.spent["decode"].calls == 2
+    assert all(np.array_equal(found[seed], image) for seed, image in expected.items())

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,3 +109,21 @@ raise SystemExit(7)
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", code], timeout=60, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 7
+
+
+def test_a_reward_computes_on_as_many_threads_as_whoever_asks_whatever_another_thread_was_given_last() -> None:
+    def on_threads(images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Any]) -> list[float]:
+        return [float(torch.get_num_threads())] * len(images)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    other = threading.Thread(target=torch.set_num_threads, args=[1])
+    other.start()
+    other.join()
+    try:
+        with Meanwhile(summed(on_threads), IMAGES) as rewards:
+            for image in IMAGES:
+                rewards.add(image)
+            assert rewards.result(IMAGES).total == [4.0] * len(IMAGES)
+    finally:
+        torch.set_num_threads(before)

@@ -9,6 +9,7 @@ denoise_step builds its own batches from them.
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -118,7 +119,8 @@ class RolloutMixin:
         own, vae = copy(self), copy(self.vae)
         vae.__dict__.pop("decode", None)  # vllm-omni's wrapper, for pipelines of several stages, decodes with the other
         own._modules = {**self._modules, "vae": vae}  # pyright: ignore[reportAttributeAccessIssue]
-        return own.decode(latents, spec)
+        with torch.cuda.device(self.device) if torch.device(self.device).type == "cuda" else nullcontext():
+            return type(self).decode(own, latents, spec)  # what an instrument put in its place on `self` is bound to `self`
 
     def call(self, *, expert: int, **inputs: Any) -> torch.Tensor:
         """The engine's network on what `velocity` gives it."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -56,8 +58,10 @@ def within(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any
         TimeoutError: it took longer; or what the function raised.
     """
     result: Future[Any] = Future()
+    compute_as_here = threads_of_here()
 
     def run() -> None:
+        compute_as_here()
         try:
             value = function(*arguments)
             result.set_result(asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value)
@@ -73,6 +77,12 @@ def within(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any
         if result.done():  # the function's own
             raise
         raise _LateError(f"no answer within reward.timeout={seconds:g} s") from None
+
+
+def threads_of_here() -> Callable[[], None]:
+    """To be called first in a thread that is started here: torch gives a new one the number that any other was last given."""
+    torch = sys.modules.get("torch")  # where nobody has imported it, nobody has given a number
+    return partial(torch.set_num_threads, torch.get_num_threads()) if torch is not None else lambda: None
 
 
 async def _awaited(value: Awaitable[Any]) -> Any:

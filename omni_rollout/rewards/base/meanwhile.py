@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
 
+from omni_rollout.rewards.base.call import threads_of_here
 from omni_rollout.rewards.base.contract import RewardBatch, preferences
 from omni_rollout.rewards.base.sum import WeightedSum
 from omni_rollout.types import RolloutRequest, Trajectory
@@ -26,7 +27,7 @@ class Meanwhile:
         self._groups: dict[str, list[Trajectory]] = defaultdict(list)
         self._scored: list[tuple[list[Trajectory], Future[RewardBatch]]] = []
         self._asked: SimpleQueue[tuple[list[Trajectory], Future[RewardBatch]] | None] = SimpleQueue()
-        Thread(target=self._score, name="rewards", daemon=True).start()
+        Thread(target=self._score, args=[threads_of_here()], name="rewards", daemon=True).start()
 
     def add(self, trajectory: Trajectory) -> None:
         group = self._groups[trajectory.group_id]
@@ -37,7 +38,8 @@ class Meanwhile:
             self._scored.append((group, Future()))
             self._asked.put(self._scored[-1])
 
-    def _score(self) -> None:
+    def _score(self, compute_as_here: Callable[[], None]) -> None:
+        compute_as_here()
         while (asked := self._asked.get()) is not None:
             group, future = asked
             if not future.set_running_or_notify_cancel():
