@@ -132,6 +132,7 @@ class RolloutMixin:
         return Prompt(text="dummy run"), family_module(self.family, "spec").resolve(size)
 
     def prepare_encode(self, state: Any, **_: Any) -> Any:
+        pin_thread(self.threads)  # this is the engine's own thread
         prompt, spec, schedule, target = self._resolve(state)
         check_text(prompt.text, family_module(self.family, "spec").RULES)
         conditioning = self.encoded(prompt, spec)
@@ -149,7 +150,6 @@ class RolloutMixin:
 
     def _encoded_target(self, target: InputImage, spec: SamplingSpec) -> torch.Tensor:
         """One at a time, so that the bits do not depend on what else is asked for."""
-        pin_thread(self.threads)
         return self.encode_target(open_image(target), spec)
 
     def _resolve(self, state: Any) -> tuple[Prompt, SamplingSpec, Schedule, InputImage | None]:
@@ -162,7 +162,7 @@ class RolloutMixin:
         return prompt, spec, schedule, None if target is None else prompt.targets[target]
 
     def denoise_step(self, input_batch: Any, *, states: Any = None, **_: Any) -> torch.Tensor:
-        pin_thread(self.threads)  # this is the engine's own thread
+        pin_thread(self.threads)
         groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for position, state in enumerate(states):
             if state.extra["denoising"].initial_noise is not None:
