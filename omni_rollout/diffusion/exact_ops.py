@@ -121,10 +121,19 @@ def rotate_into(out: torch.Tensor, x: torch.Tensor, freqs: torch.Tensor) -> None
 
     As a product of complex numbers where there is one of x's dtype and it takes whole vectors: the same two products and a
     sum. Else in whole tensors, or in halves that no second thread is woken up for.
+
+    Args:
+        out, x: [..., H, D], whose heads lie beside each other.
+        freqs: [..., 1, D/2].
     """
-    if x.dtype == torch.float32 and x.shape[-1] % COMPLEX_LANES == 0 and x.device.type == "cpu":
-        pairs, places = (torch.view_as_complex(each.unflatten(-1, (-1, 2))) for each in (x, out))
-        torch.mul(pairs, freqs, out=places)
+    if x.shape[-1] % COMPLEX_LANES and x.shape[-2] * x.shape[-1] % COMPLEX_LANES == 0:  # the heads of a token in one go
+        row: tuple[int, ...] = (1, x.shape[-2] * x.shape[-1])
+        turns = freqs.expand(*freqs.shape[:-2], x.shape[-2], -1).reshape(*freqs.shape[:-2], 1, -1)
+    else:
+        row, turns = tuple(x.shape[-2:]), freqs
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _of_whole_vectors(x.numel(), row[-1]):
+        pairs, places = (torch.view_as_complex(each.view(*x.shape[:-2], *row).unflatten(-1, (-1, 2))) for each in (x, out))
+        torch.mul(pairs, turns, out=places)
         return
     cos, sin = (part.to(x.dtype) for part in (freqs.real, freqs.imag))
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -134,6 +143,13 @@ def rotate_into(out: torch.Tensor, x: torch.Tensor, freqs: torch.Tensor) -> None
     signed = torch.stack((-sin, sin), dim=-1).flatten(-2)  # what each place takes its neighbour with
     neighbours = torch.stack((odd, even), dim=-1).flatten(-2)
     torch.mul(x, cos.repeat_interleave(2, dim=-1), out=out).add_(neighbours.mul_(signed))
+
+
+def _of_whole_vectors(length: int, row: int) -> bool:
+    """Whether rows of real numbers, and every thread's share of all of them, are whole vectors of complex ones."""
+    pairs, lanes = length // 2, COMPLEX_LANES // 2
+    shares = min(torch.get_num_threads(), -(-pairs // SHARED_OUT))
+    return row % COMPLEX_LANES == 0 and -(-pairs // shares) % lanes == 0
 
 
 def install_linears(module: nn.Module, dtype: torch.dtype) -> None:

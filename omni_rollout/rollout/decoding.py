@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from omni_rollout.diffusion.host import let_helpers_go
 from omni_rollout.diffusion.machine import pin_thread
 from omni_rollout.models import family_module
 from omni_rollout.models.base.sizes import decode_rows
@@ -110,7 +111,9 @@ class Decoder:
     def _large(self, latents: torch.Tensor, spec: SamplingSpec) -> np.ndarray:
         with self._all_threads:
             pin_thread(self._threads)
-            return self._decode(latents, spec).cpu().numpy()
+            media = self._decode(latents, spec).cpu().numpy()
+            let_helpers_go()
+            return media
 
 
 class DecodeError(RuntimeError):

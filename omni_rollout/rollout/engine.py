@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from omni_rollout.diffusion.host import keep_freed_memory, let_helpers_go
 from omni_rollout.diffusion.machine import pin_switches
 from omni_rollout.errors import EngineDiedError, EngineHungError, PinnedKnobError
 from omni_rollout.rollout.architecture import engine_config
@@ -67,14 +68,14 @@ class RolloutEngine:
     ) -> None:
         check_alone()
         without_bars()
+        keep_freed_memory()
         self.threads = torch.get_num_threads()
         if parity != "fast":
             pin_switches()
         if parity == "exact":
             register_linears()
-        config = engine_config(path, family, dtype, max_num_seqs, parity, self.threads)
         self._world = OwnWorld()
-        self._engine = self._world.open(config)
+        self._engine = self._world.open(engine_config(path, family, dtype, max_num_seqs, parity, self.threads))
         self._engine.post_process_func = None  # the stock one turns the image into PIL and drops the rest
         torch.set_num_threads(self.threads)  # the engine's start may change it for the whole process
         self.loop = asyncio.new_event_loop()  # runs while something is waited for; a server runs it all the time
@@ -95,6 +96,7 @@ class RolloutEngine:
             self.close()
             raise
         self._adopt(self.policy_digests())
+        let_helpers_go()  # the engine's own thread samples
 
     def generate(
         self, requests: Iterable[RolloutRequest], on_error: OnError | None = None, *, timeout: float | None = None
@@ -109,9 +111,10 @@ class RolloutEngine:
         self._check_weights()
         if self.parity != "fast":
             check_threads(self.threads)
-        requests = list(requests)
-        check_distinct(requests)
+        check_distinct(requests := list(requests))
+        let_helpers_go()
         yield from delivered(self._results(requests, timeout), len(requests), on_error)
+        self._rpc("let_helpers_go")
 
     def _results(self, requests: Sequence[RolloutRequest], timeout: float | None) -> Iterator[Result]:
         finished: asyncio.Queue[Result] = asyncio.Queue()

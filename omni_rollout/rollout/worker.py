@@ -10,6 +10,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.worker.diffusion_worker import CustomPipelineWorkerExtension
 
+from omni_rollout.diffusion.host import let_helpers_go
 from omni_rollout.diffusion.machine import machine, pin_thread
 from omni_rollout.diffusion.one_thread import one_thread_suffices
 from omni_rollout.diffusion.self_check import Layer, attention_shape, find_fused, linear_layers, self_check
@@ -76,6 +77,10 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
             find_fused(parts, in_features, **where)
         pipeline.faster_threads.suffices = one_thread_suffices(layers, fused, heads=heads, head_dim=head_dim, **where)
         return checked
+
+    def let_helpers_go(self) -> None:
+        """As nothing is sampled any more: an update is another thread's."""
+        let_helpers_go()
 
     def load_weights(self, named: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
         """Replaces some of the policy's weights.

@@ -42,7 +42,9 @@ def test_no_bit_is_another_than_with_the_stock_blocks(checkpoint, dtype, shared_
     assert (installed, none) == (6, 0) and are_equal(lean, stock)
 
 
-@pytest.mark.parametrize("mutant", ["a norm that rounds before its weight", "a table that is rounded", "queries alone"])
+@pytest.mark.parametrize(
+    "mutant", ["a norm that rounds before its weight", "a table that is rounded", "queries alone", "text that ends too early"]
+)
 def test_another_rounding_is_seen(checkpoint, mutant, monkeypatch):
     if mutant == "a norm that rounds before its weight":
         own = blocks._rms_normalised
@@ -54,6 +56,8 @@ def test_another_rounding_is_seen(checkpoint, mutant, monkeypatch):
             own_rotation(out, x, torch.complex(freqs.real.half().float(), freqs.imag))
 
         monkeypatch.setattr(blocks, "rotate_into", rounded)
+    elif mutant == "text that ends too early":
+        monkeypatch.setattr(LeanAttention, "text_ends", True)
     else:
         own_rotation = blocks.rotate_into
 
@@ -92,3 +96,16 @@ def test_who_listens_to_the_modules_hears_the_stock_attention(checkpoint):
             attention.get_submodule(name).register_forward_hook(lambda *_, name=name: heard.append(name))
         (listened,) = engine.generate([sides.request(1, "a cat")])
     assert set(heard) == {"norm_q", "rope"} and torch.equal(quiet.latents, listened.latents)
+
+
+def test_what_becomes_of_the_text_after_the_last_block_is_left_out(checkpoint):
+    sides = object.__new__(Sides)
+    sides._count = 0
+    heard: list[int] = []
+    with RolloutEngine(checkpoint, max_num_seqs=1) as engine:
+        stack = [layer for layer in engine.pipeline.modules() if isinstance(layer, LeanBlock)]
+        for number, block in enumerate(stack):
+            for layer in (block.txt_mlp, block.attn.to_add_out):
+                layer.register_forward_hook(lambda *_, number=number: heard.append(number))
+        list(engine.generate([sides.request(1, "a cat")]))
+    assert len(stack) > 1 and set(heard) == set(range(len(stack) - 1))

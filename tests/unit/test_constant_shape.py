@@ -13,7 +13,7 @@ from diffusers.models.embeddings import Timesteps
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from omni_rollout.diffusion import machine, products
+from omni_rollout.diffusion import exact_ops, machine, products
 from omni_rollout.diffusion import self_check as self_checks
 from omni_rollout.diffusion.activations import exact_gelu, exact_silu
 from omni_rollout.diffusion.exact_ops import exact_rope
@@ -378,3 +378,19 @@ def test_a_rotation_and_its_way_back_are_the_plain_formulas(dtype, shape):
     rotated = exact_rope(x, freqs)
     assert torch.equal(rotated, plain)
     assert torch.equal(*(torch.autograd.grad(made, x, gradient)[0] for made in (rotated, plain)))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("shape", [(7, 613, 3, 32), (3, 1021, 3, 64), (8, 16, 4, 48), (40, 51, 4, 48), (9, 613, 4, 40)])
+def test_no_share_of_a_rotation_ends_within_a_vector(threads, shape, monkeypatch):
+    """torch multiplies the rest of a share by other code, which may round once where vectors round twice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, angles = normal(*shape), normal(shape[1], shape[3] // 2, seed=1)
+        freqs = torch.complex(angles.cos(), angles.sin())
+        rotated = exact_rope(x, freqs)
+        monkeypatch.setattr(exact_ops, "_of_whole_vectors", lambda length, row: False)
+        assert torch.equal(rotated, exact_rope(x, freqs))
+    finally:
+        torch.set_num_threads(before)

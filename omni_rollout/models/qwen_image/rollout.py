@@ -43,6 +43,8 @@ class LeanAttention(QwenImageCrossAttention):
     sequence parallelism, which no engine of ours has.
     """
 
+    text_ends = False  # whether nobody reads what becomes of the text: after the last block
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -52,7 +54,7 @@ class LeanAttention(QwenImageCrossAttention):
         hidden_states_mask: torch.Tensor | None = None,
         encoder_hidden_states_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.rope._forward_hooks:  # somebody, such as the parity probe, asks every module what it gives
+        if self.is_watched:
             return super().forward(
                 hidden_states, encoder_hidden_states, vid_freqs, txt_freqs, hidden_states_mask, encoder_hidden_states_mask
             )
@@ -67,7 +69,13 @@ class LeanAttention(QwenImageCrossAttention):
             beside = encoder_hidden_states_mask.new_ones(batch, image)
             metadata = AttentionMetadata(attn_mask=torch.cat([encoder_hidden_states_mask, beside], dim=1))
         attended = self.attn(*joint, metadata).flatten(2, 3).to(hidden_states.dtype)
-        return self.to_out(attended[:, text:]), self.to_add_out(attended[:, :text])
+        image_out, text_out = attended[:, text:], attended[:, :text]
+        return self.to_out(image_out), text_out if self.text_ends else self.to_add_out(text_out)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody, such as the parity probe, asks every module what it gives."""
+        return bool(self.rope._forward_hooks)
 
     def _fill(self, place: torch.Tensor, projected: torch.Tensor, freqs: torch.Tensor, of_query: Any, of_key: Any) -> None:
         """[3, B, S, H, D] from [B, S, 3 H D]."""
@@ -81,7 +89,9 @@ class LeanAttention(QwenImageCrossAttention):
 
 
 class LeanBlock(QwenImageTransformerBlock):
-    """The stock one, what nobody else reads being written over."""
+    """The stock one, what nobody else reads being written over, and left out in the last block: its text."""
+
+    attn: LeanAttention
 
     def forward(
         self,
@@ -105,9 +115,12 @@ class LeanBlock(QwenImageTransformerBlock):
             txt_freqs=image_rotary_emb[1],
             encoder_hidden_states_mask=encoder_hidden_states_mask,
         )
-        image, text = image.mul_(image_gate).add_(hidden_states), text.mul_(text_gate).add_(encoder_hidden_states)
+        image = image.mul_(image_gate).add_(hidden_states)
         scale, shift, gate = self._modulate(of_image[1], modulate_index)
         image = self.img_mlp(_modulated(self.img_norm2, image, scale, shift)).mul_(gate).add_(image)
+        if self.attn.text_ends and not self.attn.is_watched:
+            return encoder_hidden_states, image
+        text = text.mul_(text_gate).add_(encoder_hidden_states)
         scale, shift, gate = self._modulate(of_text[1])
         text = self.txt_mlp(_modulated(self.txt_norm2, text, scale, shift)).mul_(gate).add_(text)
         return text, image
@@ -132,6 +145,8 @@ def install_lean_blocks(transformer: nn.Module) -> None:
             layer.__class__ = LeanBlock
         elif type(layer) is QwenImageCrossAttention:
             layer.__class__ = LeanAttention
+    last: Any = transformer.transformer_blocks
+    last[-1].attn.text_ends = True
 
 
 class QwenTransformer:
