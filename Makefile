@@ -4,8 +4,8 @@ EXTRA ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 BIN := .venv/bin
 INSTALLED := .venv/installed-$(EXTRA)
 
-# Idle OpenMP threads sleep instead of spinning: the engine and the trainer take turns on the same cores.
-export OMP_WAIT_POLICY ?= passive
+# Where several processes share the cores, idle OpenMP threads sleep instead of spinning.
+test slow equality exact faults simulation memory: export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test lint slow equality exact faults simulation memory bench doctor clean
@@ -50,7 +50,7 @@ memory: $(INSTALLED)
 # Diffusers, stock vllm-omni, the bare transformer and ours, in turns: rewrites the tables and plots of docs/performance.md.
 # Idle threads as each contender's libraries have them: ours gains nothing from spinning, diffusers' do.
 bench: $(INSTALLED)
-	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.speed
 
 doctor: $(INSTALLED)
 	$(BIN)/omni-rollout doctor
