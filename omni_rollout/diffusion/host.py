@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
-KEPT = 2**31 - 1  # bytes free at the end of the heap that are not given back: the most that mallopt takes
-MAPPED = 2**30  # bytes from which on a block has a mapping of its own, as long as it lives
+KEPT = 2**30  # bytes free at the end of the heap that are not handed back
+MAPPED = 2**27  # bytes from which on a block has a mapping of its own, for as long as it lives: no activation of a layer
 SOFT = 1  # omp_pause_soft: what was set stays
 
 
@@ -36,6 +37,12 @@ def keep_freed_memory() -> bool:
         return False
     taken = [mallopt(M_ARENA_MAX, 1), mallopt(M_MMAP_THRESHOLD, MAPPED), mallopt(M_TRIM_THRESHOLD, KEPT)]
     return all(taken)
+
+
+def return_freed_memory() -> None:
+    """Hands all that is free back to the kernel: where memory was freed for the sake of others."""
+    with suppress(OSError, AttributeError):  # not glibc's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def let_helpers_go() -> None:

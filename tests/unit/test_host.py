@@ -28,6 +28,24 @@ thread.start()
 thread.join()
 """
 
+STOWED = """
+import sys, torch
+from pathlib import Path
+from omni_rollout.diffusion.host import keep_freed_memory
+from omni_rollout.models.base.stowed import Stowed
+print(keep_freed_memory())
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+tensors = [torch.ones(2**24) for _ in range(4)]  # 64 MiB each
+behind = torch.ones(2**20)  # so that they are not the end of the heap
+stowed = Stowed(lambda: tensors, Path(sys.argv[1]))
+here = resident()
+stowed.leave()
+print(here - resident())
+stowed.come_back()
+print(resident() - here, all(bool((one == 1).all()) for one in tensors))
+"""
+
 HELPERS = """
 import os, threading, time, torch
 from omni_rollout.diffusion.host import let_helpers_go
@@ -80,6 +98,13 @@ def test_a_thread_computes_in_the_pages_that_it_had():
 def test_what_the_environment_says_of_the_allocator_stands(name, value):
     taken, _ = printed(FAULTS, "keep", **{name: value})
     assert taken == "False"
+
+
+@LINUX
+def test_what_is_offloaded_leaves_the_process_all_the_same(tmp_path):
+    taken, left, more, equal = printed(STOWED, str(tmp_path))
+    assert taken == equal == "True"
+    assert int(left) >= 4 * 64 - 8 and abs(int(more)) < 8
 
 
 @LINUX

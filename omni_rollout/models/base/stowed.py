@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from omni_rollout.diffusion.host import return_freed_memory
 from omni_rollout.errors import RunFailedError
 
 
@@ -52,6 +53,7 @@ class Stowed:
         for storage in leaving:
             storage.resize_(0)
         self._away = leaving
+        return_freed_memory()
 
     def come_back(self) -> None:
         """Does nothing where they are here."""
