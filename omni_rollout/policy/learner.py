@@ -17,7 +17,6 @@ from omni_rollout.algorithms import get_algorithm
 from omni_rollout.config import Parity, TrainConfig, TrainerEngineName
 from omni_rollout.data.collate import derive_seed
 from omni_rollout.diffusion.exact_ops import effective_weights
-from omni_rollout.diffusion.host import keep_freed_memory
 from omni_rollout.diffusion.machine import compute_device
 from omni_rollout.diffusion.self_check import checker
 from omni_rollout.models import family_module
@@ -61,7 +60,6 @@ class Learner:
         checkpoint: Path | None = None,
         held: Held | None = None,
     ) -> None:
-        keep_freed_memory()
         self.config = config
         self.algorithm = get_algorithm(config.algorithm)
         trainer = config.trainer

@@ -2,7 +2,7 @@
 
 A convolution's bits depend on how many images it is given, not on which. So those of one size are decoded by a constant number,
 whatever has finished by then; a batch that nothing more will join is filled up with copies. On a CPU a batch of small ones is
-decoded by one thread, as many batches beside each other as there are threads: of work so small two make little more than one.
+decoded by one thread, batches beside each other: of work so small two threads make little more than one.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ import torch
 from omni_rollout.diffusion.host import let_helpers_go
 from omni_rollout.diffusion.machine import pin_thread
 from omni_rollout.models import family_module
-from omni_rollout.models.base.sizes import decode_rows
+from omni_rollout.models.base.sizes import decode_rows, is_small
 from omni_rollout.types import Layout, RolloutRequest, SamplingSpec
 
 Decode = Callable[[torch.Tensor, SamplingSpec], torch.Tensor]  # [B, *shape] fp32 -> uint8 [B, *media]
 Batch = list[tuple[RolloutRequest, dict[str, Any]]]  # with their records
 Deliver = Callable[[RolloutRequest, dict[str, Any], "np.ndarray | DecodeError"], None]
+
+
+BESIDE = 4  # batches at most: each takes memory of its own
 
 
 class Decoder:
@@ -39,7 +42,7 @@ class Decoder:
 
     def __init__(self, decode: Decode, deliver: Deliver, loop: asyncio.AbstractEventLoop, threads: int = 1) -> None:
         self._decode, self._deliver, self._loop, self._threads = decode, deliver, loop, threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder")
+        self._pool = ThreadPoolExecutor(min(threads, BESIDE), thread_name_prefix="decoder")
         self._all_threads = Lock()
         self._left: Counter[tuple[object, ...]] = Counter()
         self._waiting: dict[tuple[object, ...], Batch] = defaultdict(list)
@@ -98,11 +101,12 @@ class Decoder:
 
     def _media(self, batch: Batch) -> np.ndarray:
         spec = batch[0][0].spec
-        rows = decode_rows(_layout(spec))
+        layout = _layout(spec)
+        rows = decode_rows(layout)
         latents = [record["final_latents"] for _, record in batch]
         latents += latents[-1:] * (rows - len(latents))
         with torch.inference_mode():
-            return (self._small if rows > 1 else self._large)(torch.cat(latents), spec)
+            return (self._small if is_small(layout) else self._large)(torch.cat(latents), spec)
 
     def _small(self, latents: torch.Tensor, spec: SamplingSpec) -> np.ndarray:
         pin_thread(1)

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 
 from omni_rollout.models.base.channel_norms import NORMS, ByPlanes
-from omni_rollout.models.base.sizes import DECODE_ROWS, decode_rows
+from omni_rollout.models.base.sizes import DECODE_ROWS, decode_rows, is_small
 from omni_rollout.models.qwen_image.decoder import install_frame_convs
 from omni_rollout.models.qwen_image.spec import layout
 from omni_rollout.rollout.decoding import DecodeError, Decoder
@@ -107,7 +107,7 @@ def test_batches_beside_each_other_are_handed_over_in_their_order_each_by_one_th
 
     def decode(latents: Any, spec: Any) -> torch.Tensor:
         threads.append((spec.height, torch.get_num_threads()))
-        if spec.height < 512:
+        if spec.height < 1024:
             meeting.wait(20)
             if latents[0, 0, 0] == 0:
                 assert second_done.wait(20)
@@ -118,7 +118,7 @@ def test_batches_beside_each_other_are_handed_over_in_their_order_each_by_one_th
     loop = asyncio.new_event_loop()
     decoder = Decoder(decode, lambda request, record, media: told.append((request.spec.height, int(media[0]))), loop, threads=2)
     small = [sides.request(seed, "a cat") for seed in range(2 * DECODE_ROWS)]
-    large = [sides.request(seed, "a cat", height=512, width=512) for seed in range(2)]
+    large = [sides.request(seed, "a cat", height=1024, width=1024) for seed in range(2)]
     for request in (*small, *large):
         decoder.expect(request)
     for place, request in enumerate((*small, *large)):
@@ -127,8 +127,8 @@ def test_batches_beside_each_other_are_handed_over_in_their_order_each_by_one_th
     decoder.finish()
     decoder.close()
     loop.close()
-    assert told == [(64, 0)] * DECODE_ROWS + [(64, 1)] * DECODE_ROWS + [(512, 2)] * 2
-    assert sorted(threads) == [(64, 1), (64, 1), (512, 2), (512, 2)]
+    assert told == [(64, 0)] * DECODE_ROWS + [(64, 1)] * DECODE_ROWS + [(1024, 2)] * 2
+    assert sorted(threads) == [(64, 1), (64, 1), (1024, 2), (1024, 2)]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -149,6 +149,7 @@ def test_small_images_do_not_depend_on_the_number_of_threads(sides: Any, number:
 def test_how_many_at_a_time_is_a_matter_of_the_size_alone(sides: Any) -> None:
     spec = [sides.request(0, "a", height=side, width=side).spec for side in (64, 256, 512, 1328)]
     assert [decode_rows(layout(one)) for one in spec] == [4, 4, 1, 1]
+    assert [is_small(layout(one)) for one in spec] == [True, True, True, False]
 
 
 def test_latents_that_cannot_be_decoded_are_named_and_the_rest_goes_on(sides: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,11 @@ from omni_rollout.types import Layout
 DECODE_ROWS, DECODE_PIXELS = 4, 2**18  # most of what batches gain is there at 4; one image of 512 x 512 fills a batch
 
 
+def is_small(layout: Layout) -> bool:
+    """Whether one thread decodes it: by the size alone, likewise."""
+    return prod(layout.media[:-1]) <= DECODE_PIXELS
+
+
 def decode_rows(layout: Layout) -> int:
     """How many media of this size the VAE is given at a time: by the size alone, so that bits depend on nothing else."""
     return max(1, min(DECODE_ROWS, DECODE_PIXELS // prod(layout.media[:-1])))
