@@ -103,9 +103,8 @@ class RolloutEngine:
     ) -> Iterator[Trajectory]:
         """Submits all requests at once and yields trajectories as they finish, those of one size a few at a time.
 
-        A request that fails does not touch the others. `on_error` is told of it; without one, an ExceptionGroup of
-        all failures is raised after the last trajectory. After `timeout` seconds without a finished one EngineHungError is
-        raised; `close` then leaves the engine's thread as it is.
+        A request that fails does not touch the others: `on_error` is told, or an ExceptionGroup of all is raised at the end.
+        After `timeout` seconds without a finished one EngineHungError is raised; `close` then leaves the engine's thread.
         """
         self._check_open()
         self._check_weights()
@@ -114,7 +113,8 @@ class RolloutEngine:
         check_distinct(requests := list(requests))
         let_helpers_go()
         yield from delivered(self._results(requests, timeout), len(requests), on_error)
-        self._rpc("let_helpers_go")
+        if self.alive:
+            self._rpc("let_helpers_go")
 
     def _results(self, requests: Sequence[RolloutRequest], timeout: float | None) -> Iterator[Result]:
         finished: asyncio.Queue[Result] = asyncio.Queue()
