@@ -79,7 +79,7 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         return checked
 
     def let_helpers_go(self) -> None:
-        """As nothing is sampled any more: an update is another thread's."""
+        """As nothing is sampled any more: what follows, such as an update, is another thread's."""
         let_helpers_go()
 
     def load_weights(self, named: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
@@ -109,7 +109,9 @@ class RolloutWorkerExtension(CustomPipelineWorkerExtension):
         self.model_runner.pipeline.policy_version = version
         self._forget_packed()
         self._repack()
-        return self.policy_digests()
+        digests = self.policy_digests()
+        let_helpers_go()
+        return digests
 
     def give_back(self, keep: Collection[str]) -> None:
         """Frees the policy's weights, but for those that share memory with one of `keep`, until they are loaded again."""

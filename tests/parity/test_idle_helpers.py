@@ -1,4 +1,4 @@
-"""Whoever asks for images, and the engine's thread when it has made them, let their idle helpers go."""
+"""Whoever asks for images, and the engine's thread when it has made them or taken weights, let their idle helpers go."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ def test_one_thread_at_a_time_has_helpers(checkpoint):
             list(engine.generate([sides.request(2, "a cat")]))
             assert threads() == nobody_has
             engine._rpc("let_helpers_go")
+            assert threads() == nobody_has
+            engine.pipeline.load_weights = computing(engine.pipeline.load_weights, numbers, seen)
+            engine.update_weights(list(engine.policy_tensors().items()), 1)
             assert threads() == nobody_has
     finally:
         torch.set_num_threads(before)
