@@ -48,7 +48,7 @@ memory: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory_colocated
 
 # Diffusers, stock vllm-omni, the bare transformer and ours, in turns: rewrites the tables and plots of docs/performance.md.
-# Idle threads as each contender's libraries have them: ours gains nothing from spinning, diffusers' do.
+# Idle threads as each contender's libraries have them.
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.speed
 
