@@ -126,8 +126,9 @@ def rotate_into(out: torch.Tensor, x: torch.Tensor, freqs: torch.Tensor) -> None
         out, x: [..., H, D], whose heads lie beside each other.
         freqs: [..., 1, D/2].
     """
-    if x.shape[-1] % COMPLEX_LANES and x.shape[-2] * x.shape[-1] % COMPLEX_LANES == 0:  # the heads of a token in one go
-        row: tuple[int, ...] = (1, x.shape[-2] * x.shape[-1])
+    narrow, token = x.shape[-1] % COMPLEX_LANES, x.shape[-2] * x.shape[-1]
+    if x.dtype == torch.float32 and narrow and token % COMPLEX_LANES == 0:  # the heads of a token in one go
+        row: tuple[int, ...] = (1, token)
         turns = freqs.expand(*freqs.shape[:-2], x.shape[-2], -1).reshape(*freqs.shape[:-2], 1, -1)
     else:
         row, turns = tuple(x.shape[-2:]), freqs

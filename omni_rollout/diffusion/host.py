@@ -14,7 +14,7 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
 KEPT = 2**30  # bytes free at the end of the heap that are not handed back
-MAPPED = 2**27  # bytes from which on a block has a mapping of its own, for as long as it lives: no activation of a layer
+MAPPED = 2**27  # bytes from which on a block has a mapping of its own, for as long as it lives
 SOFT = 1  # omp_pause_soft: what was set stays
 
 
