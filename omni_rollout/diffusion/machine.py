@@ -108,6 +108,20 @@ def on_one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def on_all_threads() -> Iterator[None]:
+    """Inside, a thread that computes alone has its others again: for what is not known to have their bits on one."""
+    threads, here = threads_of_bits(), torch.get_num_threads()
+    if threads == here:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(here)
+
+
 def threads_of_bits() -> int:
     """Of how many threads the calling one's results have the bits."""
     return getattr(_here, "threads", None) or torch.get_num_threads()

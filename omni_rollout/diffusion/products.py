@@ -242,7 +242,7 @@ def _call(
     packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if packed is not None or _by_onednn(rows):
-        product = _onednn(rows, weight if packed is None else packed, bias)
+        product = onednn(rows, weight if packed is None else packed, bias)
         return product if out is None else out.copy_(product)
     if rows.device.type == "cuda":  # a slice may begin anywhere
         rows, weight, bias = _aligned(rows), _aligned(weight), None if bias is None else _aligned(bias)
@@ -265,7 +265,7 @@ def _by_onednn(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and float32_by_onednn()
 
 
-def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     bias = None if bias is None else bias.contiguous()  # it reads as many numbers as they lie
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
@@ -290,7 +290,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient = gradients[0].contiguous()
         rows, weight = ctx.saved_tensors
-        multiply = _onednn if gradient.numel() and _by_onednn(gradient) else F.linear
+        multiply = onednn if gradient.numel() and _by_onednn(gradient) else F.linear
         of_bias = ctx.needs_input_grad[2]
         return (
             None if weight is None else multiply(gradient, weight.t()),

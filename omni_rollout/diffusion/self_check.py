@@ -20,6 +20,7 @@ from torch import nn
 from omni_rollout.diffusion import products
 from omni_rollout.diffusion.activations import exact_gelu, exact_silu
 from omni_rollout.diffusion.attention import exact_attention
+from omni_rollout.diffusion.attention_products import by_products
 from omni_rollout.diffusion.exact_ops import HasEffectiveWeight
 from omni_rollout.diffusion.machine import check_workspace, machine
 from omni_rollout.diffusion.products import Calls, EqualCalls, block_rows, exact_linear, in_calls_of, may_be_packed, packed
@@ -29,7 +30,7 @@ _POOL = 100_003  # different numbers that the inputs are made of
 _PLACED = 4  # rows that are multiplied at every place of a block
 _MANY = 1024  # rows; where there are more, calls of few are compared over half as many
 _MOVED = 5  # places that they are moved by when calls of another kind are compared with a block
-_TOKENS = 77  # a sample, where attention, norms and activations are checked
+_TOKENS, _MANY_TOKENS = 77, 277  # a sample, where attention, norms and activations are checked
 _checked: dict[tuple[Any, ...], Checked] = {}
 Threads = Callable[[], AbstractContextManager[None]]
 
@@ -231,6 +232,10 @@ def operators(values: Values, heads: int, head_dim: int) -> Iterator[tuple[str, 
     joint = values(3, _TOKENS, 3 * width) / 64
     yield "attention", attention, _cancelling_tokens(joint)
     yield "attention with a mask", lambda x: attention(x, mask.expand(len(x), -1, -1, -1)), joint
+    many = values(3, _MANY_TOKENS, 3 * width) / 64
+    alike = many[..., :width].unflatten(-1, (heads, head_dim))
+    if by_products(alike, alike, None):
+        yield "attention of many tokens", attention, _cancelling_tokens(many)
     states = values(3, _TOKENS, width)
     yield "layer_norm", lambda x: F.layer_norm(x.float(), (width,)), states  # before bf16 hides what differs
     yield "rms_norm", lambda x: F.rms_norm(x.unflatten(-1, (heads, head_dim)), (head_dim,)), states

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from omni_rollout.diffusion import products, sde
+from omni_rollout.diffusion import attention, products, sde
 from omni_rollout.diffusion.sde import per_sample
 from omni_rollout.models import family_module
 from omni_rollout.models.base import velocity as base
@@ -50,7 +50,7 @@ def single_precision_mean(_: Setting) -> AbstractContextManager[None]:
 
 @contextmanager
 def math_attention(_: Setting) -> Iterator[None]:
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), swapped(attention, "by_products", lambda *_: False):
         yield
 
 

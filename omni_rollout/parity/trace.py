@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from omni_rollout.diffusion import attention
 from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.models import family_module
 from omni_rollout.models.base import velocity as base
@@ -85,14 +86,15 @@ def recorded(transformers: Sequence[nn.Module], probe: Any, *, engine: bool) -> 
             running[0].outputs[probe.rope_name(running[0].rope_calls)] = _kept(output)
             running[0].rope_calls += 1
 
-    attention = F.scaled_dot_product_attention
+    def listened(own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
+            output = own(*args, **kwargs)
+            if running:
+                running[0].outputs[probe.attention_name(running[0].attention_calls)] = _kept(output)
+                running[0].attention_calls += 1
+            return output
 
-    def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
-        output = attention(*args, **kwargs)
-        if running:
-            running[0].outputs[probe.attention_name(running[0].attention_calls)] = _kept(output)
-            running[0].attention_calls += 1
-        return output
+        return attend
 
     def change_rope(rope: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def rotate(*args: torch.Tensor) -> torch.Tensor:
@@ -114,7 +116,8 @@ def recorded(transformers: Sequence[nn.Module], probe: Any, *, engine: bool) -> 
                 handles.append(module.register_forward_hook(lambda _, __, output: keep_rope(output)))
         for handle in handles:
             stack.callback(handle.remove)
-        stack.enter_context(swapped(F, "scaled_dot_product_attention", attend))
+        for owner, name in ((F, "scaled_dot_product_attention"), (attention, "attention_by_products")):
+            stack.enter_context(swapped(owner, name, listened(getattr(owner, name))))
         stack.enter_context(probe.swapped_rope(change_rope))
         yield calls
 

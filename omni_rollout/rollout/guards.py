@@ -16,7 +16,7 @@ from omni_rollout.launch.progress import VERBOSE
 from omni_rollout.types import RequestError, RolloutRequest
 
 PINNED: dict[str, tuple[Any, ...]] = {  # knob of the engine -> values under which the bits were compared
-    "attention": (["CpuSDPAImpl"], ["ExactSDPAImpl"]),  # on a CPU, on a GPU
+    "attention": (["ExactCpuSDPAImpl"], ["ExactSDPAImpl"]),  # on a CPU, on a GPU
     "linear": (True,),
     "compiled": (False,),
     "cache_backend": ("none",),

@@ -81,7 +81,7 @@ def test_both_sides_pass_the_self_check_and_agree(sides):
 def test_nothing_of_the_engine_keeps_its_own_kernel(sides):
     knobs = sides.engine._rpc("pinned_knobs")
     assert (knobs["native"], knobs["linear"], knobs["compiled"]) == (True, True, False)
-    assert knobs["attention"] == ["ExactSDPAImpl" if sides.device == "cuda" else "CpuSDPAImpl"]
+    assert knobs["attention"] == ["ExactSDPAImpl" if sides.device == "cuda" else "ExactCpuSDPAImpl"]
 
 
 def test_one_sample_a_call_changes_no_bit_where_one_call_is_exact(sides, monkeypatch):

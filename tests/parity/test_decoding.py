@@ -147,9 +147,9 @@ def test_small_images_do_not_depend_on_the_number_of_threads(sides: Any, number:
 
 
 def test_how_many_at_a_time_is_a_matter_of_the_size_alone(sides: Any) -> None:
-    spec = [sides.request(0, "a", height=side, width=side).spec for side in (64, 256, 512, 1328)]
-    assert [decode_rows(layout(one)) for one in spec] == [4, 4, 1, 1]
-    assert [is_small(layout(one)) for one in spec] == [True, True, True, False]
+    spec = [sides.request(0, "a", height=side, width=side).spec for side in (64, 128, 256, 512, 1328)]
+    assert [decode_rows(layout(one)) for one in spec] == [4, 4, 2, 1, 1]
+    assert [is_small(layout(one)) for one in spec] == [True, True, True, True, False]
 
 
 def test_latents_that_cannot_be_decoded_are_named_and_the_rest_goes_on(sides: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""torch's scaled dot-product attention: for the CPU, which the engine's own class refuses, and exact on a GPU."""
+"""torch's scaled dot-product attention: for the CPU, which the engine's own class refuses, and exact on both."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CpuSDPABackend(SDPABackend):
 
 
 class ExactSDPAImpl(SDPAImpl):
-    """The engine's own, on a GPU, in calls that do not depend on the batch."""
+    """In calls that do not depend on the batch; on a GPU of the engine's own."""
 
     def forward(
         self,
@@ -44,13 +44,20 @@ class ExactSDPAImpl(SDPAImpl):
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             return own(query, key, value, None if attn_metadata is None else replace(attn_metadata, attn_mask=mask))
 
-        return exact_attention(attend, query, key, value, None if attn_metadata is None else attn_metadata.attn_mask)
+        mask = None if attn_metadata is None or attn_metadata.attn_mask is None else attn_metadata.attn_mask.bool()
+        return exact_attention(attend, query, key, value, mask)
+
+
+class ExactCpuSDPAImpl(ExactSDPAImpl, CpuSDPAImpl):
+    """On a CPU."""
+
+
+EXACT = {SDPAImpl: ExactSDPAImpl, CpuSDPAImpl: ExactCpuSDPAImpl}
 
 
 def install_attention(module: torch.nn.Module) -> None:
-    """Gives every attention layer below `module` exact calls; a CPU's have them. fp32 takes the fallback."""
+    """Gives every attention layer below `module` exact calls. fp32 takes the fallback."""
     for layer in module.modules():
         if isinstance(layer, Attention):
             for implementation in (layer.attention, layer.sdpa_fallback):
-                if type(implementation) is SDPAImpl:
-                    implementation.__class__ = ExactSDPAImpl
+                implementation.__class__ = EXACT.get(type(implementation), type(implementation))
