@@ -17,14 +17,16 @@ from omni_rollout.diffusion.machine import float32_by_onednn, on_all_threads
 from omni_rollout.diffusion.products import onednn
 
 MANY = 2**16  # scores of a head, from which on it is faster than the kernel
-QUERIES = 1024  # at most, that are scored together
+COPIED = 2**22  # numbers of query, key and value, unless a head has more
+TOGETHER = 2**20  # scores of a head, at most, that are made at a time
+FEW = 64  # queries, which are scored together however many keys there are
 
 
 def by_products(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether [B, S, H, D] and [B, T, H, D] are taken; by the sizes of a sample, never by how many there are."""
-    of_keys = mask is None or (mask.dtype == torch.bool and mask.numel() == key.shape[0] * key.shape[1])
-    many = query.shape[1] * key.shape[1] >= MANY
-    return many and of_keys and query.device.type == "cpu" and query.shape[2] == key.shape[2] and float32_by_onednn()
+    known = query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16) and query.shape[2:] == key.shape[2:]
+    of_keys = mask is None or (mask.dtype == torch.bool and len(mask) == len(key) and mask.numel() == key[..., 0, 0].numel())
+    return query.shape[1] * key.shape[1] >= MANY and known and of_keys and float32_by_onednn()
 
 
 def attention_by_products(
@@ -35,7 +37,7 @@ def attention_by_products(
     Args:
         query: [B, S, H, D], fp32 or bf16.
         key, value: [B, T, H, D].
-        mask: bool, B * T elements: keys that are attended to. None: all.
+        mask: bool, [B, ...] with B * T elements: keys that are attended to, at least one a sample. None: all.
 
     Returns:
         [B, S, H, D]. Differentiable but for the mask.
@@ -54,13 +56,13 @@ class _Attention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value, mask)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        biases = _biases(key, mask)
         with on_all_threads():
-            for sample, bias in enumerate(_biases(key, mask)):
-                queries, keys, values = _by_head(query[sample], key[sample], value[sample])
-                for head, (rows, of_values) in enumerate(zip(queries, values, strict=True)):
-                    place = out[sample, :, head]
-                    for part, probabilities in _probabilities(rows, keys[head], bias):
-                        place[part] = onednn(probabilities, of_values.t())
+            for sample, heads in _groups(query, key):
+                queries, keys, values = (_by_head(x[sample, :, heads]) for x in (query, key, value))
+                for head, place in enumerate(out[sample, :, heads].unbind(1)):
+                    for part, probabilities in _probabilities(queries[head], keys[head], biases[sample]):
+                        place[part] = onednn(probabilities, values[head].t())
         return out
 
     @staticmethod
@@ -68,20 +70,21 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
         found = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-        for sample, bias in enumerate(_biases(key, mask)):
-            queries, keys, values = _by_head(query[sample], key[sample], value[sample])
-            (of_out,) = _by_head(gradients[0][sample], scale=1.0)
-            for head in range(len(queries)):
-                ways_back = _way_back(queries[head], keys[head], values[head], of_out[head], bias)
-                for whole, one in zip(found, ways_back, strict=True):
-                    whole[sample, :, head] = one
+        biases = _biases(key, mask)
+        for sample, heads in _groups(query, key):
+            queries, keys, values, of_out = (_by_head(x[sample, :, heads]) for x in (query, key, value, gradients[0]))
+            places = zip(*(x[sample, :, heads].unbind(1) for x in found), strict=True)
+            for head, of_head in enumerate(places):
+                ways_back = _way_back(queries[head], keys[head], values[head], of_out[head], biases[sample])
+                for place, one in zip(of_head, ways_back, strict=True):
+                    place.copy_(one)
         return *found, None
 
 
 def _way_back(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of one head's query, before it was scaled, key and value, from that of its result [S, D]."""
+    """Gradients of one head's query, key and value, from that of its result: [S, D] or [T, D] each."""
     of_query = torch.empty_like(query)
     of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
     for part, probabilities in _probabilities(query, key, bias):
@@ -91,7 +94,8 @@ def _way_back(
         of_query[part] = onednn(of_scores, key.t())
         of_key += onednn(of_scores.t(), query[part].t())
         of_value += onednn(probabilities.t(), rows.t())
-    return of_query * key.shape[-1] ** -0.5, of_key, of_value
+    scale = query.shape[-1] ** -0.5
+    return of_query * scale, of_key * scale, of_value
 
 
 def _biases(key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -100,16 +104,22 @@ def _biases(key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return biases if mask is None else biases.masked_fill_(~mask.reshape(biases.shape), -torch.inf)
 
 
-def _by_head(*parts: torch.Tensor, scale: float | None = None) -> tuple[torch.Tensor, ...]:
-    """Of [S, H, D] each: [H, S, D] float32, a head after the other in memory; the first one times `scale`, 1 / sqrt(D)."""
-    heads = [part.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format, copy=True) for part in parts]
-    heads[0].mul_(parts[0].shape[-1] ** -0.5 if scale is None else scale)
-    return tuple(heads)
+def _groups(query: torch.Tensor, key: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Samples and heads that have float32 copies at a time."""
+    several = max(1, COPIED // ((query.shape[1] + 2 * key.shape[1]) * query.shape[3]))
+    for sample in range(len(query)):
+        yield from ((sample, slice(start, start + several)) for start in range(0, query.shape[2], several))
+
+
+def _by_head(x: torch.Tensor) -> torch.Tensor:
+    """[S, H, D] -> [H, S, D] float32, a head after the other in memory."""
+    return x.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def _probabilities(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Of one head, in portions as equal as may be: which queries, and [portion, T]."""
-    portion = -(-len(query) // -(-len(query) // QUERIES))
+    scale, most = query.shape[-1] ** -0.5, max(FEW, TOGETHER // len(key))
+    portion = -(-len(query) // -(-len(query) // most))
     for start in range(0, len(query), portion):
         part = slice(start, start + portion)
-        yield part, torch.softmax(onednn(query[part], key, bias), dim=-1)
+        yield part, torch.softmax(onednn(query[part] * scale, key, bias), dim=-1)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from omni_rollout.diffusion import attention, products, sde
+from omni_rollout.diffusion import attention, attention_products, products, sde
 from omni_rollout.diffusion.sde import per_sample
 from omni_rollout.models import family_module
 from omni_rollout.models.base import velocity as base
@@ -85,8 +85,10 @@ def compiled_blocks(setting: Setting) -> Iterator[None]:
     ]
     for block in blocks:
         block.compile()
+    uncompiled = torch.compiler.disable(products.onednn)  # torch's compiler takes that operator of oneDNN's for its own
     try:
-        yield
+        with swapped(products, "onednn", uncompiled), swapped(attention_products, "onednn", uncompiled):
+            yield
     finally:
         for block in blocks:
             block._compiled_call_impl = None
@@ -115,7 +117,7 @@ SHARED = (
     ),
     Cause(
         name="attention_backend",
-        breaks="torch's math kernel instead of its fused one",
+        breaks="torch's math kernel instead of its fused one, or of products",
         settled_by="omni_rollout/models/*/policy.py",
         broken=math_attention,
     ),

@@ -86,11 +86,11 @@ def recorded(transformers: Sequence[nn.Module], probe: Any, *, engine: bool) -> 
             running[0].outputs[probe.rope_name(running[0].rope_calls)] = _kept(output)
             running[0].rope_calls += 1
 
-    def listened(own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def listened(own: Callable[..., torch.Tensor], heads: int) -> Callable[..., torch.Tensor]:
         def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
             output = own(*args, **kwargs)
             if running:
-                running[0].outputs[probe.attention_name(running[0].attention_calls)] = _kept(output)
+                running[0].outputs[probe.attention_name(running[0].attention_calls)] = _kept(output.transpose(1, heads))
                 running[0].attention_calls += 1
             return output
 
@@ -116,8 +116,8 @@ def recorded(transformers: Sequence[nn.Module], probe: Any, *, engine: bool) -> 
                 handles.append(module.register_forward_hook(lambda _, __, output: keep_rope(output)))
         for handle in handles:
             stack.callback(handle.remove)
-        for owner, name in ((F, "scaled_dot_product_attention"), (attention, "attention_by_products")):
-            stack.enter_context(swapped(owner, name, listened(getattr(owner, name))))
+        for owner, name, heads in ((F, "scaled_dot_product_attention", 1), (attention, "attention_by_products", 2)):
+            stack.enter_context(swapped(owner, name, listened(getattr(owner, name), heads)))
         stack.enter_context(probe.swapped_rope(change_rope))
         yield calls
 

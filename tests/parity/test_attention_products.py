@@ -14,6 +14,9 @@ from omni_rollout.diffusion import attention_products
 from omni_rollout.diffusion.attention import exact_attention
 from omni_rollout.diffusion.attention_products import MANY, attention_by_products, by_products
 from omni_rollout.diffusion.machine import on_one_thread
+from omni_rollout.models.base.causes import Setting
+from omni_rollout.models.qwen_image.policy import load_policy
+from omni_rollout.parity.causes import compiled_blocks
 from omni_rollout.parity.trace import pairs, recorded_steps, trace
 from omni_rollout.policy.recompute import Pair, score
 
@@ -135,9 +138,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Fills with the number of queries of each call."""
     own, seen = attention_products._by_head, []
 
-    def by_head(*parts: torch.Tensor, **others: Any) -> Any:
-        seen.append(len(parts[0]))
-        return own(*parts, **others)
+    def by_head(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return own(x)
 
     monkeypatch.setattr(attention_products, "_by_head", by_head)
     return seen
@@ -187,4 +190,44 @@ def test_the_probe_hears_it(sides: Any) -> None:
     (_, _, of_engine, of_trainer), *_ = pairs(followed)
     name = "transformer_blocks.1.attn scaled_dot_product_attention"
     assert torch.equal(of_engine[0].outputs[name], of_trainer[0].outputs[name])
-    assert of_engine[0].outputs[name].shape[1] == 288
+    assert of_engine[0].outputs[name].shape[2] == 288
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_compiled_trainer_still_multiplies_by_it(checkpoint: str, dtype: torch.dtype) -> None:
+    policy: Any = load_policy(checkpoint, dtype)
+    config = policy.config
+    told = {
+        "hidden_states": torch.randn(1, 256, config.in_channels).to(dtype),
+        "timestep": torch.tensor([0.5]).to(dtype),
+        "encoder_hidden_states": torch.randn(1, 16, config.joint_attention_dim).to(dtype),
+        "encoder_hidden_states_mask": torch.ones(1, 16, dtype=torch.bool),
+        "img_shapes": [[(1, 16, 16)]],
+    }
+    with torch.no_grad():
+        eager = policy(**told, return_dict=False)[0].float()
+        with compiled_blocks(Setting(policy, "qwen_image", dtype)):
+            compiled = policy(**told, return_dict=False)[0].float()
+    assert (compiled - eager).norm() < 0.05 * eager.norm()
+
+
+def test_other_numbers_than_it_computes_with_are_left_to_the_kernel() -> None:
+    query, key, _ = random(2, 256, 256, 1, 8)
+    assert not by_products(query.double(), key.double(), None) and not by_products(query, key[..., :4], None)
+    assert not by_products(query, key, torch.ones(1, 512, dtype=torch.bool)), "a mask for all samples together"
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(70, 40000), (1300, 1300)])
+def test_no_more_scores_are_made_at_a_time_than_are_allowed(queries: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, own = [], attention_products.onednn
+
+    def onednn(rows: torch.Tensor, *others: Any) -> torch.Tensor:
+        made = own(rows, *others)
+        seen.append(made.numel())
+        return made
+
+    monkeypatch.setattr(attention_products, "onednn", onednn)
+    query, key, value = random(1, queries, keys, 1, 8)
+    attention_by_products(query, key, value, None)
+    assert max(seen) <= max(attention_products.TOGETHER, attention_products.FEW * keys) < queries * keys

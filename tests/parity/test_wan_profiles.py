@@ -10,6 +10,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from omni_rollout.config import TrainConfig
+from omni_rollout.diffusion import attention
 from omni_rollout.diffusion.exact_ops import effective_weights
 from omni_rollout.diffusion.machine import float32_by_onednn
 from omni_rollout.models.wan2_2.policy import load_policy
@@ -68,3 +69,20 @@ def test_the_reference_rounds_where_stock_diffusers_does(checkpoint, parity, lea
     gap = ((ours - theirs).norm() / theirs.norm()).item()
     assert least <= gap <= most, gap
     print(parity, gap)
+
+
+@pytest.mark.parametrize("parity", ["exact", "fast", "reference"])
+def test_the_exact_profile_alone_attends_by_products(checkpoint, parity, monkeypatch):
+    """The others keep torch's kernel: the engine's in `fast`, stock diffusers' in `reference`."""
+    seen = []
+
+    def by_products(*given: torch.Tensor) -> bool:
+        seen.append(given)
+        return False
+
+    monkeypatch.setattr(attention, "by_products", by_products)
+    policy = load_policy(checkpoint, torch.bfloat16, parity)
+    told = {"hidden_states": torch.randn(1, 16, 1, 4, 4), "encoder_hidden_states": torch.randn(1, 20, 64)}
+    with torch.no_grad():
+        policy(expert=0, timestep=torch.ones(1), **{name: given.bfloat16() for name, given in told.items()}, return_dict=False)
+    assert bool(seen) == (parity == "exact")

@@ -129,7 +129,15 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
 
 
 class ExactAttention(stock.WanAttnProcessor):
-    """Self- and cross-attention, of all tokens: text is padded with zeros that are attended to."""
+    """Self- and cross-attention, of all tokens: text is padded with zeros that are attended to.
+
+    Args:
+        exact: by `exact_attention`, or else by torch's own.
+    """
+
+    def __init__(self, exact: bool) -> None:
+        super().__init__()
+        self.exact = exact
 
     def __call__(
         self,
@@ -144,7 +152,8 @@ class ExactAttention(stock.WanAttnProcessor):
         query, key, value = (part.unflatten(2, (attn.heads, -1)) for part in (query, key, attn.to_v(text)))
         if rotary_emb is not None:
             query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
-        return attn.to_out[0](exact_attention(_attend, query, key, value, None).flatten(2))
+        attended = exact_attention(_attend, query, key, value, None) if self.exact else _attend(query, key, value, None)
+        return attn.to_out[0](attended.flatten(2))
 
 
 class WanTransformerBlock(stock.WanTransformerBlock):  # its name is what peft and compile know it by
@@ -227,17 +236,17 @@ EXACT = {
 }
 
 
-def install(transformer: nn.Module, dtype: torch.dtype, *, wide: bool = False) -> None:
-    """Lets diffusers' transformer compute in `dtype` what the engine's computes; `wide`: with diffusers' own roundings."""
+def install(transformer: nn.Module, dtype: torch.dtype, parity: str = "exact") -> None:
+    """Lets diffusers' transformer compute in `dtype` what the engine's computes; `reference`: with diffusers' own roundings."""
     install_linears(transformer, dtype)
     install_activations(transformer)
     for module in transformer.modules():
         if type(module) in EXACT:
             module.__class__ = EXACT[type(module)]
         if isinstance(module, (ExactTextTimeEmbedding, WanTransformerBlock, WanTransformer3DModel)):
-            module.wide = wide
+            module.wide = parity == "reference"
         if isinstance(module, ExactPatchEmbedding):
             module.compute_dtype = dtype
         if isinstance(module, stock.WanAttention):
             attention: Any = module
-            attention.set_processor(ExactAttention())
+            attention.set_processor(ExactAttention(parity == "exact"))

@@ -43,7 +43,7 @@ def load_policy(path: str, dtype: torch.dtype, parity: str = "exact", held: Held
     for name in spec.EXPERTS:
         own = {key.removeprefix(f"{name}."): tensor for key, tensor in (held or {}).items() if key.startswith(f"{name}.")}
         loaded = load_network(WanTransformer3DModel, path, name, own)
-        operators.install(loaded, dtype, wide=parity == "reference")
+        operators.install(loaded, dtype, parity)
         networks[name] = loaded
     policy = WanExperts(networks)
     policy.index = index

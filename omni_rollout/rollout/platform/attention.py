@@ -44,8 +44,9 @@ class ExactSDPAImpl(SDPAImpl):
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             return own(query, key, value, None if attn_metadata is None else replace(attn_metadata, attn_mask=mask))
 
-        mask = None if attn_metadata is None or attn_metadata.attn_mask is None else attn_metadata.attn_mask.bool()
-        return exact_attention(attend, query, key, value, mask)
+        mask = None if attn_metadata is None else attn_metadata.attn_mask
+        kept = mask if mask is None or mask.is_floating_point() else mask.bool()
+        return exact_attention(attend, query, key, value, kept)
 
 
 class ExactCpuSDPAImpl(ExactSDPAImpl, CpuSDPAImpl):
