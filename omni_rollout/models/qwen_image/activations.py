@@ -1,7 +1,8 @@
 """Bytes that Qwen-Image's passes hold beside its weights: closed formulas, held against what torch holds in tests.
 
 They follow the trainer's own modules (`exact_ops`): weights that are cast to the compute dtype as they are used, norms that
-round in fp32. Batches are of one size; attention's score matrix is never whole (torch's fused kernels).
+round in fp32. Batches are of one size; attention's score matrix is never whole (torch's fused kernels; on some CPUs products, a
+head at a time: `diffusion/attention_products.py`).
 """
 
 from __future__ import annotations
