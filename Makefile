@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 EXTRA ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 BIN := .venv/bin
 INSTALLED := .venv/installed-$(EXTRA)
-FREE := 6000
+FREE := 7000
 
 # Where several processes share the cores, idle OpenMP threads sleep instead of spinning.
 test slow equality exact faults simulation memory: export OMP_WAIT_POLICY ?= passive
@@ -57,7 +57,7 @@ doctor: $(INSTALLED)
 	$(BIN)/omni-rollout doctor
 
 $(INSTALLED): pyproject.toml
-	@df -Pm . | awk 'NR == 2 && $$4 < $(FREE) {print "make: the installation takes 5 GB; " $$4 " MiB are free here, $(FREE) are needed: make room"; exit 1}'
+	@df -Pm . | awk 'NR == 2 && $$4 < $(FREE) {print "make: the installation takes 5 GB, and 2 while it runs; " $$4 " MiB are free here, $(FREE) are needed: make room"; exit 1}'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -e ".[$(EXTRA),ocr,verl,dev]"
 	$(BIN)/omni-rollout doctor --fix
