@@ -107,8 +107,7 @@ def recorded(transformers: Sequence[nn.Module], probe: Any, *, engine: bool) -> 
     with ExitStack() as stack:
         handles: list[Any] = []
         for transformer in transformers:
-            handles.append(transformer.register_forward_pre_hook(begin, with_kwargs=True))
-            handles.append(transformer.register_forward_hook(end))
+            handles += [transformer.register_forward_pre_hook(begin, with_kwargs=True), transformer.register_forward_hook(end)]
             for name, module in transformer.named_modules():
                 if name:
                     handles.append(module.register_forward_hook(keep(name)))

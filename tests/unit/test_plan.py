@@ -136,7 +136,11 @@ def kept_by_autograd(transformer: Any, run: Pass, text_width: int, dtype: torch.
         (torch.bfloat16, 4, torch.bfloat16),
     ],
 )
-def test_activations_are_what_autograd_keeps(dtype: torch.dtype, rank: int, held: torch.dtype) -> None:
+def test_activations_are_what_autograd_keeps(
+    dtype: torch.dtype, rank: int, held: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torch's kernel: attention by products, which some CPUs take for so many tokens, keeps less."""
+    monkeypatch.setattr("omni_rollout.diffusion.attention.by_products", lambda *_: False)
     assert CONDITIONING_ROWS == products.CONDITIONING_ROWS
     for layers, heads in ((2, 4), (3, 6)):
         transformer = network(layers, heads, dtype, rank, held)

@@ -2,7 +2,7 @@
 
 They follow the trainer's own modules (`exact_ops`): weights that are cast to the compute dtype as they are used, norms that
 round in fp32. Batches are of one size; attention's score matrix is never whole (torch's fused kernels; on some CPUs products, a
-head at a time: `diffusion/attention_products.py`).
+head at a time, which keep less for backward: `diffusion/attention_products.py`).
 """
 
 from __future__ import annotations
