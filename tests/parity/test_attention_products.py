@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.speed.stages import BY_PRODUCTS
 from omni_rollout.diffusion import attention_products
 from omni_rollout.diffusion.attention import exact_attention
 from omni_rollout.diffusion.attention_products import MANY, attention_by_products, by_products
@@ -96,15 +97,36 @@ def test_neither_company_nor_place_nor_layout_changes_a_bit(
     )
 
 
-def test_a_thread_that_computes_alone_has_the_bits_of_all() -> None:
-    before = torch.get_num_threads()
+def test_a_thread_that_computes_alone_has_the_bits_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its others, which it has again for as long: on some machines one thread would give the same bits by itself."""
+    before, own, multiplied = torch.get_num_threads(), attention_products.onednn, []
+
+    def onednn(*given: Any) -> torch.Tensor:
+        multiplied.append(torch.get_num_threads())
+        return own(*given)
+
     torch.set_num_threads(2)
     query, key, value = random(2, 1040, 1040, 2, 64)
     expected = attention_by_products(query, key, value, None)
+    monkeypatch.setattr(attention_products, "onednn", onednn)
     with on_one_thread():
         found, inside = attention_by_products(query, key, value, None), torch.get_num_threads()
     torch.set_num_threads(before)
-    assert torch.equal(found, expected) and inside == 1
+    assert torch.equal(found, expected) and inside == 1 and set(multiplied) == {2}
+
+
+@pytest.mark.parametrize("several", [1, 2])
+def test_how_many_heads_are_copied_at_a_time_changes_no_bit(several: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, mask = [part.requires_grad_() for part in random(2, 300, 77, 5, 16)], unpadded(2, 77)
+
+    def results() -> list[torch.Tensor]:
+        made = attention_by_products(parts[0], parts[1], parts[2], mask)
+        return [made, *torch.autograd.grad(made.pow(2).sum(), parts)]
+
+    together = results()
+    monkeypatch.setattr(attention_products, "COPIED", several * (300 + 2 * 77) * 16)
+    assert len(list(attention_products._groups(parts[0], parts[1]))) == 2 * (5 if several == 1 else 3)
+    assert all(map(torch.equal, results(), together))
 
 
 def test_what_is_given_is_not_written_over() -> None:
@@ -144,6 +166,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(attention_products, "_by_head", by_head)
     return seen
+
+
+def test_the_bench_knows_it_by_its_name() -> None:
+    assert attention_products._Attention.__name__ == BY_PRODUCTS
 
 
 def large(sides: Any) -> list[Any]:

@@ -12,8 +12,8 @@ from typing import Any
 from omni_rollout.errors import UserError
 from omni_rollout.types import Layout
 
-DECODE_ROWS, DECODE_PIXELS = 4, 2**17  # of a batch; more gain nothing, from 192 x 192 on no more than two do
-SMALL_PIXELS = 2**18
+DECODE_ROWS, DECODE_PIXELS = 4, 2**17  # of a batch, at most: more gain nothing, and of 192 x 192 or more two gain as much
+SMALL_PIXELS = 2**18  # of an image that one thread decodes, at most
 
 
 def is_small(layout: Layout) -> bool:

@@ -30,7 +30,7 @@ class CpuSDPABackend(SDPABackend):
 
 
 class ExactSDPAImpl(SDPAImpl):
-    """In calls that do not depend on the batch; on a GPU of the engine's own."""
+    """In calls that do not depend on the batch. As it is: on a GPU."""
 
     def forward(
         self,
